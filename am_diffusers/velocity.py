@@ -1,0 +1,140 @@
+"""What the mathematics needs to know of a network: a velocity and its vector-Jacobian product.
+
+Convention (MATH: sigma convention of Diffusers): `x = (1 - sigma) * clean + sigma * noise`,
+`velocity = noise - clean`, sigma from 1 (noise) to 0 (data).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Cotangent = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything a velocity field is conditioned on, one row per sample.
+
+    Attributes:
+        prompts: the B prompts the rows were made from.
+        embeddings: token embeddings, (B, tokens, dim), or None for an unconditional field.
+        pooled: pooled embeddings, (B, dim), or None.
+        negative_embeddings: embeddings of the negative prompt, (B, tokens, dim); None without guidance.
+        negative_pooled: pooled embeddings of the negative prompt, (B, dim); None without guidance.
+
+    Raises:
+        ValueError: if a tensor's first dimension is not the number of prompts.
+    """
+
+    prompts: tuple[str, ...]
+    embeddings: Tensor | None = None
+    pooled: Tensor | None = None
+    negative_embeddings: Tensor | None = None
+    negative_pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self._tensors().items():
+            if value.shape[0] != len(self.prompts):
+                raise ValueError(
+                    f"Conditioning.{name}: {value.shape[0]} rows for {len(self.prompts)} prompts"
+                )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def index(self, rows: Sequence[int]) -> "Conditioning":
+        """Rows `rows` (with repetition allowed) as a Conditioning of their own."""
+        picked = {name: value[list(rows)] for name, value in self._tensors().items()}
+        return replace(self, prompts=tuple(self.prompts[i] for i in rows), **picked)
+
+    def negative(self) -> "Conditioning":
+        """The same rows conditioned on the negative prompt, for classifier-free guidance.
+
+        Raises:
+            ValueError: if no negative embeddings were encoded.
+        """
+        if self.negative_embeddings is None:
+            raise ValueError("guidance needs negative embeddings: encode the prompts with `negative_prompt`")
+        return replace(self, embeddings=self.negative_embeddings, pooled=self.negative_pooled)
+
+
+class VelocityField(Protocol):
+    """A velocity model as the mathematics sees it."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity at `x` (B, ...) and noise levels `sigma` (B,) in [0, 1]; same shape as `x`."""
+        ...
+
+    def vjp(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and `J(x)^T cotangent`, both detached and of the shape of `x`.
+
+        `cotangent` may be a function of the velocity, evaluated between the forward and the backward
+        pass: the deterministic last step of a rollout needs the velocity before its adjoint is known.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CallableField:
+    """Any differentiable function `(x, sigma, cond) -> velocity` as a VelocityField."""
+
+    function: Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity at `x`, differentiable in whatever `function` is differentiable in."""
+        return self.function(x, sigma, cond)
+
+    def vjp(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and vector-Jacobian product by autograd, see `VelocityField.vjp`."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            velocity = self.function(x, sigma, cond)
+        detached = velocity.detach()
+        with torch.no_grad():
+            vector = cotangent(detached) if callable(cotangent) else cotangent
+        (gradient,) = torch.autograd.grad(velocity, x, vector, allow_unused=True)
+        return detached, torch.zeros_like(x) if gradient is None else gradient
+
+
+@dataclass(frozen=True)
+class GuidedField:
+    """Classifier-free guidance `v_neg + guidance_scale * (v - v_neg)` around a field (1.0 = off).
+
+    Used for rollouts and evaluation; in training the policy and the base are unguided by default.
+    """
+
+    field: VelocityField
+    guidance_scale: float
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Guided velocity at `x`: two calls of the field."""
+        negative = self.field(x, sigma, cond.negative())
+        return negative + self.guidance_scale * (self.field(x, sigma, cond) - negative)
+
+    def vjp(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
+    ) -> tuple[Tensor, Tensor]:
+        """Guided velocity and its vector-Jacobian product, through both branches (three passes)."""
+        negative = self.field(x, sigma, cond.negative()).detach()
+        scale = self.guidance_scale
+        seen: list[Tensor] = []
+
+        def branch(velocity: Tensor) -> Tensor:
+            guided = negative + scale * (velocity - negative)
+            seen.extend([guided, cotangent(guided) if callable(cotangent) else cotangent])
+            return scale * seen[1]
+
+        _, through_positive = self.field.vjp(x, sigma, cond, branch)
+        guided, vector = seen
+        _, through_negative = self.field.vjp(x, sigma, cond.negative(), (1 - scale) * vector)
+        return guided, through_positive + through_negative
