@@ -1,0 +1,49 @@
+"""Where an iteration's numbers go: metrics.jsonl (always, flushed), trackers and the progress bar."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+IN_BAR = ("loss", "reward", "path_kl", "adjoint_norm")
+
+
+class MetricsLog:
+    """Writes one line an iteration; on processes other than the main one it does nothing.
+
+    Args:
+        path: the metrics.jsonl to write; an earlier file is replaced.
+        total: iterations of the run, for the progress bar.
+        enabled: whether this process is the one that writes.
+        track: also receives (metrics, iteration), e.g. `accelerator.log`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total: int,
+        enabled: bool = True,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self._file = path.open("w", encoding="utf-8") if enabled else None
+        self._track = track
+        self._bar = tqdm(total=total, desc="iterations", disable=not enabled, dynamic_ncols=True)
+
+    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of iteration `iteration` (from 0)."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._track is not None:
+            self._track(dict(metrics), iteration)
+        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in IN_BAR if name in metrics})
+        self._bar.update()
+
+    def close(self) -> None:
+        """Close the file and the bar."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,100 @@
+import dataclasses
+import typing
+
+import pytest
+from diffusers.optimization import SchedulerType
+
+from am_diffusers.command_line import FIELDS, SECTIONS, asset_path, parse_config, to_yaml
+from am_diffusers.config import Config, LrSchedule, RewardConfig
+
+MINIMAL = """
+pretrained_model_name_or_path: asset:tiny_sd3
+train_prompts: prompts.txt
+output_dir: out
+rewards: [{name: pickscore, model: asset:tiny_pickscore}]
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return ["--config", str(path)]
+
+
+def test_command_line_wins_over_yaml_wins_over_defaults(minimal, tmp_path):
+    (tmp_path / "more.yaml").write_text("learning_rate: 1e-5\nrank: 4\n")
+    config = parse_config([*minimal, "--config", str(tmp_path / "more.yaml"), "--rank", "8"])
+    assert (config.optimizer.learning_rate, config.model.rank, config.run.seed) == (1e-5, 8, 0)
+    assert config.method.rewards == [RewardConfig("pickscore", "asset:tiny_pickscore", 1.0)]
+
+
+def test_resolved_yaml_reads_back_to_the_same_config(minimal, tmp_path):
+    flags = ["--adam_epsilon", "1e-9", "--loss_steps", "4", "--validation_prompts", '["a: b", "-c"]']
+    config = parse_config([*minimal, *flags])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+@pytest.mark.parametrize("switch", [["--dry_run"], ["--dry_run", "true"], ["--dry_run", "--seed", "3"]])
+def test_boolean_flags_may_stand_alone(minimal, switch):
+    assert parse_config([*minimal, *switch]).run.dry_run
+    assert not parse_config([*minimal, "--dry_run", "false"]).run.dry_run
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learnig_rate", "1"], "'learnig_rate': did you mean 'learning_rate'"),
+        (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
+        (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--pairing", "up"], "pairing"),
+        (["--num_inference_steps", "1"], "--num_inference_steps must be at least 2"),
+        (["--mask_quantile", "0"], r"--mask_quantile must be in \(0, 1\]"),
+        (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
+        (["--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_values_are_named_on_one_screen(minimal, extra, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_config([*minimal, *extra])
+    assert len(str(caught.value).splitlines()) < 12
+
+
+def test_unknown_yaml_key_names_the_nearest(minimal, tmp_path):
+    (tmp_path / "typo.yaml").write_text("reward_scal: 3\n")
+    with pytest.raises(ValueError, match="'reward_scal': did you mean 'reward_scale'"):
+        parse_config([*minimal, "--config", str(tmp_path / "typo.yaml")])
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ValueError, match=r"required: .*pretrained_model_name_or_path.*rewards"):
+        parse_config([])
+
+
+def test_every_field_has_a_sentence_and_a_name_of_its_own():
+    assert len(FIELDS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+    for section in [*SECTIONS.values(), RewardConfig]:
+        for field in dataclasses.fields(section):
+            assert f"        {field.name}: " in (section.__doc__ or ""), field.name
+
+
+def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():
+    assert set(typing.get_args(LrSchedule)) == {s.value for s in SchedulerType} - {"piecewise_constant"}
+
+
+def test_unknown_asset_is_an_error():
+    assert asset_path("some/folder") == "some/folder"
+    with pytest.raises(ValueError, match="asset:nothing: no such asset"):
+        asset_path("asset:nothing")
+
+
+def test_config_is_frozen(minimal):
+    config = parse_config(minimal)
+    assert isinstance(config, Config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.rank = 3  # pyright: ignore[reportAttributeAccessIssue]
