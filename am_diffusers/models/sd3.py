@@ -1,0 +1,262 @@
+"""Stable Diffusion 3 as two velocity fields: `policy` (LoRA on) and `base` (LoRA off).
+
+One transformer in memory predicts `velocity = noise - clean` at timestep `1000 * sigma`
+(Stable Diffusion 3, arXiv 2403.03206; MATH section 0). Everything that is not the LoRA is frozen.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from torch import Tensor
+
+from am_diffusers.models import lora
+from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
+from am_diffusers.models.text import PromptEncoder
+from am_diffusers.velocity import Conditioning, Cotangent
+
+
+@dataclass(frozen=True)
+class SD3Field:
+    """The velocity of an SD3 transformer with its LoRA on (`policy`) or off (`base`).
+
+    States and velocities keep the dtype of `x` (float32 in training) whatever the weights are.
+    """
+
+    model: "SD3"
+    adapter: bool
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity at `x` (B, C, H, W), `sigma` (B,); of the policy differentiable in the LoRA weights.
+
+        The base never records a graph: a backward pass that gradient checkpointing recomputes after the
+        LoRA is back on would be wrong. Its derivative is `vjp`.
+        """
+        trained = self.adapter and torch.is_grad_enabled()
+        module = self.model.trainable if trained else self.model.transformer
+        with torch.set_grad_enabled(trained), lora.adapters(self.model.transformer, enabled=self.adapter):
+            return self.model.velocity(module, x, sigma, cond)
+
+    def vjp(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and `J(x)^T cotangent`, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
+        transformer = self.model.transformer
+        # Forward and backward share one adapter context: gradient checkpointing runs the forward again.
+        with lora.adapters(transformer, enabled=self.adapter):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                velocity = self.model.velocity(transformer, x, sigma, cond)
+            detached = velocity.detach()
+            with torch.no_grad():
+                vector = cotangent(detached) if callable(cotangent) else cotangent
+            (gradient,) = torch.autograd.grad(velocity, x, vector)
+        return detached, gradient
+
+
+class SD3:
+    """The components of a `StableDiffusion3Pipeline`, with a LoRA on the transformer as the control.
+
+    Attributes:
+        transformer: the bare transformer, base weights frozen.
+        trainable: what a training forward goes through: `transformer`, or its wrapper after `prepare`.
+        vae: the autoencoder, float32.
+        weight_dtype: of the transformer and the text encoders; the LoRA is float32.
+        device: where everything is.
+        policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
+        base: velocity field without the LoRA.
+    """
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, *, source: Pretrained | None = None) -> None:
+        """Take over a pipeline; `source` is where it was loaded from (`verify_lora` loads it again)."""
+        self._pipe = pipe
+        self._source = source
+        self._text = PromptEncoder(pipe)
+        self.transformer: SD3Transformer2DModel = pipe.transformer
+        self.trainable: torch.nn.Module = pipe.transformer
+        self.vae: AutoencoderKL = pipe.vae
+        self.policy = SD3Field(self, adapter=True)
+        self.base = SD3Field(self, adapter=False)
+        pipe.set_progress_bar_config(disable=True)
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        weight_dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        t5: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> "SD3":
+        """Load a model folder or hub id.
+
+        Args:
+            path: a folder in the Diffusers layout, or a hub id.
+            weight_dtype: of the transformer and the text encoders; float32 or bfloat16.
+            revision: of a hub id.
+            variant: weight file variant such as `fp16`.
+            t5: False leaves out the T5 text encoder: its tokens become zeros.
+            device: where to put everything.
+
+        Raises:
+            ValueError: with the page to accept and the command to run, if the model cannot be loaded.
+        """
+        source = Pretrained(path, revision, variant)
+        return cls(source.load(weight_dtype, t5=t5).to(device), source=source)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the frozen transformer weights."""
+        return self.transformer.proj_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the transformer."""
+        return self.transformer.proj_out.weight.device
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        """The pipeline of these very components: it samples the policy, without text encoders once freed."""
+        return self._pipe
+
+    def velocity(self, module: torch.nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity of `module`, this model's transformer or one like it, in the dtype of `x`."""
+        if cond.embeddings is None or cond.pooled is None:
+            raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
+        dtype, device = self.weight_dtype, self.device
+        half = dtype in (torch.bfloat16, torch.float16)
+        # Autocast lets the float32 LoRA compute in the dtype of the weights. Its cache would hand weights
+        # that were cast without gradients in a rollout to a later training pass, so it is off.
+        with torch.autocast(device.type, dtype if half else None, enabled=half, cache_enabled=False):
+            output = module(
+                hidden_states=x.to(device, dtype),
+                timestep=1000 * sigma.to(device),
+                encoder_hidden_states=cond.embeddings.to(device, dtype),
+                pooled_projections=cond.pooled.to(device, dtype),
+                return_dict=False,
+            )[0]
+        return output.to(x)
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_sequence_length: int = 256,
+        negative_prompt: str | None = None,
+        batch_size: int = 16,
+    ) -> Conditioning:
+        """Embeddings of `prompts` by the pipeline's own `encode_prompt`, each text encoded once and kept.
+
+        Args:
+            prompts: B texts.
+            max_sequence_length: T5 tokens, 1 to 512; part of the model's input even without T5 (zeros).
+            negative_prompt: text for classifier-free guidance (the pipeline's default is ""); None = no
+                guidance.
+            batch_size: texts encoded at a time.
+
+        Raises:
+            ValueError: if a text was not encoded before `free_text_encoders`.
+        """
+        return self._text.encode(prompts, max_sequence_length, negative_prompt, batch_size)
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders and their memory; texts already encoded stay available."""
+        self._text.free()
+
+    def attach_lora(
+        self,
+        *,
+        rank: int = 32,
+        lora_alpha: int = 64,
+        layers: Sequence[str] = lora.DEFAULT_LORA_LAYERS,
+        seed: int = 0,
+    ) -> None:
+        """Make the policy trainable, see `lora.attach_lora`."""
+        lora.attach_lora(self.transformer, rank=rank, lora_alpha=lora_alpha, layers=layers, seed=seed)
+
+    def lora_parameters(self) -> list[torch.nn.Parameter]:
+        """The LoRA weights, float32, in a fixed order."""
+        return [p for name, p in self.transformer.named_parameters() if ".lora_" in name]
+
+    def prepare(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Wrap the transformer for training forwards, e.g. `prepare(accelerator.prepare)`.
+
+        Rollouts and vector-Jacobian products keep using the bare transformer.
+        """
+        self.trainable = wrap(self.transformer)
+
+    def enable_gradient_checkpointing(self, *, transformer: bool = True, vae: bool = True) -> None:
+        """Recompute activations in backward passes instead of keeping them."""
+        if transformer:
+            self.transformer.enable_gradient_checkpointing()
+        if vae:
+            self.vae.enable_gradient_checkpointing()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of final latents; float32, differentiable in the latents."""
+        config = self.vae.config
+        with torch.autocast(self.device.type, enabled=False):
+            scaled = latents.to(self.device, self.vae.dtype) / config["scaling_factor"]
+            pictures = self.vae.decode(scaled + config["shift_factor"], return_dict=False)[0]
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of a picture of `height` x `width` pixels.
+
+        Raises:
+            ValueError: if the model cannot make pictures of that size.
+        """
+        check_resolution(height, width, self.transformer.config, self.vae.config)
+        scale = vae_scale(self.vae.config)
+        return self.transformer.config["in_channels"], height // scale, width // scale
+
+    def ode_sigmas(self, num_steps: int) -> Tensor:
+        """The pipeline's own noise levels (num_steps + 1,), 1 to 0: for ODE sampling only."""
+        return self._sigmas(num_steps, None)
+
+    def sde_sigmas(self, num_steps: int) -> Tensor:
+        """The scheduler's shift of an even grid (num_steps + 1,), 1 to 0: for stochastic tables."""
+        return self._sigmas(num_steps, np.linspace(1, 1 / num_steps, num_steps).tolist())
+
+    def _sigmas(self, num_steps: int, sigmas: list[float] | None) -> Tensor:
+        scheduler = deepcopy(self._pipe.scheduler)
+        scheduler.set_timesteps(num_steps, sigmas=sigmas)
+        return scheduler.sigmas.double()
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Write the LoRA for Diffusers, see `lora.save_lora`."""
+        return lora.save_lora(self.transformer, folder)
+
+    def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
+        """Load a LoRA file, see `lora.load_lora`."""
+        lora.load_lora(self.transformer, path, scale=scale)
+
+    @torch.no_grad()
+    def verify_lora(self, file: Path, cond: Conditioning, height: int, width: int) -> dict[str, float]:
+        """Reload a written LoRA into a fresh pipeline and compare, see `lora.verify_lora`.
+
+        Args:
+            file: what `save_lora` returned.
+            cond: prompts to compare on; the first one is used.
+            height: of the picture, pixels.
+            width: of the picture, pixels.
+        """
+        if self._source is None:
+            raise ValueError("verify_lora loads the base model again: make this SD3 with `from_pretrained`")
+        fresh = self._source.load(self.weight_dtype, text_and_vae=False).to(self.device)
+        shape = (1, *self.latent_shape(height, width))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        sigma = torch.tensor([0.5])
+        return lora.verify_lora(
+            self.transformer, file, fresh, lambda module: self.velocity(module, x, sigma, cond.index([0]))
+        )
