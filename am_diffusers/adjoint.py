@@ -1,0 +1,207 @@
+"""Adjoints of a rollout: how the terminal cost changes with the state at each step.
+
+With the cost -reward_scale * reward(x_K), the *lean* adjoint (Adjoint Matching, arXiv 2409.08861,
+section 5.2, eqs. 38-39) is the vector-Jacobian product of the step's mean under the base,
+
+    adjoint_K = -reward_scale * grad reward(x_K)
+    adjoint_k = x_coef[k] * adjoint_{k+1} + v_coef[k] * J_base(x_k, sigma[k])^T adjoint_{k+1}
+
+along a trajectory of the policy. The *full* adjoint of the discrete chain (ibid., the basic adjoint
+matching of section 5.1, for study) differentiates the policy and the running cost as well:
+
+    adjoint_k = grad_x [ path_kl_k(x) + adjoint_{k+1} . mean_policy_k(x) ]
+
+In both, the last step is the base's deterministic one; the pass at k = K-1 that differentiates it also
+provides its velocity, hence x_K.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from am_diffusers.rollout import Trajectory
+from am_diffusers.velocity import VelocityField
+
+RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]
+Terminal = Callable[[Tensor], Tensor]
+
+
+class NonFiniteError(ValueError):
+    """A reward, gradient or adjoint is NaN or infinite."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdjointSweep:
+    """Result of a backward sweep along a trajectory, without gradients.
+
+    Attributes:
+        final: x_K, (B, ...).
+        adjoints: adjoint_k by step k = 1 .. K, (B, ...) each.
+        velocity_base: base velocity at x_k by step k = 0 .. K-1 (0 only if asked for), (B, ...) each.
+    """
+
+    final: Tensor
+    adjoints: dict[int, Tensor]
+    velocity_base: dict[int, Tensor]
+
+
+def reward_gradient(
+    reward_of_latents: RewardOfLatents,
+    latents: Tensor,
+    prompts: Sequence[str],
+    *,
+    micro_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rewards and their gradients with respect to the latents.
+
+    Args:
+        reward_of_latents: differentiable `(latents (b, ...), prompts) -> (b,)`, higher is better; the
+            reward of a sample depends on that sample alone.
+        latents: final latents, (B, ...).
+        prompts: B prompts.
+        micro_batch_size: samples differentiated at once; all by default.
+
+    Returns:
+        rewards (B,) and gradients (B, ...), detached, in the dtype of `latents`.
+
+    Raises:
+        ValueError: if the reward is not differentiable or not one number per sample.
+        NonFiniteError: if a reward or gradient is not finite; names the prompts.
+    """
+    chunks = []
+    for rows in torch.arange(len(latents)).split(micro_batch_size or len(latents)):
+        chunk_prompts = [prompts[int(i)] for i in rows]
+        with torch.enable_grad():
+            x = latents[rows].detach().requires_grad_(True)
+            rewards = reward_of_latents(x, chunk_prompts)
+        if rewards.shape != (len(rows),) or not rewards.requires_grad:
+            raise ValueError(
+                f"expected a differentiable reward per sample, ({len(rows)},), got {tuple(rewards.shape)} "
+                f"with requires_grad={rewards.requires_grad}; use a reward with `differentiable = True`"
+            )
+        (gradient,) = torch.autograd.grad(rewards, x, torch.ones_like(rewards))
+        require_finite("reward", rewards, chunk_prompts)
+        require_finite("reward gradient", gradient, chunk_prompts)
+        chunks.append((rewards.detach().to(latents.dtype), gradient))
+    return torch.cat([r for r, _ in chunks]), torch.cat([g for _, g in chunks])
+
+
+def terminal_adjoint(gradient: Tensor, reward_scale: float) -> Tensor:
+    """Gradient of the terminal cost, -reward_scale * grad reward: the only minus sign of the package."""
+    return -reward_scale * gradient
+
+
+def lean_adjoint(
+    base: VelocityField, trajectory: Trajectory, terminal: Terminal, *, with_first: bool = True
+) -> AdjointSweep:
+    """Lean adjoint along a trajectory: K-1 vjps of the base, at k = K-1 .. 1.
+
+    Args:
+        base: field before fine-tuning.
+        trajectory: rollout of the policy.
+        terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
+        with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+
+    Raises:
+        NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
+    """
+    return _sweep(base, trajectory, terminal, partial(_lean_step, base, trajectory), with_first)
+
+
+def full_adjoint(
+    base: VelocityField,
+    policy: VelocityField,
+    trajectory: Trajectory,
+    terminal: Terminal,
+    *,
+    with_first: bool = True,
+) -> AdjointSweep:
+    """Basic adjoint of the discrete chain, through the policy: K-1 vjps of the base, K-2 of the policy.
+
+    Args:
+        base: field before fine-tuning.
+        policy: field the trajectory was rolled out with.
+        trajectory: rollout of `policy`.
+        terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
+        with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+
+    Raises:
+        NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
+    """
+    return _sweep(base, trajectory, terminal, partial(_full_step, base, policy, trajectory), with_first)
+
+
+def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
+    """Raises NonFiniteError naming the prompts of the rows of `values` (B, ...) that are not finite."""
+    finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
+    if not finite.all():
+        bad = [prompt for prompt, ok in zip(prompts, finite.tolist(), strict=True) if not ok]
+        raise NonFiniteError(f"{name} is NaN or infinite for {len(bad)} of {len(finite)} samples: {bad[:4]}")
+
+
+def _sweep(
+    base: VelocityField,
+    trajectory: Trajectory,
+    terminal: Terminal,
+    step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    with_first: bool,
+) -> AdjointSweep:
+    last = trajectory.transitions.num_steps - 1
+    final, adjoints, velocities = _last_step(base, trajectory, terminal)
+    for k in range(last - 1, 0, -1):
+        velocities[k], adjoints[k] = step(k, adjoints[k + 1])
+    for k, adjoint in adjoints.items():
+        sigma = trajectory.transitions.sigmas[k].item()
+        require_finite(f"adjoint of step {k} (sigma {sigma:.4f})", adjoint, trajectory.cond.prompts)
+    if with_first:
+        with torch.no_grad():
+            velocities[0] = base(*trajectory.at(0))
+    return AdjointSweep(final, adjoints, velocities)
+
+
+def _last_step(
+    base: VelocityField, trajectory: Trajectory, terminal: Terminal
+) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    """x_K, the adjoints {K, K-1} and the base velocity {K-1} of the deterministic last step."""
+    table = trajectory.transitions
+    k = table.num_steps - 1
+    x, sigma, cond = trajectory.at(k)
+    ends: list[Tensor] = []
+
+    def cotangent(velocity: Tensor) -> Tensor:
+        final = table.mean(k, x, velocity)
+        ends.extend([final, terminal(final)])
+        return table.v_coef[k].item() * ends[1]
+
+    velocity, through_velocity = base.vjp(x, sigma, cond, cotangent)
+    final, adjoint = ends
+    return final, {k + 1: adjoint, k: table.x_coef[k].item() * adjoint + through_velocity}, {k: velocity}
+
+
+def _lean_step(base: VelocityField, trajectory: Trajectory, k: int, adjoint: Tensor) -> tuple[Tensor, Tensor]:
+    """Base velocity at x_k and adjoint_k from `adjoint` = adjoint_{k+1}."""
+    x_coef, v_coef = trajectory.transitions.x_coef[k].item(), trajectory.transitions.v_coef[k].item()
+    velocity, through_velocity = base.vjp(*trajectory.at(k), v_coef * adjoint)
+    return velocity, x_coef * adjoint + through_velocity
+
+
+def _full_step(
+    base: VelocityField, policy: VelocityField, trajectory: Trajectory, k: int, adjoint: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Base velocity at x_k and the full adjoint_k from `adjoint` = adjoint_{k+1}.
+
+    With d = velocity_policy - velocity_base and weight = (v_coef / std)^2, the gradient of
+    weight * |d|^2 / 2 + adjoint . (x_coef x + v_coef velocity_policy) has a part through each field.
+    """
+    table = trajectory.transitions
+    x_coef, v_coef = table.x_coef[k].item(), table.v_coef[k].item()
+    weight = (v_coef / table.std[k].item()) ** 2
+    velocity_policy = trajectory.velocities[k]
+    velocity, through_base = base.vjp(*trajectory.at(k), lambda v: weight * (v - velocity_policy))
+    _, through_policy = policy.vjp(
+        *trajectory.at(k), v_coef * adjoint + weight * (velocity_policy - velocity)
+    )
+    return velocity, x_coef * adjoint + through_base + through_policy

@@ -1,0 +1,6 @@
+"""Fine-tuning methods, one file each; METHODS maps the name used in a config to the class."""
+
+from am_diffusers.methods.adjoint_matching import AdjointMatching
+from am_diffusers.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {"adjoint_matching": AdjointMatching}

@@ -1,0 +1,249 @@
+"""Adjoint Matching (Domingo-Enrich et al., arXiv 2409.08861, algorithm 1).
+
+Samples p*(clean) ~ p_base(clean) * exp(reward_scale * reward(clean)) after training. An iteration rolls
+the policy out with a memoryless table, sweeps the adjoint back along the trajectories under the base and
+regresses the policy's velocity on the targets of matching.py. Passes through the network: K-1 policy
+calls, K-1 base vjps, one base call at step 0 if that step is selected, and the regression's own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from am_diffusers import adjoint, matching
+from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
+from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.rollout import LatentSpec, Trajectory, rollout
+from am_diffusers.transitions import Transitions
+from am_diffusers.velocity import Conditioning, VelocityField
+
+
+@dataclass(frozen=True)
+class AdjointMatchingSettings:
+    """Choices of Adjoint Matching.
+
+    Attributes:
+        reward_scale: lambda of the tilt exp(lambda * reward), > 0.
+        pairing: which adjoint belongs to a step; `left` is the published code's.
+        adjoint: `lean`, or `full` for study (same optimum, more noise, more passes).
+        steps: number of steps a sample is trained on: half of them the last ones with noise, the others
+            drawn uniformly from the rest (published: K/2, the last 25 % and as many others); or "all".
+        mask_quantile: share of rows kept per step, in (0, 1); None keeps all.
+        mask_decay: of the running quantile, in [0, 1).
+        collect_batch_size: samples rolled out and swept back at once; all by default.
+        reward_batch_size: samples decoded and differentiated at once; all of those by default.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    reward_scale: float
+    pairing: Pairing = "right"
+    adjoint: Literal["lean", "full"] = "lean"
+    steps: int | Literal["all"] = "all"
+    mask_quantile: float | None = 0.9
+    mask_decay: float = 0.9
+    collect_batch_size: int | None = None
+    reward_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward_scale <= 0:
+            raise ValueError(
+                f"reward_scale must be > 0 (rewards are higher-is-better), got {self.reward_scale}"
+            )
+        if self.pairing not in ("right", "left", "trapezoid"):
+            raise ValueError(f"pairing must be right, left or trapezoid, got {self.pairing!r}")
+        if self.adjoint not in ("lean", "full"):
+            raise ValueError(f"adjoint must be lean or full, got {self.adjoint!r}")
+
+
+class AdjointMatching(Method):
+    """Adjoint Matching with any table whose steps all add noise except the last.
+
+    Args:
+        policy: field that is trained.
+        base: field before fine-tuning.
+        reward: differentiable `(latents (b, ...), prompts) -> (b,)`, higher is better.
+        transitions: the table, or a function of the shared generator (a jittered grid per iteration).
+        latents: shape, device and dtype of the latents.
+        settings: reward scale, pairing, selection of steps, mask, batch sizes.
+        rollout_policy: field the trajectories follow, for instance `GuidedField(policy, 3.0)`; the
+            policy itself by default.
+        gather: concatenates a 1-D tensor over ranks; a single process by default.
+
+    Raises:
+        ValueError: if the full adjoint is combined with another rollout policy.
+    """
+
+    needs_reward_gradient = True
+
+    def __init__(
+        self,
+        policy: VelocityField,
+        base: VelocityField,
+        reward: adjoint.RewardOfLatents,
+        transitions: Transitions | Callable[[torch.Generator], Transitions],
+        *,
+        latents: LatentSpec,
+        settings: AdjointMatchingSettings,
+        rollout_policy: VelocityField | None = None,
+        gather: Gather = gather_from_one,
+    ) -> None:
+        if settings.adjoint == "full" and rollout_policy is not None:
+            raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout_policy")
+        self.policy, self.base, self.reward = policy, base, reward
+        self.transitions, self.latents, self.settings = transitions, latents, settings
+        self.rollout_policy, self.gather = rollout_policy, gather
+        quantile = settings.mask_quantile
+        self.mask = None if quantile is None else QuantileMask(quantile, settings.mask_decay)
+
+    @torch.no_grad()
+    def collect(
+        self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
+    ) -> Collected:
+        """Trajectories, adjoints and targets of the samples, see `Method.collect`.
+
+        Raises:
+            ValueError: if a step before the last adds no noise, or more steps are to be trained on than do.
+            NonFiniteError: if a reward, gradient or adjoint is not finite.
+        """
+        table = self.transitions(shared) if callable(self.transitions) else self.transitions
+        steps = matching.select_steps(table, self.settings.steps, shared)
+        chunks = []
+        for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
+            ids = rows.tolist()
+            chunks.append(self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids]))
+        collected = _Rows(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        examples, masked = self._masked_examples(table, steps, cond, collected)
+        metrics = self._metrics(table, steps, collected.stats) | {"masked": masked}
+        return Collected(examples, collected.stats[:, 0], metrics)
+
+    def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
+        """Share of the matching loss that these rows contribute, see `Method.loss`."""
+        return matching.matching_loss(self.policy, example), {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Thresholds of the mask."""
+        return {} if self.mask is None else {"mask": self.mask.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        if self.mask is not None:
+            self.mask.load_state_dict(state["mask"])
+
+    def _collect_chunk(
+        self,
+        table: Transitions,
+        steps: Sequence[int],
+        cond: Conditioning,
+        generators: Sequence[torch.Generator],
+    ) -> "_Rows":
+        policy, noise = self.rollout_policy or self.policy, self.latents.draw(generators)
+        trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
+        rewards, sweep = self._sweep(trajectory, with_first=0 in steps)
+        targets = {
+            k: matching.matching_target(
+                table,
+                k,
+                velocity_base=sweep.velocity_base[k],
+                adjoint_right=sweep.adjoints[k + 1],
+                adjoint_left=sweep.adjoints.get(k),
+                pairing=self.settings.pairing,
+            )
+            for k in steps
+        }
+        residuals = [
+            matching.residual(
+                self._policy_velocity(trajectory, k), target, matching.matching_weight(table, k)
+            )
+            for k, target in targets.items()
+        ]
+        latents = torch.stack([trajectory.latents[k] for k in steps], 1)
+        stats = torch.stack([rewards, *_statistics(trajectory, sweep)], 1)
+        return _Rows(latents, torch.stack(list(targets.values()), 1), torch.stack(residuals, 1), stats)
+
+    def _sweep(self, trajectory: Trajectory, *, with_first: bool) -> tuple[Tensor, adjoint.AdjointSweep]:
+        """Rewards (B,) of the trajectory's final latents and the adjoints."""
+        settings, rewards = self.settings, []
+
+        def terminal(final: Tensor) -> Tensor:
+            reward, gradient = adjoint.reward_gradient(
+                self.reward, final, trajectory.cond.prompts, micro_batch_size=settings.reward_batch_size
+            )
+            rewards.append(reward)
+            return adjoint.terminal_adjoint(gradient, settings.reward_scale)
+
+        if settings.adjoint == "lean":
+            sweep = adjoint.lean_adjoint(self.base, trajectory, terminal, with_first=with_first)
+        else:
+            sweep = adjoint.full_adjoint(self.base, self.policy, trajectory, terminal, with_first=with_first)
+        return rewards[0], sweep
+
+    def _policy_velocity(self, trajectory: Trajectory, k: int) -> Tensor:
+        """The trained policy's velocity at x_k: known from the rollout if that followed it."""
+        return trajectory.velocities[k] if self.rollout_policy is None else self.policy(*trajectory.at(k))
+
+    def _masked_examples(
+        self, table: Transitions, steps: Sequence[int], cond: Conditioning, rows: "_Rows"
+    ) -> tuple[MatchingBatch, float]:
+        """Rows weighted for a mean over the kept rows of all ranks, and the share that is masked.
+
+        Every rank returns as many rows as the rank that keeps most, at least one, so that all make
+        the same number of backward passes; the surplus has weight 0.
+        """
+        everywhere = self.gather(rows.residuals.flatten()).reshape(-1, len(steps))
+        keep, keep_everywhere = torch.ones_like(rows.residuals), torch.ones_like(everywhere)
+        if self.mask is not None:
+            self.mask.update(steps, everywhere)
+            keep, keep_everywhere = (self.mask.keep(steps, r).to(r) for r in (rows.residuals, everywhere))
+        num_kept = keep_everywhere.sum()
+        num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
+        per_step = keep.new_tensor([[table.sigmas[k], matching.matching_weight(table, k)] for k in steps])
+        sigmas, weight = (column.expand_as(keep).flatten() for column in per_step.T)
+        batch = MatchingBatch(
+            latents=rows.latents.flatten(0, 1),
+            sigmas=sigmas,
+            target=rows.target.flatten(0, 1),
+            weight=weight * keep.flatten() / num_kept.clamp(min=1),
+            samples=torch.arange(len(cond)).repeat_interleave(len(steps)),
+            cond=cond,
+        )
+        kept_first = keep.flatten().argsort(descending=True, stable=True)
+        return batch.index(kept_first[:num_rows]), 1 - num_kept.item() / everywhere.numel()
+
+    def _metrics(self, table: Transitions, steps: Sequence[int], stats: Tensor) -> dict[str, float]:
+        """Means over the samples of all ranks of the columns of `stats` (B, 2 + K [+ 1])."""
+        everywhere = self.gather(stats.flatten()).reshape(-1, stats.shape[1])
+        norms = [f"adjoint_norm/{k:02d}" for k in range(1, table.num_steps + 1)]
+        names = ["reward", "path_kl", *norms] + (["path_kl_first"] if 0 in steps else [])
+        metrics = dict(zip(names, everywhere.mean(0).tolist(), strict=True))
+        return metrics | {"reward_std": everywhere[:, 0].std(correction=0).item()}
+
+
+class _Rows(NamedTuple):
+    """What a chunk of B samples contributes at S steps."""
+
+    latents: Tensor  # x_k, (B, S, ...)
+    target: Tensor  # (B, S, ...)
+    residuals: Tensor  # of the policy before the update, (B, S)
+    stats: Tensor  # reward first, then `_statistics`, (B, M)
+
+
+def _statistics(trajectory: Trajectory, sweep: adjoint.AdjointSweep) -> list[Tensor]:
+    """Per sample, (B,) each: path KL of steps 1 .. K-1, adjoint norms 1 .. K, path KL of step 0 if known.
+
+    Step 0 is apart so that `path_kl` means the same whether or not that step is selected.
+    """
+    table = trajectory.transitions
+    path_kl = {
+        k: table.path_kl(k, trajectory.velocities[k], sweep.velocity_base[k])
+        for k in range(table.num_steps - 1)
+        if k in sweep.velocity_base
+    }
+    first = [path_kl.pop(0)] if 0 in path_kl else []
+    total = sum(path_kl.values(), torch.zeros_like(sweep.final.flatten(1)[:, 0]))
+    norms = [sweep.adjoints[k].flatten(1).norm(dim=1) for k in range(1, table.num_steps + 1)]
+    return [total, *norms, *first]

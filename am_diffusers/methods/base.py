@@ -1,0 +1,78 @@
+"""What the trainer needs of a fine-tuning method.
+
+    collected = method.collect(cond, generators, shared)           no gradient
+    for example in collected.examples.split(n):                    micro-batches of rows
+        loss, metrics = method.loss(example); loss.backward()      gradients add up
+
+The sum of the losses over all examples of all ranks is the iteration's loss: its mean over kept rows
+is taken in `collect`. The trainer undoes any averaging over ranks that its wrapper does.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_diffusers.matching import MatchingBatch
+from am_diffusers.velocity import Conditioning
+
+Gather = Callable[[Tensor], Tensor]
+"""Concatenates a 1-D tensor over the ranks, in rank order; every rank passes the same length."""
+
+
+def gather_from_one(values: Tensor) -> Tensor:
+    """`Gather` of a single process: the tensor itself."""
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """Training rows of one iteration on this rank.
+
+    Attributes:
+        examples: rows to regress on; every rank has the same number.
+        rewards: rewards of this rank's samples, (B,).
+        metrics: numbers to log, already over all ranks.
+    """
+
+    examples: MatchingBatch
+    rewards: Tensor
+    metrics: dict[str, float]
+
+
+class Method(ABC):
+    """A fine-tuning method: a way to make training rows and the loss of a row.
+
+    Attributes:
+        needs_reward_gradient: whether the reward must be differentiable.
+    """
+
+    needs_reward_gradient: bool
+
+    @abstractmethod
+    def collect(
+        self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
+    ) -> Collected:
+        """Training rows of this rank's samples, without gradient.
+
+        Args:
+            cond: conditioning of the B samples of this rank.
+            generators: one CPU generator per sample, for its noise (`rollout.generators_for`).
+            shared: CPU generator in the same state on every rank, for what all samples share
+                (`rollout.generator_for(seed, iteration, "shared")`).
+        """
+
+    @abstractmethod
+    def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
+        """Loss of some rows, differentiable in the policy's parameters, and numbers to log."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart, JSON-serialisable numbers or tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
