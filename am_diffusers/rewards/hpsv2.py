@@ -1,0 +1,184 @@
+"""HPSv2 and HPSv2.1: `cos(image, text)` of an open_clip model tuned on human preferences.
+
+Wu et al. 2023, Human Preference Score v2, arXiv 2306.09341, scored as the hpsv2 package does: the tensor is
+resized (bicubic, longest edge) and padded with black to a square before it is normalised. That package's
+numbers depend on torchvision: before 0.17 tensors were resized without antialiasing; this module always
+antialiases. Every size comes from the config: a small open_clip model goes through the code of the ViT-H/14.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from am_diffusers.rewards.clip import ClipOptions, ClipReward, Mode, check_keys
+from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
+
+RELEASED_ARCHITECTURE = "ViT-H-14"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+VOCABULARY_FILE = "bpe_simple_vocab.txt.gz"
+DOWNLOAD = "run `hf download xswu/HPSv2 HPS_v2.1_compressed.pt` and give `xswu/HPSv2/HPS_v2.1_compressed.pt`"
+
+
+class HPSv2(ClipReward):
+    """HPSv2 score of pictures; about 0.28 for the released models. Build it with `from_pretrained`.
+
+    Args:
+        model: the open_clip model.
+        tokenizer: its tokenizer.
+        pixel_format: input size and normalisation of the vision tower.
+        options: how it runs.
+
+    Raises:
+        ValueError: if the tokenizer's vocabulary isn't the model's.
+    """
+
+    name = "hpsv2"
+
+    def __init__(
+        self,
+        model: CLIP,
+        *,
+        tokenizer: SimpleTokenizer,
+        pixel_format: PixelFormat,
+        options: ClipOptions | None = None,
+    ) -> None:
+        if tokenizer.vocab_size != model.vocab_size:
+            raise ValueError(
+                f"expected a vocabulary of {model.vocab_size} tokens, got {tokenizer.vocab_size}:"
+                f" {VOCABULARY_FILE} of another model, or a line break at its end?"
+            )
+        super().__init__(model, options or ClipOptions())
+        self._clip = model
+        self._tokenizer = tokenizer
+        self._format = pixel_format
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        mode: Mode = "differentiable",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int | None = None,
+        checkpointing: bool = False,
+    ) -> "HPSv2":
+        """Load a released checkpoint (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt) or an open_clip folder.
+
+        Args:
+            path: the .pt file, its place on the hub (`xswu/HPSv2/HPS_v2.1_compressed.pt`), or a folder with
+                open_clip_config.json, open_clip_model.safetensors and, unless the model uses CLIP's own
+                vocabulary, bpe_simple_vocab.txt.gz.
+            revision: commit of the file on the hub.
+            mode: see `ClipOptions`, as the rest.
+            device: where it runs.
+            dtype: of the towers.
+            batch_size: pictures or prompts per pass.
+            checkpointing: recompute the vision tower in backward.
+
+        Raises:
+            ValueError: if something is missing (with the command that downloads it) or doesn't fit the model.
+        """
+        options = ClipOptions(mode, device, dtype, batch_size, checkpointing)
+        load = _load_folder if Path(path).is_dir() else _load_released
+        model, pixel_format = load(Path(path), revision)
+        tokenizer = _load_tokenizer(Path(path) / VOCABULARY_FILE, model.context_length)
+        return cls(model, tokenizer=tokenizer, pixel_format=pixel_format, options=options)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the text tower reads, begin and end marks included."""
+        return self._clip.context_length
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        # The published path turns the 8-bit picture into a tensor first: rounding is all that differs.
+        rounded = self.options.mode != "differentiable"
+        return self._format.normalise(longest_edge_pad(images, self._format.size, rounded=rounded))
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        return self._clip.encode_image(pixels)
+
+    def _num_tokens(self, prompt: str) -> int:
+        return len(self._tokenizer.encode(prompt)) + 2
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return self._clip.encode_text(self._tokenizer(list(prompts)).to(self.options.device))
+
+    def _scale(self) -> float:
+        return 1.0
+
+
+def _load_folder(folder: Path, _revision: str | None) -> tuple[CLIP, PixelFormat]:
+    """Model and preprocessing of a folder as open_clip writes it for the hub."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not found in {folder}; for the released model {DOWNLOAD}")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        model_config, preprocessing = config["model_cfg"], config["preprocess_cfg"]
+        size = model_config["vision_cfg"]["image_size"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} isn't an open_clip config: {error!r}") from error
+    expected = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "size": size}
+    got = {key: preprocessing.get(key, value) for key, value in expected.items()}
+    if got != expected:
+        raise ValueError(f"expected HPSv2's preprocess_cfg {expected} in {folder / CONFIG_FILE}, got {got}")
+    pixel_format = PixelFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+    return _build(model_config, load_file(folder / WEIGHTS_FILE), str(folder)), pixel_format
+
+
+def _load_released(path: Path, revision: str | None) -> tuple[CLIP, PixelFormat]:
+    """Model and preprocessing of a released .pt file, local or `owner/repository/file` on the hub."""
+    file = path if path.is_file() else _download(path, revision)
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except (UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} isn't a released HPSv2 checkpoint: {error!r}; {DOWNLOAD}") from error
+    config = open_clip.get_model_config(RELEASED_ARCHITECTURE)
+    assert config is not None, "open_clip ships ViT-H-14"
+    pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
+    return _build(config, weights, str(path)), pixel_format
+
+
+def _download(path: Path, revision: str | None) -> Path:
+    try:
+        if path.is_absolute() or len(path.parts) != 3:
+            raise FileNotFoundError(path)
+        owner, repository, file = path.parts
+        return Path(hf_hub_download(f"{owner}/{repository}", file, revision=revision))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"HPSv2 weights not found at {str(path)!r}: {DOWNLOAD}") from error
+
+
+def _build(config: dict[str, Any], weights: dict[str, Tensor], source: str) -> CLIP:
+    try:
+        model = CLIP(**config)
+    except TypeError as error:
+        raise ValueError(f"{source}: model_cfg isn't that of an open_clip CLIP: {error}") from error
+    own = model.state_dict()
+    check_keys(source, own.keys() - weights.keys(), weights.keys() - own.keys())
+    wrong = [f"{key} {tuple(weights[key].shape)}" for key in own if weights[key].shape != own[key].shape]
+    if wrong:
+        raise ValueError(f"the weights in {source} don't fit the model's shapes: {', '.join(wrong[:3])}")
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def _load_tokenizer(vocabulary: Path, context_length: int) -> SimpleTokenizer:
+    """The folder's own vocabulary if it has one, else CLIP's, which open_clip ships."""
+    if vocabulary.is_file():
+        return SimpleTokenizer(bpe_path=str(vocabulary), context_length=context_length)
+    return SimpleTokenizer(context_length=context_length)

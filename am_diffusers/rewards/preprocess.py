@@ -1,0 +1,94 @@
+"""Pictures in [0, 1] to what a CLIP vision tower reads: bicubic resize, crop or pad, normalise.
+
+Everything but `to_pil` acts on tensors (B, 3, H, W) and is differentiable. Resizing is antialiased, as PIL's
+is; without it features move twenty times as far from the official ones (cosine distance 2.3e-2, not 1.0e-3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What a vision tower expects: square pictures of `size` pixels, normalised per channel.
+
+    Attributes:
+        size: edge of the square input in pixels.
+        mean: mean subtracted per channel, in units of [0, 1].
+        std: standard deviation divided by per channel, in units of [0, 1].
+    """
+
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """`(images - mean) / std` per channel, (B, 3, H, W)."""
+        mean = images.new_tensor(self.mean).view(3, 1, 1)
+        std = images.new_tensor(self.std).view(3, 1, 1)
+        return (images - mean) / std
+
+
+def bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bicubic resize to (B, 3, height, width); overshoots beyond [0, 1] are kept."""
+    return interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
+
+
+def shortest_edge_crop(images: Tensor, size: int, *, rounded: bool = False) -> Tensor:
+    """Resize the shortest edge to `size` and crop the centre, as transformers' CLIPImageProcessor does.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        size: edge of the result in pixels.
+        rounded: round to 1/255 where PIL does, before and after resizing, with straight-through gradients.
+
+    Returns:
+        (B, 3, size, size) in [0, 1]; clamped, because PIL clips the overshoot of the bicubic kernel.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    source = round_to_8_bit(images) if rounded else images
+    resized = bicubic(source, int(size * height / short), int(size * width / short)).clamp(0, 1)
+    resized = round_to_8_bit(resized) if rounded else resized
+    top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
+    return resized[..., top : top + size, left : left + size]
+
+
+def longest_edge_pad(images: Tensor, size: int, *, rounded: bool = False) -> Tensor:
+    """Resize the longest edge to `size` and pad with black to a square, as the hpsv2 package does.
+
+    Its transform resizes float tensors, so nothing clips the overshoot of the bicubic kernel there or here.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        size: edge of the result in pixels.
+        rounded: round to 1/255 before resizing, as picture files are, with straight-through gradients.
+
+    Returns:
+        (B, 3, size, size).
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    source = round_to_8_bit(images) if rounded else images
+    resized = bicubic(source, max(1, round(height * scale)), max(1, round(width * scale)))
+    pad_height, pad_width = size - resized.shape[-2], size - resized.shape[-1]
+    left, top = pad_width // 2, pad_height // 2
+    return pad(resized, (left, pad_width - left, top, pad_height - top))
+
+
+def round_to_8_bit(images: Tensor) -> Tensor:
+    """Values rounded to multiples of 1/255 with the gradient of the identity (straight-through)."""
+    return images + ((images * 255).round() / 255 - images).detach()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] as B 8-bit RGB pictures, rounded as Diffusers' `numpy_to_pil` does."""
+    arrays = (images.detach().float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
