@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -135,11 +136,14 @@ def load_lora(transformer: SD3Transformer2DModel, path: str | Path, *, scale: fl
     """
     _check_free(transformer)
     file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"no LoRA file {file}: pass the file, or a folder that holds {LORA_FILE}")
-    state, metadata = StableDiffusion3Pipeline.lora_state_dict(
-        str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True
-    )
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ValueError(f"no LoRA file {file}: pass a .safetensors file, or a folder that holds {LORA_FILE}")
+    try:
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the LoRA file {file} ({error}): copy or export it again") from error
     modules = _check_keys(state, transformer, file)
     StableDiffusion3Pipeline.load_lora_into_transformer(
         state, transformer=transformer, adapter_name=ADAPTER, metadata=metadata

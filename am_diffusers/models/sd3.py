@@ -68,7 +68,6 @@ class SD3:
         trainable: what a training forward goes through: `transformer`, or its wrapper after `prepare`.
         vae: the autoencoder, float32.
         weight_dtype: of the transformer and the text encoders; the LoRA is float32.
-        device: where everything is.
         policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
         base: velocity field without the LoRA.
     """
@@ -81,6 +80,7 @@ class SD3:
         self.transformer: SD3Transformer2DModel = pipe.transformer
         self.trainable: torch.nn.Module = pipe.transformer
         self.vae: AutoencoderKL = pipe.vae
+        self.weight_dtype: torch.dtype = pipe.transformer.dtype
         self.policy = SD3Field(self, adapter=True)
         self.base = SD3Field(self, adapter=False)
         pipe.set_progress_bar_config(disable=True)
@@ -112,18 +112,15 @@ class SD3:
         Raises:
             ValueError: with the page to accept and the command to run, if the model cannot be loaded.
         """
+        if weight_dtype == torch.float16:
+            raise ValueError("weight_dtype float16 underflows in backward passes: use bfloat16 or float32")
         source = Pretrained(path, revision, variant)
         return cls(source.load(weight_dtype, t5=t5).to(device), source=source)
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Dtype of the frozen transformer weights."""
-        return self.transformer.proj_out.weight.dtype
-
-    @property
     def device(self) -> torch.device:
-        """Device of the transformer."""
-        return self.transformer.proj_out.weight.device
+        """Where the transformer is."""
+        return self.transformer.device
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """The pipeline of these very components: it samples the policy, without text encoders once freed."""
@@ -134,10 +131,10 @@ class SD3:
         if cond.embeddings is None or cond.pooled is None:
             raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
         dtype, device = self.weight_dtype, self.device
-        half = dtype in (torch.bfloat16, torch.float16)
-        # Autocast lets the float32 LoRA compute in the dtype of the weights. Its cache would hand weights
-        # that were cast without gradients in a rollout to a later training pass, so it is off.
-        with torch.autocast(device.type, dtype if half else None, enabled=half, cache_enabled=False):
+        # Autocast lets the float32 LoRA compute in bfloat16 too. Its cache would hand weights that were
+        # cast without gradients in a rollout to a later training pass, so it is off.
+        mixed = dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
             output = module(
                 hidden_states=x.to(device, dtype),
                 timestep=1000 * sigma.to(device),
@@ -160,8 +157,7 @@ class SD3:
         Args:
             prompts: B texts.
             max_sequence_length: T5 tokens, 1 to 512; part of the model's input even without T5 (zeros).
-            negative_prompt: text for classifier-free guidance (the pipeline's default is ""); None = no
-                guidance.
+            negative_prompt: for classifier-free guidance (the pipeline's own is ""); None without.
             batch_size: texts encoded at a time.
 
         Raises:
@@ -189,18 +185,13 @@ class SD3:
         return [p for name, p in self.transformer.named_parameters() if ".lora_" in name]
 
     def prepare(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-        """Wrap the transformer for training forwards, e.g. `prepare(accelerator.prepare)`.
-
-        Rollouts and vector-Jacobian products keep using the bare transformer.
-        """
+        """Wrap the transformer for training forwards only, e.g. `prepare(accelerator.prepare)`."""
         self.trainable = wrap(self.transformer)
 
-    def enable_gradient_checkpointing(self, *, transformer: bool = True, vae: bool = True) -> None:
-        """Recompute activations in backward passes instead of keeping them."""
-        if transformer:
-            self.transformer.enable_gradient_checkpointing()
-        if vae:
-            self.vae.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the activations of transformer and VAE in backward passes instead of keeping them."""
+        self.transformer.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of final latents; float32, differentiable in the latents."""
@@ -243,20 +234,15 @@ class SD3:
 
     @torch.no_grad()
     def verify_lora(self, file: Path, cond: Conditioning, height: int, width: int) -> dict[str, float]:
-        """Reload a written LoRA into a fresh pipeline and compare, see `lora.verify_lora`.
+        """Reload what `save_lora` wrote into a fresh pipeline and compare, see `lora.verify_lora`.
 
-        Args:
-            file: what `save_lora` returned.
-            cond: prompts to compare on; the first one is used.
-            height: of the picture, pixels.
-            width: of the picture, pixels.
+        Compares the velocity of one `height` x `width` picture (pixels) for the first prompt of `cond`.
         """
         if self._source is None:
             raise ValueError("verify_lora loads the base model again: make this SD3 with `from_pretrained`")
         fresh = self._source.load(self.weight_dtype, text_and_vae=False).to(self.device)
-        shape = (1, *self.latent_shape(height, width))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        sigma = torch.tensor([0.5])
+        x = torch.randn(1, *self.latent_shape(height, width), generator=torch.Generator().manual_seed(0))
+        row, sigma = cond.index([0]), torch.tensor([0.5])
         return lora.verify_lora(
-            self.transformer, file, fresh, lambda module: self.velocity(module, x, sigma, cond.index([0]))
+            self.transformer, file, fresh, lambda module: self.velocity(module, x, sigma, row)
         )
