@@ -8,7 +8,6 @@ import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -24,14 +23,15 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def train_merges(num_merges: int = 60) -> list[tuple[str, str]]:
-    """BPE merges of CLIP's kind (byte level, `</w>` at word ends) learnt from `CAPTIONS`."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=100 + num_merges, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer.train_from_iterator(CAPTIONS, trainer)
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]][:num_merges]
+def spelled_merges() -> list[tuple[str, str]]:
+    """BPE merges that spell the words of `CAPTIONS` left to right, `</w>` at word ends as CLIP has it."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in " ".join(CAPTIONS).replace(",", "").split():
+        left = word[0]
+        for letter in [*word[1:-1], *(word[-1] + "</w>" for _ in word[1:2])]:
+            merges[left, letter] = None
+            left += letter
+    return list(merges)
 
 
 def vocabulary(merges: list[tuple[str, str]], begin: str, end: str) -> dict[str, int]:
@@ -41,27 +41,27 @@ def vocabulary(merges: list[tuple[str, str]], begin: str, end: str) -> dict[str,
     return {token: row for row, token in enumerate(tokens)}
 
 
-def sharpen(model: nn.Module, seed: int) -> None:
-    """Random weights of a size at which scores differ between pictures, as trained ones do."""
+def randomize(model: nn.Module, seed: int) -> None:
+    """Random weights, of a size at which scores differ between pictures as trained ones do."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 1.5 * fan_in**-0.5
-        elif name.endswith("bias"):
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = 1.5 * noise * parameter[0].numel() ** -0.5
+        elif parameter.ndim == 1 and not bool((parameter == 1).all()):
+            parameter.data = 0.1 * noise
 
 
 def save_pickscore(folder: Path, *, size: int = SIZE, eos_token_id: int | None = None) -> CLIPModel:
     """Write a small PickScore folder; `eos_token_id=2` writes the old mistake of released configs."""
-    merges = train_merges()
+    merges = spelled_merges()
     vocab = vocabulary(merges, "<|startoftext|>", "<|endoftext|>")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": eos_token_id or len(vocab) - 1}
     text = tower | {"vocab_size": len(vocab), "max_position_embeddings": CONTEXT, "hidden_act": "gelu"} | ids
     vision = tower | {"image_size": size, "patch_size": 8, "hidden_act": "gelu"}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    sharpen(model, 0)
+    randomize(model, 0)
     model.save_pretrained(folder)
     CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
     crop = {"height": size, "width": size}
@@ -79,7 +79,7 @@ def open_clip_config(vocab_size: int, size: int = SIZE) -> dict[str, object]:
 def save_hpsv2(folder: Path) -> CLIP:
     """Write a small HPSv2 folder in open_clip's hub layout, with a vocabulary of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = train_merges()
+    merges = spelled_merges()
     text = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])
     (folder / "bpe_simple_vocab.txt.gz").write_bytes(gzip.compress(text.encode()))
     tokenizer = SimpleTokenizer(bpe_path=str(folder / "bpe_simple_vocab.txt.gz"))
@@ -88,6 +88,6 @@ def save_hpsv2(folder: Path) -> CLIP:
     document = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
     model = CLIP(**config)
-    sharpen(model, 1)
+    randomize(model, 1)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model.eval()

@@ -129,14 +129,22 @@ def _load_folder(folder: Path, _revision: str | None) -> tuple[CLIP, PixelFormat
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         model_config, preprocessing = config["model_cfg"], config["preprocess_cfg"]
-        size = model_config["vision_cfg"]["image_size"]
+        pixel_format = PixelFormat(
+            model_config["vision_cfg"]["image_size"],
+            tuple(preprocessing["mean"]),
+            tuple(preprocessing["std"]),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} isn't an open_clip config: {error!r}") from error
-    expected = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "size": size}
+    expected = {
+        "resize_mode": "longest",
+        "interpolation": "bicubic",
+        "fill_color": 0,
+        "size": pixel_format.size,
+    }
     got = {key: preprocessing.get(key, value) for key, value in expected.items()}
     if got != expected:
         raise ValueError(f"expected HPSv2's preprocess_cfg {expected} in {folder / CONFIG_FILE}, got {got}")
-    pixel_format = PixelFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
     return _build(model_config, load_file(folder / WEIGHTS_FILE), str(folder)), pixel_format
 
 
