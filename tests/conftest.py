@@ -14,7 +14,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = ("fox", "red", "blue", "background", "clock")
 
@@ -29,8 +36,8 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with single characters and the merges that spell WORDS, 16 tokens long."""
+def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
+    """A CLIP tokenizer with single characters and the merges that spell WORDS."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = ["<|startoftext|>", "<|endoftext|>", "!", *characters, *(c + "</w>" for c in characters)]
     merges = []
@@ -41,19 +48,19 @@ def tiny_tokenizer() -> CLIPTokenizer:
             left = "".join(merges[-1])
             tokens.append(left)
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=16)
+    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=length)
 
 
-def tiny_text_encoder(seed: int) -> CLIPTextModelWithProjection:
-    """A two-layer CLIP text tower of width 32."""
+def tiny_text_encoder(seed: int, width: int = 32, tokens: int = 16) -> CLIPTextModelWithProjection:
+    """A two-layer CLIP text tower."""
     config = CLIPTextConfig(
         vocab_size=256,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
-        projection_dim=32,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=tokens,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -61,15 +68,27 @@ def tiny_text_encoder(seed: int) -> CLIPTextModelWithProjection:
     return randomize(CLIPTextModelWithProjection(config), seed)
 
 
-def tiny_vae() -> AutoencoderKL:
-    """A VAE of 8 latent channels and 4 pixels per latent position."""
+def tiny_t5(width: int, seed: int = 4) -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """A one-layer T5 encoder of `width` channels and its tokenizer."""
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((c, -3.0) for c in "▁" + string.ascii_lowercase),
+    ]
+    config = T5Config(vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return randomize(T5EncoderModel(config), seed), T5TokenizerFast(vocab=vocab, extra_ids=0)
+
+
+def tiny_vae(latent_channels: int = 8) -> AutoencoderKL:
+    """A VAE of 4 pixels per latent position."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=8,
+        latent_channels=latent_channels,
         sample_size=64,
         scaling_factor=0.8,
         shift_factor=0.1,
@@ -79,8 +98,8 @@ def tiny_vae() -> AutoencoderKL:
     return randomize(vae, 3)
 
 
-def tiny_pipeline() -> StableDiffusion3Pipeline:
-    """A pipeline of the real classes with random weights: 64 x 64 pixels, no T5."""
+def tiny_pipeline(*, t5: bool = False) -> StableDiffusion3Pipeline:
+    """A pipeline of the real classes with random weights: 64 x 64 pixels."""
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -95,6 +114,7 @@ def tiny_pipeline() -> StableDiffusion3Pipeline:
         pos_embed_max_size=16,
         qk_norm="rms_norm",
     )
+    text_encoder_3, tokenizer_3 = tiny_t5(64) if t5 else (None, None)
     return StableDiffusion3Pipeline(
         transformer=randomize(transformer, 0),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -103,8 +123,8 @@ def tiny_pipeline() -> StableDiffusion3Pipeline:
         tokenizer=tiny_tokenizer(),
         text_encoder_2=tiny_text_encoder(2),
         tokenizer_2=tiny_tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )
 
 

@@ -95,9 +95,7 @@ class Pretrained:
     def _remedy(self, error: OSError) -> str:
         reason = f"cannot load the model {self.path}: {str(error).strip().splitlines()[0]}\n"
         if Path(self.path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
-            return (
-                reason + "Expected a folder written by StableDiffusion3Pipeline.save_pretrained, or a hub id."
-            )
+            return reason + "Pass a folder in the layout of StableDiffusion3Pipeline, or a hub id owner/name."
         revision = f" --revision {self.revision}" if self.revision else ""
         return reason + (
             f"If it is gated, accept its licence at https://huggingface.co/{self.path} and run "
