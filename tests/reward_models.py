@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -91,3 +91,27 @@ def save_hpsv2(folder: Path) -> CLIP:
     randomize(model, 1)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model.eval()
+
+
+def edit_weights(file: Path, *, drop: str = "", add: str = "", resize: str = "") -> None:
+    """Rewrite a safetensors file with one key missing, one too many, or one of another shape."""
+    weights = load_file(file)
+    if drop:
+        del weights[drop]
+    if add:
+        weights[add] = torch.arange(4)
+    if resize:
+        weights[resize] = weights[resize][..., :-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    """Change values of a JSON file; `a__b` is key b of the object a."""
+    document = json.loads(file.read_text())
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        place = document
+        for parent in parents:
+            place = place[parent]
+        place[key] = value
+    file.write_text(json.dumps(document))

@@ -120,6 +120,11 @@ def test_half_precision_towers_score_in_float32(load: Load) -> None:
     assert not torch.equal(scores, full)
 
 
+def test_scale_keeps_its_precision_in_half_precision_towers(tmp_path: Path) -> None:
+    scale = save_pickscore(tmp_path).logit_scale.exp().item()
+    assert PickScore.from_pretrained(tmp_path, dtype=torch.bfloat16).scale == scale
+
+
 def test_weights_are_frozen(load: Load) -> None:
     reward = load()
     reward(random_images(1, 40, 40).requires_grad_(), CAPTIONS[:1]).sum().backward()

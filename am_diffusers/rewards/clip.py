@@ -56,17 +56,20 @@ class ClipReward(ABC):
 
     Args:
         model: both towers; frozen, set to evaluation and moved in place.
+        scale: what the cosine is multiplied with.
         options: how it runs.
 
     Attributes:
+        scale: what the cosine is multiplied with.
         options: how it runs.
         truncated_prompts: number of different prompts seen that were longer than the text tower reads.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, model: nn.Module, options: ClipOptions) -> None:
+    def __init__(self, model: nn.Module, *, scale: float, options: ClipOptions) -> None:
         model.requires_grad_(False).eval().to(device=options.device, dtype=options.dtype)
+        self.scale = scale
         self.options = options
         self.truncated_prompts = 0
         self._text_cache: dict[str, Tensor] = {}
@@ -97,10 +100,6 @@ class ClipReward(ABC):
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text features before normalisation, (B, D); prompts truncated as the official scorer does."""
 
-    @abstractmethod
-    def _scale(self) -> float:
-        """What the cosine is multiplied with."""
-
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of `images` (B, 3, H, W) in [0, 1] for their B `prompts`.
 
@@ -109,7 +108,7 @@ class ClipReward(ABC):
         """
         check_images(images)
         check_prompts(prompts, len(images))
-        return self._scale() * (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return self.scale * (self.image_features(images) * self.text_features(prompts)).sum(-1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class HPSv2(ClipReward):
                 f"expected a vocabulary of {model.vocab_size} tokens, got {tokenizer.vocab_size}:"
                 f" {VOCABULARY_FILE} of another model, or a line break at its end?"
             )
-        super().__init__(model, options or ClipOptions())
+        super().__init__(model, scale=1.0, options=options or ClipOptions())
         self._clip = model
         self._tokenizer = tokenizer
         self._format = pixel_format
@@ -117,35 +118,34 @@ class HPSv2(ClipReward):
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         return self._clip.encode_text(self._tokenizer(list(prompts)).to(self.options.device))
 
-    def _scale(self) -> float:
-        return 1.0
-
 
 def _load_folder(folder: Path, _revision: str | None) -> tuple[CLIP, PixelFormat]:
     """Model and preprocessing of a folder as open_clip writes it for the hub."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{', '.join(missing)} not found in {folder}; for the released model {DOWNLOAD}")
+    model_config, pixel_format = _read_config(folder / CONFIG_FILE)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        weights = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}; {DOWNLOAD}") from error
+    return _build(model_config, weights, str(folder)), pixel_format
+
+
+def _read_config(file: Path) -> tuple[dict[str, Any], PixelFormat]:
+    """`model_cfg` and preprocessing of an open_clip_config.json, once that is known to be HPSv2's."""
+    try:
+        config = json.loads(file.read_text())
         model_config, preprocessing = config["model_cfg"], config["preprocess_cfg"]
-        pixel_format = PixelFormat(
-            model_config["vision_cfg"]["image_size"],
-            tuple(preprocessing["mean"]),
-            tuple(preprocessing["std"]),
-        )
+        size = model_config["vision_cfg"]["image_size"]
+        pixel_format = PixelFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} isn't an open_clip config: {error!r}") from error
-    expected = {
-        "resize_mode": "longest",
-        "interpolation": "bicubic",
-        "fill_color": 0,
-        "size": pixel_format.size,
-    }
+        raise ValueError(f"{file} isn't an open_clip config: {error!r}") from error
+    expected = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "size": size}
     got = {key: preprocessing.get(key, value) for key, value in expected.items()}
     if got != expected:
-        raise ValueError(f"expected HPSv2's preprocess_cfg {expected} in {folder / CONFIG_FILE}, got {got}")
-    return _build(model_config, load_file(folder / WEIGHTS_FILE), str(folder)), pixel_format
+        raise ValueError(f"expected HPSv2's preprocess_cfg {expected} in {file}, got {got}")
+    return model_config, pixel_format
 
 
 def _load_released(path: Path, revision: str | None) -> tuple[CLIP, PixelFormat]:

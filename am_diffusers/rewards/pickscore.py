@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
@@ -49,7 +50,8 @@ class PickScore(ClipReward):
         self._format = _pixel_format(image_processor, model.config)
         text_config: Any = model.config.text_config
         _check_tokenizer(tokenizer, text_config)
-        super().__init__(model, options or ClipOptions())
+        # Before the model is cast: bfloat16 would change exp(4.6) by a percent.
+        super().__init__(model, scale=model.logit_scale.exp().item(), options=options or ClipOptions())
         self._clip = model
         self._tokenizer = tokenizer
         self._context_length = text_config.max_position_embeddings
@@ -116,9 +118,6 @@ class PickScore(ClipReward):
         output: Any = self._clip.get_text_features(tokens["input_ids"], tokens["attention_mask"])
         return output.pooler_output
 
-    def _scale(self) -> float:
-        return self._clip.logit_scale.exp().item()
-
 
 def _load_processor(path: str | Path) -> tuple[CLIPTokenizer, CLIPImageProcessorPil]:
     try:
@@ -149,6 +148,8 @@ def _load_model(path: str, revision: str | None) -> CLIPModel:
         model, info = load(path, revision=revision, **options)
     except OSError as error:
         raise ValueError(f"PickScore's model.safetensors not found at {path!r}: {DOWNLOAD}") from error
+    except SafetensorError as error:
+        raise ValueError(f"PickScore's weights in {path} are damaged ({error}): {DOWNLOAD}") from error
     except RuntimeError as error:  # transformers' way of saying that shapes differ from the config
         raise ValueError(f"the weights in {path} don't fit its config.json: {error}") from error
     check_keys(path, info["missing_keys"], set(info["unexpected_keys"]) - OLD_BUFFERS)
