@@ -20,11 +20,13 @@ class RewardConfig:
     Attributes:
         name: which reward, a key of `am_diffusers.rewards.REWARDS`, e.g. pickscore or hpsv2.
         model: folder, file, `asset:` path or hub id of its weights; null = the released checkpoint.
-        weight: factor of this reward in the trained sum, in 1 / its own units (unused in evaluation).
+        revision: branch, tag or commit of a hub model; null = its main branch.
+        weight: factor of this reward in the trained sum, in 1 / its own units; scores are reported without.
     """
 
     name: str
     model: str | None = None
+    revision: str | None = None
     weight: float = 1.0
 
 
@@ -42,9 +44,10 @@ class ModelConfig:
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
         lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
         mixed_precision: dtype of the frozen transformer (no = float32); LoRA, VAE and rewards stay float32.
-        gradient_checkpointing: recompute transformer activations in backward passes to save memory.
-        cache_prompt_embeddings: encode all prompts before training and free the text encoders (false
-            keeps the encoders and encodes each batch: for prompt sets whose embeddings fill the memory).
+        gradient_checkpointing: recompute activations of transformer, VAE and reward towers in backward
+            passes to save memory.
+        free_text_encoders: encode all prompts before training and free the text encoders' memory; false
+            keeps the encoders and encodes each prompt when it comes up.
     """
 
     pretrained_model_name_or_path: str
@@ -53,11 +56,11 @@ class ModelConfig:
     resolution: int = 512
     max_sequence_length: int = 256
     rank: int = 32
-    lora_alpha: float = 64.0
+    lora_alpha: int = 64
     lora_layers: list[str] | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    cache_prompt_embeddings: bool = True
+    free_text_encoders: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,26 +88,29 @@ class MethodConfig:
         rewards: the trained rewards; their weighted sum is maximised.
         method: fine-tuning method, a key of `am_diffusers.methods.METHODS`.
         num_inference_steps: denoising steps K of a training rollout, at least 2.
-        transitions: stochastic table of the rollout, a key of `am_diffusers.transitions.TRANSITIONS`.
+        transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
         pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
         adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
         reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
-        loss_steps: denoising steps with a matching loss an iteration: all, or a number (the last quarter
-            of that number's choice always, the others at random).
-        mask_quantile: quantile in (0, 1] of sqrt(residual) above which rows are left out; 1 = keep all.
-        sigma_jitter: share in [0, 1) of a step by which interior sigmas move from iteration to iteration.
+        loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1 (half of them
+            the last ones with noise, the others drawn at random).
+        mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
+            out of the loss; null = keep all.
+        sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
         rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off (grounded).
     """
 
     rewards: list[RewardConfig]
     method: str = "adjoint_matching"
     num_inference_steps: int = 20
-    transitions: str = "memoryless_local_linear"
+    transitions: Literal["memoryless_local_linear", "memoryless_euler", "ancestral"] = (
+        "memoryless_local_linear"
+    )
     pairing: Literal["right", "left", "trapezoid"] = "right"
     adjoint: Literal["lean", "full"] = "lean"
     reward_scale: float = 1.0
     loss_steps: int | Literal["all"] = "all"
-    mask_quantile: float = 0.9
+    mask_quantile: float | None = 0.9
     sigma_jitter: float = 0.0
     rollout_guidance_scale: float = 1.0
 
@@ -149,7 +155,8 @@ class EvaluationConfig:
     """Grids and held-out evaluation (ODE sampling, the same noise for base and tuned).
 
     Attributes:
-        validation_prompts: prompts of the base-vs-tuned grids; empty = the first four evaluation prompts.
+        validation_prompts: prompts of the base-vs-tuned grids; empty = the first four evaluation (else
+            training) prompts.
         num_validation_images: pictures a prompt in the grids, each with its own fixed noise.
         validation_steps: iterations between two grids.
         eval_prompts: held-out prompts, a source like `train_prompts`; null = no evaluation at the end.

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-IN_BAR = ("loss", "reward", "path_kl", "adjoint_norm")
-
 
 class MetricsLog:
     """Writes one line an iteration; on processes other than the main one it does nothing.
@@ -16,6 +14,7 @@ class MetricsLog:
         path: the metrics.jsonl to write; an earlier file is replaced.
         total: iterations of the run, for the progress bar.
         enabled: whether this process is the one that writes.
+        bar: metrics in the progress bar, by the label they have there.
         track: also receives (metrics, iteration), e.g. `accelerator.log`.
     """
 
@@ -25,8 +24,10 @@ class MetricsLog:
         *,
         total: int,
         enabled: bool = True,
+        bar: Mapping[str, str] | None = None,
         track: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
+        self._in_bar = bar or {}
         self._file = path.open("w", encoding="utf-8") if enabled else None
         self._track = track
         self._bar = tqdm(total=total, desc="iterations", disable=not enabled, dynamic_ncols=True)
@@ -39,7 +40,9 @@ class MetricsLog:
         self._file.flush()
         if self._track is not None:
             self._track(dict(metrics), iteration)
-        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in IN_BAR if name in metrics})
+        self._bar.set_postfix(
+            {label: f"{metrics[name]:.3g}" for label, name in self._in_bar.items() if name in metrics}
+        )
         self._bar.update()
 
     def close(self) -> None:

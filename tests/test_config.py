@@ -5,7 +5,8 @@ import pytest
 from diffusers.optimization import SchedulerType
 
 from am_diffusers.command_line import FIELDS, SECTIONS, asset_path, parse_config, to_yaml
-from am_diffusers.config import Config, LrSchedule, RewardConfig
+from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
+from am_diffusers.transitions import TRANSITIONS
 
 MINIMAL = """
 pretrained_model_name_or_path: asset:tiny_sd3
@@ -26,7 +27,7 @@ def test_command_line_wins_over_yaml_wins_over_defaults(minimal, tmp_path):
     (tmp_path / "more.yaml").write_text("learning_rate: 1e-5\nrank: 4\n")
     config = parse_config([*minimal, "--config", str(tmp_path / "more.yaml"), "--rank", "8"])
     assert (config.optimizer.learning_rate, config.model.rank, config.run.seed) == (1e-5, 8, 0)
-    assert config.method.rewards == [RewardConfig("pickscore", "asset:tiny_pickscore", 1.0)]
+    assert config.method.rewards == [RewardConfig("pickscore", "asset:tiny_pickscore")]
 
 
 def test_resolved_yaml_reads_back_to_the_same_config(minimal, tmp_path):
@@ -51,8 +52,9 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--learning_rate", "fast"], "learning_rate"),
         (["--pairing", "up"], "pairing"),
         (["--num_inference_steps", "1"], "--num_inference_steps must be at least 2"),
-        (["--mask_quantile", "0"], r"--mask_quantile must be in \(0, 1\]"),
+        (["--mask_quantile", "0"], r"--mask_quantile must be in \(0, 1\)"),
         (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
+        (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
         (["--lr_warmup_steps", "5"], "constant_with_warmup"),
         (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
@@ -85,6 +87,11 @@ def test_every_field_has_a_sentence_and_a_name_of_its_own():
 
 def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():
     assert set(typing.get_args(LrSchedule)) == {s.value for s in SchedulerType} - {"piecewise_constant"}
+
+
+def test_every_stochastic_table_can_be_chosen():
+    choices = typing.get_args(typing.get_type_hints(MethodConfig)["transitions"])
+    assert set(choices) == set(TRANSITIONS) - {"ode_euler"}
 
 
 def test_unknown_asset_is_an_error():

@@ -1,0 +1,205 @@
+"""Config to objects. This file, plan.py (checks) and load.py (weights) are the only ones that see both."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from am_diffusers.command_line import to_yaml
+from am_diffusers.config import Config, OptimizerConfig
+from am_diffusers.grids import GridWriter
+from am_diffusers.load import encoder, guided, latent_spec, load_model, load_reward
+from am_diffusers.methods import Method
+from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
+from am_diffusers.methods.base import Gather
+from am_diffusers.metrics import MetricsLog
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.plan import Plan
+from am_diffusers.rewards import ClipReward, Reward, WeightedRewards
+from am_diffusers.run import HeldOut, Run
+from am_diffusers.samples import Sampler
+from am_diffusers.scoring import Scorer, official
+from am_diffusers.trainer import Trainer, TrainOptions, TrainState
+from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas, ode_euler
+from am_diffusers.velocity import GuidedField
+
+TRACKER_PROJECT = "am_diffusers"
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Processes and device of a run, and its tracker."""
+    log_with = None if config.run.report_to == "none" else config.run.report_to
+    return Accelerator(log_with=log_with, project_dir=Path(config.run.output_dir) / config.run.logging_dir)
+
+
+def build(plan: Plan, accelerator: Accelerator) -> Run:
+    """Load the models and put a run together; writes the resolved config beside its outputs.
+
+    Raises:
+        ValueError: a model or reward cannot be loaded; the message says what to do.
+    """
+    config, folder = plan.config, Path(plan.config.run.output_dir)
+    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
+    if accelerator.is_main_process:
+        (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+    trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
+    held_out = [load_reward(reward, config, accelerator.device) for reward in plan.held_out]
+    model = load_model(plan, accelerator.device)
+    side = config.model.resolution
+    check_cond = encoder(config, model, 1.0)(plan.validation_prompts[:1])
+    return Run(
+        trainer=make_trainer(plan, model, trained, accelerator),
+        save_lora=partial(model.save_lora, folder),
+        verify_lora=lambda file: model.verify_lora(file, check_cond, side, side),
+        held_out=make_held_out(plan, model, trained, held_out) if plan.eval_prompts else None,
+        accelerator=accelerator,
+        folder=folder,
+    )
+
+
+def adjoint_matching(config: Config, model: SD3, reward: Reward, gather: Gather) -> Method:
+    """Adjoint Matching of a model on a reward of its decoded pictures."""
+    options = config.method
+    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
+
+    def jittered(shared: torch.Generator) -> Transitions:
+        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
+
+    def reward_of_latents(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        return reward(model.decode(latents), prompts)
+
+    scale = options.rollout_guidance_scale
+    return AdjointMatching(
+        model.policy,
+        model.base,
+        reward_of_latents,
+        jittered if options.sigma_jitter else table(sigmas),
+        latents=latent_spec(config, model),
+        settings=AdjointMatchingSettings(
+            reward_scale=options.reward_scale,
+            pairing=options.pairing,
+            adjoint=options.adjoint,
+            steps=options.loss_steps,
+            mask_quantile=options.mask_quantile,
+            collect_batch_size=config.optimizer.rollout_micro_batch_size,
+            reward_batch_size=config.optimizer.reward_micro_batch_size,
+        ),
+        rollout_policy=None if scale == 1 else GuidedField(model.policy, scale),
+        gather=gather,
+    )
+
+
+METHOD_BUILDERS: dict[str, Callable[[Config, SD3, Reward, Gather], Method]] = {
+    "adjoint_matching": adjoint_matching,
+}
+
+
+def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator: Accelerator) -> Trainer:
+    """The training loop with its log and its grids."""
+    config = plan.config
+
+    def gather(values: Tensor) -> Tensor:
+        return accelerator.gather(values)  # pyright: ignore[reportReturnType]
+
+    reward = WeightedRewards(rewards, [reward.weight for reward in config.method.rewards])
+    optimizer = config.optimizer
+    return Trainer(
+        METHOD_BUILDERS[config.method.method](config, model, reward, gather),
+        make_state(optimizer, model.lora_parameters()),
+        TrainOptions(
+            seed=config.run.seed,
+            train_batch_size=optimizer.train_batch_size,
+            max_train_steps=optimizer.max_train_steps,
+            loss_micro_batch_size=optimizer.loss_micro_batch_size,
+            max_grad_norm=optimizer.max_grad_norm,
+            validation_steps=config.evaluation.validation_steps,
+        ),
+        prompts=plan.train_prompts,
+        encode=encoder(config, model, config.method.rollout_guidance_scale),
+        accelerator=accelerator,
+        log=make_log(config, accelerator),
+        show=make_grids(plan, model) if accelerator.is_main_process else lambda iteration: None,
+    )
+
+
+def make_state(options: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> TrainState:
+    """AdamW over the parameters and its schedule, a function of the iteration."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
+    lr_schedule = get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
+    return TrainState(parameters, optimizer, lr_schedule)
+
+
+def make_log(config: Config, accelerator: Accelerator) -> MetricsLog:
+    """metrics.jsonl, the progress bar and the tracker, on the main process."""
+    accelerator.init_trackers(TRACKER_PROJECT)
+    return MetricsLog(
+        Path(config.run.output_dir) / "metrics.jsonl",
+        total=config.optimizer.max_train_steps,
+        enabled=accelerator.is_main_process,
+        bar={
+            "loss": "loss",
+            "reward": "reward",
+            "path KL": "path_kl",
+            "adjoint": f"adjoint_norm/{config.method.num_inference_steps:02d}",
+        },
+        track=accelerator.log,
+    )
+
+
+def make_sampler(config: Config, model: SD3) -> Sampler:
+    """The ODE sampler of grids and evaluation."""
+    evaluation = config.evaluation
+    return Sampler(
+        transitions=ode_euler(model.ode_sigmas(evaluation.eval_inference_steps)),
+        encode=encoder(config, model, evaluation.eval_guidance_scale),
+        decode=model.decode,
+        latents=latent_spec(config, model),
+        seed=config.run.seed,
+        batch_size=evaluation.eval_batch_size,
+    )
+
+
+def make_grids(plan: Plan, model: SD3) -> GridWriter:
+    """The base-vs-tuned grids."""
+    config = plan.config
+    scale = config.evaluation.eval_guidance_scale
+    return GridWriter(
+        make_sampler(config, model),
+        base=guided(model.base, scale),
+        tuned=guided(model.policy, scale),
+        prompts=plan.validation_prompts,
+        images_per_prompt=config.evaluation.num_validation_images,
+        folder=Path(config.run.output_dir) / "samples",
+    )
+
+
+def make_held_out(plan: Plan, model: SD3, trained: Sequence[Reward], held_out: Sequence[Reward]) -> HeldOut:
+    """The evaluation at the end: published preprocessing, diversity by the first held-out image features."""
+    config = plan.config
+    rewards = [official(reward) for reward in [*trained, *held_out]]
+    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ClipReward)]
+    scale = config.evaluation.eval_guidance_scale
+    scorer = Scorer(
+        make_sampler(config, model),
+        base=guided(model.base, scale),
+        tuned=guided(model.policy, scale),
+        rewards=rewards,
+        features=with_features[0] if with_features else None,
+    )
+    roles = {reward.name: "trained" if i < len(trained) else "held-out" for i, reward in enumerate(rewards)}
+    return HeldOut(scorer, plan.eval_prompts, config.evaluation.eval_images_per_prompt, roles)

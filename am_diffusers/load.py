@@ -1,0 +1,82 @@
+"""Config to models and rewards: weights onto the device, prompts encoded, a fresh LoRA attached."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from am_diffusers.command_line import asset_path
+from am_diffusers.config import Config, RewardConfig
+from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.plan import Plan
+from am_diffusers.rewards import REWARDS, ClipReward, Reward
+from am_diffusers.rollout import LatentSpec
+from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+ENCODE_CHUNK = 64
+
+
+def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
+    """A reward in the mode it is trained in."""
+    kind = REWARDS[reward.name]
+    if not issubclass(kind, ClipReward):
+        return kind()
+    if reward.model is None:
+        raise ValueError(f"reward {reward.name} needs a model; `make_plan` fills in the released one")
+    return kind.from_pretrained(
+        asset_path(reward.model),
+        revision=reward.revision,
+        device=device,
+        batch_size=config.optimizer.reward_micro_batch_size,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def load_model(plan: Plan, device: torch.device) -> SD3:
+    """The model with a fresh LoRA; all prompts of the run encoded when the text encoders are freed."""
+    config = plan.config
+    options = config.model
+    model = SD3.from_pretrained(
+        asset_path(options.pretrained_model_name_or_path),
+        weight_dtype=DTYPES[options.mixed_precision],
+        revision=options.revision,
+        variant=options.variant,
+        device=device,
+    )
+    if options.free_text_encoders:
+        texts = [*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts]
+        guidance = max(config.method.rollout_guidance_scale, config.evaluation.eval_guidance_scale)
+        for start in range(0, len(texts), ENCODE_CHUNK):
+            encoder(config, model, guidance)(texts[start : start + ENCODE_CHUNK])
+        model.free_text_encoders()
+    model.attach_lora(
+        rank=options.rank,
+        lora_alpha=options.lora_alpha,
+        layers=DEFAULT_LORA_LAYERS if options.lora_layers is None else options.lora_layers,
+        seed=config.run.seed,
+    )
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def encoder(config: Config, model: SD3, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
+    """Prompts to conditioning, with the empty negative prompt where guidance needs it."""
+    return partial(
+        model.encode_prompts,
+        max_sequence_length=config.model.max_sequence_length,
+        negative_prompt=None if guidance_scale == 1 else "",
+    )
+
+
+def guided(field: VelocityField, guidance_scale: float) -> VelocityField:
+    """The field with classifier-free guidance; 1.0 = the field itself."""
+    return field if guidance_scale == 1 else GuidedField(field, guidance_scale)
+
+
+def latent_spec(config: Config, model: SD3) -> LatentSpec:
+    """Shape and device of one latent."""
+    side = config.model.resolution
+    return LatentSpec(model.latent_shape(side, side), model.device)

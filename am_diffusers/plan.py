@@ -1,0 +1,203 @@
+"""What a run will do, and everything that can be wrong with it before a model is loaded."""
+
+import difflib
+import re
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from am_diffusers.command_line import asset_path, to_yaml
+from am_diffusers.config import Config, MethodConfig, RewardConfig
+from am_diffusers.methods import METHODS
+from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.prompts import load_prompts, prompt_rows
+from am_diffusers.rewards import REWARDS, ClipReward
+
+RELEASED = {"pickscore": "yuvalkirstain/PickScore_v1", "hpsv2": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+"""Where the released weights of a reward are on the hub."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked config with its prompts.
+
+    Attributes:
+        config: as given, with left-out reward weights and held-out rewards filled in.
+        num_processes: processes of the run.
+        train_prompts: all training prompts.
+        eval_prompts: held-out prompts; empty = no evaluation.
+        validation_prompts: prompts of the grids.
+    """
+
+    config: Config
+    num_processes: int
+    train_prompts: list[str]
+    eval_prompts: list[str]
+    validation_prompts: list[str]
+
+    @property
+    def held_out(self) -> list[RewardConfig]:
+        """Rewards that are evaluated and not trained; none without evaluation prompts."""
+        return self.config.evaluation.eval_rewards or []
+
+    def used_train_prompts(self) -> list[str]:
+        """The training prompts that the run's iterations take, without repetition."""
+        size, steps = self.config.optimizer.train_batch_size, self.config.optimizer.max_train_steps
+        total, seed = len(self.train_prompts), self.config.run.seed
+        if size * steps >= total:
+            return list(dict.fromkeys(self.train_prompts))
+        rows = (row for step in range(steps) for row in prompt_rows(seed, step, size, total))
+        return list(dict.fromkeys(self.train_prompts[row] for row in rows))
+
+    def describe(self) -> str:
+        """The resolved config as YAML, and what follows from it as comments."""
+        optimizer, evaluation = self.config.optimizer, self.config.evaluation
+        samples = optimizer.train_batch_size
+        epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
+        share = samples // self.num_processes
+        calls = network_calls(self.config.method)
+        images = evaluation.eval_images_per_prompt * len(self.eval_prompts)
+        lines = [
+            f"samples an iteration: {samples} = {self.num_processes} processes x {share}",
+            f"iterations: {optimizer.max_train_steps}",
+            f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
+            *(f"transformer calls a sample, {name}: {count}" for name, count in calls.items() if count),
+            f"grids: {len(self.validation_prompts)} prompts x {evaluation.num_validation_images} images",
+            f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
+        ]
+        return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
+
+
+def make_plan(config: Config, num_processes: int) -> Plan:
+    """Check a config against files and processes, and read its prompts; no weights are read.
+
+    Raises:
+        ValueError: what is wrong and what to do about it.
+    """
+    if config.optimizer.train_batch_size % num_processes:
+        raise ValueError(
+            f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
+            f"must be a multiple of their number, {num_processes}"
+        )
+    config = _resolve(config)
+    _check_method(config)
+    model = config.model
+    path = asset_path(model.pretrained_model_name_or_path)
+    source = Pretrained(path, model.revision, model.variant)
+    source.check(model.resolution, model.resolution)
+    train, evaluation = _prompts(config)
+    validation = config.evaluation.validation_prompts or (evaluation or train)[:4]
+    if not config.run.dry_run:
+        _check_writable(Path(config.run.output_dir))
+    return Plan(config, num_processes, train, evaluation, validation)
+
+
+def network_calls(method: MethodConfig) -> dict[str, float]:
+    """Transformer calls of one sample in an iteration, by kind, before masking.
+
+    Guidance counts two calls for each.
+    """
+    steps, guided = method.num_inference_steps, method.rollout_guidance_scale != 1
+    trained = steps - 1 if method.loss_steps == "all" else method.loss_steps
+    return {
+        "policy, rollout": (steps - 1) * (2 if guided else 1),
+        "policy, residuals for the mask": trained if guided else 0,
+        "base, forward and backward": steps - 1,
+        "policy, forward and backward for the full adjoint": steps - 2 if method.adjoint == "full" else 0,
+        "base, forward if step 0 is trained": 1,
+        "policy, forward and backward of the loss": trained,
+    }
+
+
+def _resolve(config: Config) -> Config:
+    """Released weights and held-out rewards where the config leaves them out."""
+    evaluation = config.evaluation
+    trained = [_resolve_reward(reward) for reward in config.method.rewards]
+    held_out = evaluation.eval_rewards
+    if evaluation.eval_prompts is None:
+        if held_out:
+            raise ValueError("--eval_rewards without --eval_prompts: nothing would be evaluated")
+        held_out = []
+    elif held_out is None:
+        held_out = [RewardConfig(_other_reward([reward.name for reward in trained]))]
+    return replace(
+        config,
+        method=replace(config.method, rewards=trained),
+        evaluation=replace(evaluation, eval_rewards=[_resolve_reward(reward) for reward in held_out]),
+    )
+
+
+def _other_reward(trained: Collection[str]) -> str:
+    for name in ("hpsv2", "pickscore"):
+        if name not in trained:
+            return name
+    raise ValueError("pickscore and hpsv2 are both trained: name a held-out reward in --eval_rewards")
+
+
+def _resolve_reward(reward: RewardConfig) -> RewardConfig:
+    kind = REWARDS.get(reward.name)
+    if kind is None:
+        raise ValueError(f"rewards: unknown reward {_nearest(reward.name, REWARDS)}")
+    if not issubclass(kind, ClipReward):
+        if reward.model or reward.revision:
+            raise ValueError(f"rewards: {reward.name} has no weights: leave out model and revision")
+        return reward
+    model = reward.model or RELEASED[reward.name]
+    if not Path(asset_path(model)).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", model):
+        raise ValueError(f"rewards: {reward.name}: no such file or folder: {model}")
+    return replace(reward, model=model)
+
+
+def _check_method(config: Config) -> None:
+    method = METHODS.get(config.method.method)
+    if method is None:
+        raise ValueError(f"--method: unknown method {_nearest(config.method.method, METHODS)}")
+    trained = [reward.name for reward in config.method.rewards]
+    names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
+    # A CLIP reward is differentiable in the mode it is trained in; the others say it on the class.
+    blocked = [name for name in trained if REWARDS[name].differentiable is False]
+    if method.needs_reward_gradient and blocked:
+        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
+        raise ValueError(
+            f"reward {blocked[0]} is not differentiable and {config.method.method} needs its gradient: use "
+            f"one of {', '.join(usable)}"
+        )
+
+
+def _prompts(config: Config) -> tuple[list[str], list[str]]:
+    """Training and evaluation prompts."""
+    train, evaluation = config.prompts, config.evaluation
+    training = load_prompts(
+        asset_path(train.train_prompts),
+        column=train.train_prompts_column,
+        split=train.train_prompts_split,
+        limit=train.max_train_prompts,
+    )
+    if evaluation.eval_prompts is None:
+        return training, []
+    held_out = load_prompts(
+        asset_path(evaluation.eval_prompts),
+        column=evaluation.eval_prompts_column,
+        split=evaluation.eval_prompts_split,
+        limit=evaluation.max_eval_prompts,
+    )
+    if len(held_out) < 2:
+        raise ValueError(f"{evaluation.eval_prompts}: intervals over prompts need at least 2 prompts, got 1")
+    return training, held_out
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: cannot write there: {error}") from error
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"{name!r}: did you mean {close[0]!r}? (known: {', '.join(sorted(known))})"

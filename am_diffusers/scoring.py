@@ -1,0 +1,61 @@
+"""Scores of pairs of pictures, base and tuned from the same noise, for `evaluation.summarise`."""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from am_diffusers.evaluation import PairScore
+from am_diffusers.rewards import ClipReward, Reward
+from am_diffusers.samples import Picture, Sampler
+from am_diffusers.velocity import VelocityField
+
+
+def official(reward: Reward) -> Reward:
+    """The same reward with the published preprocessing; it shares the weights."""
+    if not isinstance(reward, ClipReward):
+        return reward
+    published = copy(reward)
+    published.options = replace(reward.options, mode="official")
+    return published
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Makes and scores pairs.
+
+    Attributes:
+        sampler: makes the pictures, `sampler.batch_size` at a time.
+        base: field before fine-tuning.
+        tuned: field after fine-tuning, with the same guidance as `base`.
+        rewards: scores to take, each under a name of its own.
+        features: reward whose image features are kept, for diversity; None = none.
+    """
+
+    sampler: Sampler
+    base: VelocityField
+    tuned: VelocityField
+    rewards: Sequence[Reward]
+    features: ClipReward | None
+
+    @torch.no_grad()
+    def pairs(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
+        """Scores of the pictures `which` of `prompts`, in that order."""
+        scored: list[PairScore] = []
+        for start in range(0, len(which), self.sampler.batch_size):
+            scored.extend(self._batch(prompts, which[start : start + self.sampler.batch_size]))
+        return scored
+
+    def _batch(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
+        images = torch.stack([self.sampler.pictures(f, prompts, which) for f in (self.base, self.tuned)], 1)
+        texts = [prompts[picture.prompt] for picture in which for _ in range(2)]
+        scores = {r.name: r(images.flatten(0, 1), texts).view(-1, 2).tolist() for r in self.rewards}
+        features = [None] * len(which)
+        if self.features is not None:
+            flat = self.features.image_features(images.flatten(0, 1))
+            features = list(flat.view(len(which), 2, -1).double().cpu().numpy())
+        return [
+            PairScore(*picture, {name: tuple(score[row]) for name, score in scores.items()}, features[row])
+            for row, picture in enumerate(which)
+        ]

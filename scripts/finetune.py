@@ -1,0 +1,42 @@
+"""Fine-tune a Stable Diffusion 3 pipeline on learned rewards.
+
+    accelerate launch scripts/finetune.py --config configs/tiny_sd3.yaml [--flag value ...]
+
+Plain `python scripts/finetune.py` works as well. `--help` lists every flag, `--dry_run` prints the plan.
+Two processes on a CPU: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`, as
+`accelerate launch --cpu --num_processes 2` starts a single one (huggingface/accelerate issue 2741).
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+from am_diffusers.build import build, make_accelerator
+from am_diffusers.command_line import parse_config
+from am_diffusers.plan import make_plan
+
+
+def main() -> None:
+    try:
+        config = parse_config(sys.argv[1:])
+        accelerator = make_accelerator(config)
+        plan = make_plan(config, accelerator.num_processes)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if config.run.dry_run:
+        accelerator.print(plan.describe())
+        return
+    processes, folder = accelerator.num_processes, Path(config.run.output_dir)
+    accelerator.print(f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}")
+    try:
+        evaluation = build(plan, accelerator).execute()
+    except ValueError as error:
+        (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
+        sys.exit(f"error: {error}\n(details: {folder / 'error.txt'})")
+    accelerator.print(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}")
+    for line in evaluation.headline() if evaluation else []:
+        accelerator.print(line)
+
+
+if __name__ == "__main__":
+    main()
