@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import CallableField, Conditioning, Cotangent, VelocityField
 
 
@@ -89,6 +90,16 @@ def affine(field: VelocityField, sigma: float) -> tuple[float, float]:
     with torch.no_grad():
         at_0, at_1 = field(x, x.new_full((2,), sigma), unconditional(2))[:, 0].tolist()
     return at_1 - at_0, at_0
+
+
+def chain_moments(table: Transitions, law: Mixture) -> tuple[float, float]:
+    """Factor of x_0 in x_K and variance of x_K given x_0, for 1-D Gaussian data and the base."""
+    gain, variance = 1.0, 0.0
+    for k in range(table.num_steps):
+        slope, _ = affine(law.field(), table.sigmas[k].item())
+        factor = (table.x_coef[k] + table.v_coef[k] * slope).item()
+        gain, variance = factor * gain, factor**2 * variance + table.std[k].item() ** 2
+    return gain, variance
 
 
 @dataclass

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from oracles import THREE_MODES, affine, float64, gaussian
+from oracles import THREE_MODES, chain_moments, float64, gaussian
 from scipy.integrate import solve_ivp
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -22,16 +22,6 @@ from am_diffusers.transitions import (
 
 STOCHASTIC = [memoryless_euler, memoryless_local_linear, ancestral]
 GRIDS = [uniform_sigmas(6), shifted_sigmas(9, 3.0), float64(1, 0.93, 0.5, 0.31, 0.3, 0.1, 0)]
-
-
-def chain_moments(table: Transitions, law) -> tuple[float, float]:
-    """Factor of x_0 in x_K and variance of x_K given x_0, for 1-D Gaussian data and the base."""
-    gain, variance = 1.0, 0.0
-    for k in range(table.num_steps):
-        slope, _ = affine(law.field(), table.sigmas[k].item())
-        factor = (table.x_coef[k] + table.v_coef[k] * slope).item()
-        gain, variance = factor * gain, factor**2 * variance + table.std[k].item() ** 2
-    return gain, variance
 
 
 def start_end_correlation(table: Transitions, law) -> float:
