@@ -160,17 +160,20 @@ def test_load_lora_applies_its_scale(model: SD3, tiny_sd3_dir: Path, tmp_path: P
 
 
 def test_a_loaded_lora_saves_at_the_strength_it_has(model: SD3, tiny_sd3_dir: Path, tmp_path: Path) -> None:
-    first = load_file(trained(model).save_lora(tmp_path / "first"))
-    # Layers of different ranks, as other trainers write them.
-    key = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
-    first[key.format("A")], first[key.format("B")] = first[key.format("A")][:2], first[key.format("B")][:, :2]
-    rewrite(
-        tmp_path / "first/pytorch_lora_weights.safetensors",
-        {k: v.contiguous() for k, v in first.items()},
-        keep_metadata=False,
-    )
+    """A file of another trainer: ranks and alphas differ by layer, nothing is folded."""
+    file = trained(model).save_lora(tmp_path / "first")
+    layer = "transformer_blocks.0.attn.to_q"
+    state, a, b = load_file(file), *(f"transformer.{layer}.lora_{part}.weight" for part in "AB")
+    state |= {a: state[a][:2].contiguous(), b: state[b][:, :2].contiguous()}
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    patterns = {"rank_pattern": {layer: 2}, "alpha_pattern": {layer: 6, layer.replace("0", "1"): 12}}
+    metadata |= {"transformer.lora_alpha": 8} | {f"transformer.{k}": v for k, v in patterns.items()}
+    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
     other = SD3.from_pretrained(str(tiny_sd3_dir))
-    other.load_lora(tmp_path / "first", scale=0.5)
+    other.load_lora(file, scale=0.5)
+    scalings = {layer.scaling["default"] for layer in lora.lora_layers(other.transformer).values()}
+    assert scalings == {1.0, 1.5}
     expected = picture(other.pipeline())
     other.save_lora(tmp_path / "second")
     pipe = plain_pipeline(tiny_sd3_dir)
@@ -236,6 +239,7 @@ def test_verify_refuses_an_export_without_effect(model: SD3, tmp_path: Path) -> 
         model.verify_lora(model.save_lora(tmp_path), cond, 64, 64)
 
 
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("edit", [{"lora_B": 0.5}, {"lora_B": 1.1}, {"1.attn.to_q": None}])
 def test_verify_refuses_an_export_of_another_effect(
@@ -254,6 +258,13 @@ def test_verify_refuses_an_export_of_another_effect(
     rewrite(file, state)
     with pytest.raises(ValueError, match="reloaded, it differs from the trained model"):
         model.verify_lora(file, cond, 64, 64)
+
+
+def test_verify_refuses_a_base_model_that_changed(model: SD3, tmp_path: Path) -> None:
+    trained(model).transformer.proj_out.weight.data += 0.01
+    cond = model.encode_prompts(["a fox"], max_sequence_length=8)
+    with pytest.raises(ValueError, match=r"weights by 0.0e\+00, velocity by"):
+        model.verify_lora(model.save_lora(tmp_path), cond, 64, 64)
 
 
 def test_verify_needs_to_know_the_base_model(tiny_sd3_dir: Path, tmp_path: Path) -> None:

@@ -131,10 +131,8 @@ class SD3:
         if cond.embeddings is None or cond.pooled is None:
             raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
         dtype, device = self.weight_dtype, self.device
-        # Autocast lets the float32 LoRA compute in bfloat16 too. Its cache would hand weights that were
-        # cast without gradients in a rollout to a later training pass, so it is off.
-        mixed = dtype == torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
+        # Under autocast the float32 LoRA computes in bfloat16 too.
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = module(
                 hidden_states=x.to(device, dtype),
                 timestep=1000 * sigma.to(device),
