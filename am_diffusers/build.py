@@ -46,9 +46,10 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     if accelerator.is_main_process:
         (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+    # The model first: once its text encoders are freed there is room for the rewards.
+    model = load_model(plan, accelerator.device)
     trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
     held_out = [load_reward(reward, config, accelerator.device) for reward in plan.held_out]
-    model = load_model(plan, accelerator.device)
     side = config.model.resolution
     check_cond = encoder(config, model, 1.0)(plan.validation_prompts[:1])
     return Run(

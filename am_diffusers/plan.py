@@ -144,7 +144,7 @@ def _resolve_reward(reward: RewardConfig) -> RewardConfig:
             raise ValueError(f"rewards: {reward.name} has no weights: leave out model and revision")
         return reward
     model = reward.model or RELEASED[reward.name]
-    if not Path(asset_path(model)).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", model):
+    if not Path(asset_path(model)).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", model):
         raise ValueError(f"rewards: {reward.name}: no such file or folder: {model}")
     return replace(reward, model=model)
 

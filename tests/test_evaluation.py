@@ -2,9 +2,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageFont
+from reward_models import save_pickscore
 from scipy import stats
 
 from am_diffusers.evaluation import PairScore, bootstrap, diversity, pairwise_distance, reward_gain, summarise
+from am_diffusers.grids import GridWriter, comparison_grid, shorten, to_pil
+from am_diffusers.rewards import Brightness, PickScore
+from am_diffusers.rollout import LatentSpec
+from am_diffusers.samples import Picture, Sampler, pictures_of
+from am_diffusers.scoring import Scorer, official
+from am_diffusers.transitions import ode_euler, uniform_sigmas
+from am_diffusers.velocity import CallableField, Conditioning
 
 RNG = np.random.default_rng
 
@@ -81,3 +91,154 @@ def test_headline_names_reward_interval_and_diversity():
     ]
     assert all("[" in line for line in lines)
     assert len(summarise(make_pairs(), {"a": "trained"}, None).headline()) == 1
+
+
+# From here on: pictures, pairs and grids of analytic fields.
+
+PROMPTS = ["dark", "bright", "a third prompt"]
+
+
+def encode(prompts):
+    levels = torch.tensor([[len(prompt) / 10] for prompt in prompts])
+    return Conditioning(tuple(prompts), pooled=levels)
+
+
+def field(shift):
+    """Straight to 0.5 + `shift`, plus a little of the prompt and of the noise that `shift` doesn't change."""
+
+    def velocity(x, sigma, cond):
+        level = sigma.view(-1, 1, 1, 1)
+        middle = 0.5 + shift + 0.02 * cond.pooled.view(-1, 1, 1, 1)
+        noise = (x - (1 - level) * middle) / level
+        return (x - middle - 0.05 * noise.tanh()) / level
+
+    return CallableField(velocity)
+
+
+def make_sampler(batch_size=4, seed=3):
+    return Sampler(
+        ode_euler(uniform_sigmas(5)),
+        encode=encode,
+        decode=lambda latents: latents.clamp(0, 1),
+        latents=LatentSpec((3, 40, 40)),
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def test_pictures_do_not_depend_on_the_batch_they_are_made_in():
+    which = pictures_of(3, 3)
+    reference = make_sampler(9).pictures(field(0.0), PROMPTS, which)
+    for batch_size in (1, 2, 4):
+        torch.testing.assert_close(make_sampler(batch_size).pictures(field(0.0), PROMPTS, which), reference)
+    some = [Picture(2, 1), Picture(0, 2)]
+    torch.testing.assert_close(make_sampler().pictures(field(0.0), PROMPTS, some), reference[[7, 2]])
+
+
+def test_every_picture_has_noise_of_its_own_that_is_a_function_of_the_seed():
+    def seeds(seed):
+        return [make_sampler(seed=seed).generator(picture).initial_seed() for picture in pictures_of(3, 3)]
+
+    assert len({*seeds(3), *seeds(4)}) == 18
+    assert seeds(3) == seeds(3)
+
+
+def make_scorer(batch_size, rewards, features=None, shift=0.1):
+    return Scorer(make_sampler(batch_size), field(0.0), field(shift), rewards, features)
+
+
+def test_pairs_are_scored_for_their_prompt_whatever_the_batch(tmp_path):
+    save_pickscore(tmp_path)
+    pick = PickScore.from_pretrained(tmp_path)
+    which = pictures_of(3, 2)
+    reference = make_scorer(6, [pick, Brightness()], pick).pairs(PROMPTS, which)
+    again = make_scorer(4, [pick, Brightness()], pick).pairs(PROMPTS, which)
+    assert [(pair.prompt, pair.image) for pair in reference] == which
+    sampler = make_sampler()
+    for pair, other in zip(reference, again, strict=True):
+        assert other.scores["pickscore"] == pytest.approx(pair.scores["pickscore"], rel=1e-4)
+        one = [Picture(pair.prompt, pair.image)]
+        for place, shift in enumerate((0.0, 0.1)):
+            picture = sampler.pictures(field(shift), PROMPTS, one)
+            expected = pick(picture, [PROMPTS[pair.prompt]]).item()
+            assert pair.scores["pickscore"][place] == pytest.approx(expected, rel=1e-4)
+            assert pair.scores["brightness"][place] == pytest.approx(picture.mean().item(), rel=1e-5)
+            assert pair.features is not None
+            np.testing.assert_allclose(pair.features[place], pick.image_features(picture)[0], atol=1e-5)
+
+
+def test_evaluation_of_a_known_shift_end_to_end():
+    """Pictures brighter by 0.1 everywhere: the gain is 0.1 in standard deviations of the base."""
+    pairs = make_scorer(5, [Brightness()]).pairs(PROMPTS, pictures_of(3, 4))
+    gain = summarise(pairs, {"brightness": "trained"}, None).rewards["brightness"]
+    assert gain.gain.value * gain.base_sd == pytest.approx(0.1, abs=1e-5)
+    assert gain.gain.low * gain.base_sd == pytest.approx(0.1, abs=1e-5)
+
+
+def test_official_mode_shares_weights_and_leaves_the_reward_as_it_is(tmp_path):
+    save_pickscore(tmp_path)
+    pick = PickScore.from_pretrained(tmp_path)
+    published = official(pick)
+    assert pick.differentiable
+    assert not published.differentiable
+    images = torch.rand(2, 3, 40, 40)
+    expected = PickScore.from_pretrained(tmp_path, mode="official")(images, ["a", "b"])
+    torch.testing.assert_close(published(images, ["a", "b"]), expected)
+    brightness = Brightness()
+    assert official(brightness) is brightness
+
+
+def cell(grid, row, column):
+    """A 40-pixel picture of a grid, drawn at three times the size, as integers."""
+    top, left = 16 + 6 + row * (16 + 120 + 6) + 16, 6 + column * (120 + 6)
+    return np.asarray(grid)[top : top + 120 : 3, left : left + 120 : 3].astype(int)
+
+
+def test_grid_has_base_beside_tuned_of_the_same_noise():
+    base, tuned = torch.rand(6, 3, 40, 40), torch.rand(6, 3, 40, 40)
+    grid = comparison_grid(PROMPTS, base, tuned)
+    assert grid.size == (4 * 126 + 6, 16 + 6 + 3 * 142)
+    for row in range(3):
+        for image in range(2):
+            for place, pictures in enumerate((base, tuned)):
+                expected = np.asarray(to_pil(pictures[2 * row + image])).astype(int)
+                assert np.array_equal(cell(grid, row, 2 * image + place), expected)
+
+
+def test_grid_names_its_columns_and_rows():
+    """Text is where it should be: dark pixels on white above columns and rows, none in the margins."""
+    white = torch.ones(2, 3, 40, 40)
+    grid = np.asarray(comparison_grid(["a prompt"], white, white).convert("L"))
+    assert (grid[:16, 6:60] < 100).any()
+    assert (grid[:16, 132:190] < 100).any()
+    assert (grid[22:38, 6:126] < 100).any()
+    assert (grid[38:] > 250).all()
+    other = np.asarray(comparison_grid(["another"], white, white).convert("L"))
+    assert not np.array_equal(grid[22:38], other[22:38])
+
+
+def test_long_prompts_are_cut_to_the_width():
+    font = ImageFont.load_default(size=12)
+    assert shorten("short", font, 500) == "short"
+    cut = shorten("word " * 100, font, 200)
+    assert cut.endswith("...")
+    assert font.getlength(cut) <= 200
+
+
+def test_grid_writer_makes_the_base_pictures_once(tmp_path):
+    calls = []
+    base = CallableField(lambda x, sigma, cond: calls.append(0) or field(0.0)(x, sigma, cond))
+    shift = [0.0]
+    tuned = CallableField(lambda x, sigma, cond: field(shift[0])(x, sigma, cond))
+    writer = GridWriter(make_sampler(16), base, tuned, PROMPTS, 2, tmp_path / "samples")
+    writer(0)
+    shift[0] = 0.2
+    writer(50)
+    assert len(calls) == 5
+    first, later = (Image.open(tmp_path / f"samples/iteration-{i:06d}.png") for i in (0, 50))
+    assert np.array_equal(cell(first, 1, 0), cell(first, 1, 1))
+    assert np.array_equal(cell(first, 1, 0), cell(later, 1, 0))
+    assert (cell(later, 1, 1) - cell(later, 1, 0)).mean() == pytest.approx(51, abs=0.1)
+    listed = json.loads((tmp_path / "samples/pictures.json").read_text())
+    assert listed["prompts"] == PROMPTS
+    assert [(p["prompt"], p["image"]) for p in listed["pictures"]] == pictures_of(3, 2)

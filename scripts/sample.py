@@ -1,0 +1,86 @@
+"""Render prompts with a Stable Diffusion 3 pipeline and an optional LoRA: plain Diffusers, one PNG a picture.
+
+For example `python scripts/sample.py --model asset:tiny_sd3 --lora outputs/tiny_sd3 --resolution 64
+--max_sequence_length 8 --prompts "a red apple" "a green frog" --output pictures`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import make_image_grid
+
+from am_diffusers.command_line import asset_path
+from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.prompts import load_prompts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main() -> None:
+    options = parse()
+    try:
+        prompts = options.prompts or load_prompts(asset_path(options.prompt_file))
+        pipe = load(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for row, prompt in enumerate(prompts):
+        seeds = range(options.seed, options.seed + options.num_images)
+        made = pipe(
+            prompt,
+            num_images_per_prompt=options.num_images,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            height=options.resolution,
+            width=options.resolution,
+            max_sequence_length=options.max_sequence_length,
+        ).images
+        for seed, picture in zip(seeds, made, strict=True):
+            picture.save(options.output / f"{row:04d}-seed{seed}.png")
+        pictures.extend(made)
+    make_image_grid(pictures, len(prompts), options.num_images).save(options.output / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png: {options.output.resolve()}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Render prompts with an SD3 pipeline and an optional LoRA.")
+    parser.add_argument("--model", required=True, help="pipeline: folder, asset: path or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument("--variant", help="weight file variant, e.g. fp16")
+    parser.add_argument("--lora", type=Path, help="folder or safetensors file of a LoRA; none = the base")
+    parser.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA; 0 = the base")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", nargs="+", help="one or more prompts")
+    source.add_argument("--prompt_file", help="txt, json, jsonl, csv, tsv or parquet (column prompt)")
+    parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder of the PNGs")
+    parser.add_argument("--num_images", type=int, default=1, help="pictures a prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first picture; then seed + 1")
+    parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="guidance; 1.0 = off")
+    parser.add_argument("--resolution", type=int, default=512, help="side of the pictures in pixels")
+    parser.add_argument("--max_sequence_length", type=int, default=256, help="T5 tokens, as in training")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (VAE: float32)")
+    return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> StableDiffusion3Pipeline:
+    """The pipeline with its LoRA, on the GPU if there is one."""
+    source = Pretrained(asset_path(options.model), options.revision, options.variant)
+    source.check(options.resolution, options.resolution)
+    pipe = source.load(DTYPES[options.dtype])
+    if options.lora is not None:
+        file = options.lora / "pytorch_lora_weights.safetensors" if options.lora.is_dir() else options.lora
+        if not file.is_file():
+            raise ValueError(f"--lora {options.lora}: there is no file {file}")
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        pipe.set_adapters(pipe.get_active_adapters(), options.lora_scale)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()
