@@ -93,6 +93,14 @@ def test_hpsv2_never_unpickles_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("document", [{"model": {}}, [1.0]])
+def test_hpsv2_refuses_checkpoints_without_a_state_dict(tmp_path: Path, document: object) -> None:
+    file = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save(document, file)
+    with pytest.raises(ValueError, match="isn't a released HPSv2 checkpoint"):
+        HPSv2.from_pretrained(file)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"<html>not found</html>", pickle.dumps([1], protocol=2), b"\x80\x02}."]
 )

@@ -135,9 +135,13 @@ def test_weights_are_frozen(load: Load) -> None:
 def test_prompts_are_encoded_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     reward, encoded = load(batch_size=2), []
     encode = reward._encode_prompts
-    monkeypatch.setattr(
-        reward, "_encode_prompts", lambda prompts: (encoded.extend(prompts), encode(prompts))[1]
-    )
+
+    def watched(prompts: list[str]) -> Tensor:
+        assert not torch.is_grad_enabled()
+        encoded.extend(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(reward, "_encode_prompts", watched)
     for prompts in (CAPTIONS[:3], CAPTIONS[::-1], [CAPTIONS[0]] * 5):
         features = reward.text_features(prompts)
     assert sorted(encoded) == sorted(CAPTIONS)
@@ -170,8 +174,17 @@ def test_long_prompts_are_cut_counted_and_logged_once(load: Load, caplog: pytest
     assert not torch.allclose(features[0], features[3])
 
 
+def test_a_prompt_that_just_fits_is_not_cut(load: Load) -> None:
+    reward = load()
+    reward.text_features(["a " * (reward.context_length - 2)])
+    assert reward.truncated_prompts == 0
+    reward.text_features(["a " * (reward.context_length - 1)])
+    assert reward.truncated_prompts == 1
+
+
 BAD_IMAGES = {
     "one image": (torch.rand(3, 8, 8), r"\(B, 3, H, W\).*\(3, 8, 8\)"),
+    "three dimensions": (torch.rand(2, 3, 8), r"\(B, 3, H, W\).*\(2, 3, 8\)"),
     "channels last": (torch.rand(2, 8, 8, 3), r"\(B, 3, H, W\)"),
     "bytes": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating-point"),
     "empty": (torch.zeros(2, 3, 0, 8), r"\(B, 3, H, W\)"),

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
 from am_diffusers.rewards import HPSv2, PickScore
 from am_diffusers.rewards.preprocess import longest_edge_pad, shortest_edge_crop
 
-SHAPES = [(SIZE, SIZE), (48, 64), (83, 45), (128, 128), (20, 27)]  # as is, landscape, odd portrait, down, up
+SHAPES = [(SIZE, SIZE), (48, 64), (77, 45), (128, 128), (20, 26)]  # as is, landscape, odd portrait, down, up
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

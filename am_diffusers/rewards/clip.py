@@ -126,8 +126,7 @@ class ClipReward(ABC):
         check_prompts(prompts, len(prompts))
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
         size = self.options.batch_size or max(1, len(new))
-        # Not inference tensors even inside inference_mode: autograd would refuse the cached ones later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for start in range(0, len(new), size):
                 chunk = new[start : start + size]
                 self._text_cache.update(zip(chunk, _normalise(self._encode_prompts(chunk)), strict=True))

@@ -153,7 +153,7 @@ def _load_released(path: Path, revision: str | None) -> tuple[CLIP, PixelFormat]
     file = path if path.is_file() else _download(path, revision)
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except (UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"{path} isn't a released HPSv2 checkpoint: {error!r}; {DOWNLOAD}") from error
     config = open_clip.get_model_config(RELEASED_ARCHITECTURE)
     assert config is not None, "open_clip ships ViT-H-14"
