@@ -40,10 +40,11 @@ STAGES: dict[str, tuple[Stage, int]] = {
 
 def main() -> None:
     """Run the named stages in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pretrain"))
-    parser.add_argument("--steps", type=int, help="optimizer steps of the stages instead of the published number")
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of the published number")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -8,7 +8,7 @@ from .data import FULL, NO_BACKGROUND, NO_STYLE, Labels, PictureSet
 
 
 def hard_batch(data: PictureSet, number: int, generator: torch.Generator) -> Labels:
-    """Labels of which half come in fours that share the concept, so that style and background must be read."""
+    """Labels of which half come in fours that share the concept: style and background must be read."""
     labels = data.draw(number, generator)
     concept = labels.concept.clone()
     concept[: number // 2] = concept[: number // 2].view(-1, 4)[:, :1].expand(-1, 4).flatten()
@@ -22,7 +22,9 @@ def draw_captions(data: PictureSet, labels: Labels, generator: torch.Generator) 
     """A caption for each label, some without style or background, and the template of each."""
     chances = torch.tensor([0.7, 0.15, 0.15])
     templates = torch.multinomial(chances, len(labels), replacement=True, generator=generator)
-    rows = zip(*(c.tolist() for c in (labels.concept, labels.style, labels.background, templates)), strict=True)
+    rows = zip(
+        *(c.tolist() for c in (labels.concept, labels.style, labels.background, templates)), strict=True
+    )
     return [data.caption(*row) for row in rows], templates
 
 

@@ -77,4 +77,11 @@ def wrong_style(data: PictureSet, labels: Labels, generator: torch.Generator) ->
 
 
 PICKSCORE: tuple[Corruption, ...] = (blurred, noisy, faded, wrong_background, wrong_concept)
-HPSV2: tuple[Corruption, ...] = (pixelated, recoloured, shuffled, wrong_style, wrong_background, wrong_concept)
+HPSV2: tuple[Corruption, ...] = (
+    pixelated,
+    recoloured,
+    shuffled,
+    wrong_style,
+    wrong_background,
+    wrong_concept,
+)

@@ -60,7 +60,11 @@ class Labels:
 
     def same(self, other: "Labels") -> Tensor:
         """(B, B') mask of equal (concept, style, background)."""
-        pairs = ((self.concept, other.concept), (self.style, other.style), (self.background, other.background))
+        pairs = (
+            (self.concept, other.concept),
+            (self.style, other.style),
+            (self.background, other.background),
+        )
         return torch.stack([a[:, None] == b[None] for a, b in pairs]).all(0)
 
 
@@ -104,7 +108,7 @@ class PictureSet:
         return [self.caption(*row, template) for row in columns]
 
     def foreground(self, labels: Labels, generator: torch.Generator) -> Tensor:
-        """Premultiplied RGBA (B, 4, 64, 64): scaled by .74-.94, shifted inside the frame, mirrored half the time."""
+        """Premultiplied RGBA (B, 4, 64, 64): scaled by .74-.94, shifted in the frame, half mirrored."""
         number = len(labels)
         scale = 0.74 + 0.2 * torch.rand(number, generator=generator)
         shift = (2 * torch.rand(number, 2, generator=generator) - 1) * (1 - scale[:, None])

@@ -37,7 +37,7 @@ class Ema:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant, then linear to 5 % over the last quarter: resuming with more steps is safe."""
+    """Warm-up over 100 steps, constant, then linear to 5 % over the last quarter."""
     cooldown = max(1, steps // 4)
     return peak * min(1.0, (step + 1) / 100) * max(0.05, min(1.0, (steps - step) / cooldown))
 
@@ -56,7 +56,9 @@ def train(
 
     `loss_of_step(step)` derives its randomness from the step alone, so a killed run loses at most 5 minutes.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=peak_rate, weight_decay=weight_decay, betas=(0.9, 0.99)
+    )
     ema, first = Ema(module), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -77,7 +79,13 @@ def train(
         last = step + 1 == steps
         if time.time() - shown > 30 or last:
             shown = time.time()
-            row = {"step": step + 1, "time": round(shown), "loss": loss.item(), "norm": norm.item(), **metrics}
+            row = {
+                "step": step + 1,
+                "time": round(shown),
+                "loss": loss.item(),
+                "norm": norm.item(),
+                **metrics,
+            }
             print(json.dumps(row), file=log, flush=True)
         if time.time() - saved > 300 or last:
             saved = time.time()

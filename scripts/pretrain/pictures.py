@@ -24,14 +24,16 @@ PACKAGES = {
 }
 STYLES = ("3d", "cartoon", "flat")
 
-CONCEPTS = """red apple|green apple|banana|lemon|grapes|watermelon|pineapple|strawberry|cherries|pear|tomato|carrot|
-eggplant|avocado|broccoli|ear of corn|cucumber|hot pepper|mushroom|bread|croissant|pretzel|cheese wedge|hamburger|
-pizza|hot dog|taco|egg|french fries|doughnut|cookie|birthday cake|cupcake|lollipop|ice cream|popcorn|teapot|
-hot beverage|wine glass|beer mug|fox|wolf|lion|panda|koala|pig|frog|rabbit|bear|monkey face|elephant|giraffe|zebra|
-hedgehog|bat|penguin|owl|duck|flamingo|rooster|eagle|turtle|snake|crocodile|whale|dolphin|tropical fish|shark|
-octopus|crab|snail|butterfly|honeybee|lady beetle|spider|rose|sunflower|tulip|cactus|palm tree|evergreen tree|
-maple leaf|rocket|airplane|helicopter|bus|ambulance|police car|taxi|tractor|locomotive|bicycle|sailboat|house|castle|
-soccer ball|basketball|guitar|alarm clock|umbrella|fire|snowman|star|crown|key|balloon|light bulb|hammer"""
+CONCEPTS = """red apple|green apple|banana|lemon|grapes|watermelon|pineapple|strawberry|cherries|pear|tomato|
+carrot|eggplant|avocado|broccoli|ear of corn|cucumber|hot pepper|mushroom|bread|croissant|pretzel|
+cheese wedge|hamburger|pizza|hot dog|taco|egg|french fries|doughnut|cookie|birthday cake|cupcake|
+lollipop|ice cream|popcorn|teapot|hot beverage|wine glass|beer mug|fox|wolf|lion|panda|koala|pig|
+frog|rabbit|bear|monkey face|elephant|giraffe|zebra|hedgehog|bat|penguin|owl|duck|flamingo|rooster|
+eagle|turtle|snake|crocodile|whale|dolphin|tropical fish|shark|octopus|crab|snail|butterfly|
+honeybee|lady beetle|spider|rose|sunflower|tulip|cactus|palm tree|evergreen tree|maple leaf|rocket|
+airplane|helicopter|bus|ambulance|police car|taxi|tractor|locomotive|bicycle|sailboat|house|castle|
+soccer ball|basketball|guitar|alarm clock|umbrella|fire|snowman|star|crown|key|balloon|light bulb|
+hammer"""
 SHORT = {
     "ear of corn": "corn",
     "cheese wedge": "cheese",

@@ -1,5 +1,6 @@
 """Stages `generated`, `pickscore`, `hpsv2`: preferences between pictures for one caption, Bradley-Terry."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,12 +23,14 @@ BAD_STEPS = (3, 6)  # Euler steps of the badly generated pictures
 
 
 @torch.no_grad()
-def generate(transformer, captions: CaptionCache, texts: list[str], steps: int, generator: torch.Generator) -> Tensor:
+def generate(
+    transformer, captions: CaptionCache, texts: list[str], steps: int, generator: torch.Generator
+) -> Tensor:
     """Latents (B, 8, 16, 16) by `steps` unguided Euler steps on a uniform grid."""
     tokens, pooled = captions(texts, SHORT_CONTEXT)
     x = torch.randn(len(texts), 8, 16, 16, generator=generator)
     sigmas = torch.linspace(1, 0, steps + 1)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         with fast_cpu():
             velocity = transformer(
                 hidden_states=x,
@@ -60,7 +63,9 @@ def save_generated(data: PictureSet, folder: Path, number: int) -> None:
 class Pairs:
     """(better, worse, labels) pictures for the same full caption, from corruptions or the generated bank."""
 
-    def __init__(self, data: PictureSet, kinds: tuple[corruptions.Corruption, ...], bank: dict[str, Tensor]) -> None:
+    def __init__(
+        self, data: PictureSet, kinds: tuple[corruptions.Corruption, ...], bank: dict[str, Tensor]
+    ) -> None:
         self.data, self.kinds, self.bank = data, kinds, bank
         self.split = len(bank["pictures"]) * 9 // 10
 
@@ -78,7 +83,7 @@ class Pairs:
 
 
 def train_preferences(data: PictureSet, folder: Path, name: str, steps: int, batch: int = 48) -> None:
-    """Fine-tune the towers of reward `name` on preferences, keeping the contrastive loss, and save the reward."""
+    """Fine-tune the towers of reward `name` on preferences and captions, and save the reward."""
     merges = caption_vocabulary(data)
     tokenizer, towers = clip_tokenizer(merges), new_towers(name, len(clip_tokenizer(merges)))
     towers.load_state_dict(torch.load(folder / f"{name}_towers_ema.pt", weights_only=True))
@@ -101,7 +106,10 @@ def train_preferences(data: PictureSet, folder: Path, name: str, steps: int, bat
         contrast = contrastive_loss(images[:batch], texts[:batch], towers.scale, true)
         liked, disliked = ((part_ * texts[batch:]).sum(-1) for part_ in images[batch:].chunk(2))
         preference = -F.logsigmoid(towers.scale * (liked - disliked)).mean()
-        return contrast + preference, {"contrast": contrast.item(), "accuracy": (liked > disliked).float().mean().item()}
+        return contrast + preference, {
+            "contrast": contrast.item(),
+            "accuracy": (liked > disliked).float().mean().item(),
+        }
 
     with sdpa_kernel(SDPBackend.MATH):
         ema = train(towers, loss_of_step, steps=steps, peak_rate=3e-4, state_file=folder / f"{name}.pt")
@@ -124,5 +132,3 @@ def pair_accuracy(reward, data: PictureSet, folder: Path, name: str, number: int
         captions = data.captions(labels, FULL)
         result[title] = (reward(better, captions) > reward(worse, captions)).float().mean().item()
     return result | {"mean": sum(result.values()) / len(names)}
-
-

@@ -1,4 +1,4 @@
-"""A small byte-pair vocabulary in CLIP's format, learned from the captions, for transformers and open_clip."""
+"""A small byte-pair vocabulary in CLIP's format, learned from the captions, for both libraries."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Stages `pickscore_towers` and `hpsv2_towers`: the two rewards' models, contrastively, before any preference."""
+"""Stages `pickscore_towers` and `hpsv2_towers`: the rewards' models, contrastively, before preferences."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,13 @@ class RewardTowers(nn.Module):
 def open_clip_config(vocab_size: int) -> dict:
     """`model_cfg` of the small HPSv2."""
     vision = {"image_size": 64, "layers": 4, "width": 192, "patch_size": 8, "head_width": 48}
-    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": WIDTH, "heads": 4, "layers": 3}
+    text = {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": vocab_size,
+        "width": WIDTH,
+        "heads": 4,
+        "layers": 3,
+    }
     return {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
 
 
@@ -67,7 +73,7 @@ def new_towers(name: str, vocab_size: int) -> RewardTowers:
 
 
 def own_part(data: PictureSet, name: str) -> PictureSet:
-    """The picture set with a random three quarters of the training combinations, another part for each reward."""
+    """The picture set with three quarters of the training combinations, others for each reward."""
     part = PictureSet.__new__(PictureSet)
     part.__dict__.update(data.__dict__)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SEEDS[name]))
@@ -93,7 +99,9 @@ def train_towers(data: PictureSet, folder: Path, name: str, steps: int, batch: i
         return loss, {"scale": towers.scale.item()}
 
     with sdpa_kernel(SDPBackend.MATH):
-        ema = train(towers, loss_of_step, steps=steps, peak_rate=1e-3, state_file=folder / f"{name}_towers.pt")
+        ema = train(
+            towers, loss_of_step, steps=steps, peak_rate=1e-3, state_file=folder / f"{name}_towers.pt"
+        )
     torch.save(ema.values, folder / f"{name}_towers_ema.pt")
 
 

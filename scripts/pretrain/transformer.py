@@ -54,7 +54,9 @@ class CaptionCache:
         for suffix in ("", "_2"):
             tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
             tower = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}").eval()
-            tokens = tokenizer(sorted(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+            tokens = tokenizer(
+                sorted(texts), padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
             with torch.no_grad():
                 outputs = [tower(chunk, output_hidden_states=True) for chunk in tokens.split(256)]
             hidden.append(torch.cat([out.hidden_states[-2] for out in outputs]))
