@@ -1,10 +1,11 @@
 """Train the embedded pipeline and its rewards from emoji art, stage by stage, each resumable.
 
     python scripts/pretrain_tiny.py pictures vae text transformer --work_dir outputs/pretrain
-    python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 export
+    python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 export measure
 
 Each stage reads what the stages before it left in `work_dir` and takes up to an hour on two cores. `export`
-copies the results into `am_diffusers/assets`. Seeds are fixed; weights depend on the machine's arithmetic.
+copies the results into `am_diffusers/assets`, `measure` writes the figures of the model cards there. Seeds are
+fixed; weights depend on the machine's arithmetic.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from pretrain.data import PictureSet
+from pretrain.export import export
+from pretrain.measure import measure
 from pretrain.pictures import build
 from pretrain.preferences import save_generated, train_preferences
 from pretrain.text import train_text
@@ -35,6 +38,8 @@ STAGES: dict[str, tuple[Stage, int]] = {
     "generated": (lambda folder, number: save_generated(PictureSet(PICTURES), folder, number), 1280),
     "pickscore": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "pickscore", n), 400),
     "hpsv2": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "hpsv2", n), 400),
+    "export": (lambda folder, _: export(PictureSet(PICTURES), folder, ASSETS), 0),
+    "measure": (lambda folder, _: measure(PictureSet(PICTURES), folder, ASSETS), 0),
 }
 
 
