@@ -4,8 +4,8 @@
     python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 export measure
 
 Each stage reads what the stages before it left in `work_dir` and takes up to an hour on two cores. `export`
-copies the results into `am_diffusers/assets`, `measure` writes the figures of the model cards there. Seeds are
-fixed; weights depend on the machine's arithmetic.
+copies the results into `am_diffusers/assets`; `measure` writes the figures of the model cards there. Seeds
+are fixed; weights depend on the machine's arithmetic.
 """
 
 import argparse
