@@ -1,6 +1,6 @@
 """Train the embedded pipeline and its rewards from emoji art, stage by stage, each resumable.
 
-    python scripts/pretrain_tiny.py pictures vae text transformer --work_dir outputs/pretrain
+    python scripts/pretrain_tiny.py pictures vae decoder text transformer --work_dir outputs/pretrain
     python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 export measure
 
 Each stage reads what the stages before it left in `work_dir` and takes up to an hour on two cores. `export`
@@ -21,7 +21,7 @@ from pretrain.preferences import save_generated, train_preferences
 from pretrain.text import train_text
 from pretrain.towers import train_towers
 from pretrain.transformer import train_transformer
-from pretrain.vae import train_vae
+from pretrain.vae import train_decoder, train_vae
 
 ASSETS = Path(__file__).parent.parent / "am_diffusers" / "assets"
 PICTURES = ASSETS / "pictures" / "pictures.parquet"
@@ -31,6 +31,7 @@ Stage = Callable[[Path, int], object]
 STAGES: dict[str, tuple[Stage, int]] = {
     "pictures": (lambda folder, _: build(PICTURES, folder / "npm"), 0),
     "vae": (lambda folder, steps: train_vae(PictureSet(PICTURES), folder, steps), 1700),
+    "decoder": (lambda folder, steps: train_decoder(PictureSet(PICTURES), folder, steps), 1200),
     "text": (lambda folder, steps: train_text(PictureSet(PICTURES), folder, steps), 400),
     "transformer": (lambda folder, steps: train_transformer(PictureSet(PICTURES), folder, steps), 8000),
     "pickscore_towers": (lambda folder, n: train_towers(PictureSet(PICTURES), folder, "pickscore", n), 500),
