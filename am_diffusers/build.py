@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from am_diffusers.command_line import to_yaml
@@ -50,12 +51,10 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
     model = load_model(plan, accelerator.device)
     trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
     held_out = [load_reward(reward, config, accelerator.device) for reward in plan.held_out]
-    side = config.model.resolution
-    check_cond = encoder(config, model, 1.0)(plan.validation_prompts[:1])
     return Run(
         trainer=make_trainer(plan, model, trained, accelerator),
         save_lora=partial(model.save_lora, folder),
-        verify_lora=lambda file: model.verify_lora(file, check_cond, side, side),
+        verify_lora=make_verifier(plan, model),
         held_out=make_held_out(plan, model, trained, held_out) if plan.eval_prompts else None,
         accelerator=accelerator,
         folder=folder,
@@ -187,6 +186,23 @@ def make_grids(plan: Plan, model: SD3) -> GridWriter:
         images_per_prompt=config.evaluation.num_validation_images,
         folder=Path(config.run.output_dir) / "samples",
     )
+
+
+def make_verifier(plan: Plan, model: SD3) -> Callable[[Path], dict[str, float]]:
+    """Compares a written LoRA with the model, at the first validation prompt."""
+    cond = encoder(plan.config, model, 1.0)(plan.validation_prompts[:1])
+    side = plan.config.model.resolution
+
+    def verify(file: Path) -> dict[str, float]:
+        # Diffusers warns that there's no LoRA for the text encoders, which is so on purpose.
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()
+        try:
+            return model.verify_lora(file, cond, side, side)
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
+
+    return verify
 
 
 def make_held_out(plan: Plan, model: SD3, trained: Sequence[Reward], held_out: Sequence[Reward]) -> HeldOut:

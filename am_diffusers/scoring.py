@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
+from tqdm import trange
 
 from am_diffusers.evaluation import PairScore
 from am_diffusers.rewards import ClipReward, Reward
@@ -43,7 +44,7 @@ class Scorer:
     def pairs(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
         """Scores of the pictures `which` of `prompts`, in that order."""
         scored: list[PairScore] = []
-        for start in range(0, len(which), self.sampler.batch_size):
+        for start in trange(0, len(which), self.sampler.batch_size, desc="evaluation", disable=None):
             scored.extend(self._batch(prompts, which[start : start + self.sampler.batch_size]))
         return scored
 

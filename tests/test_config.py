@@ -1,5 +1,7 @@
 import dataclasses
+import re
 import typing
+from pathlib import Path
 
 import pytest
 from diffusers.optimization import SchedulerType
@@ -83,6 +85,15 @@ def test_every_field_has_a_sentence_and_a_name_of_its_own():
     for section in [*SECTIONS.values(), RewardConfig]:
         for field in dataclasses.fields(section):
             assert f"        {field.name}: " in (section.__doc__ or ""), field.name
+
+
+def test_no_flag_is_accepted_and_ignored():
+    """Every field is read where config becomes objects."""
+    root = Path(__file__).parents[1]
+    readers = [root / f"am_diffusers/{name}.py" for name in ("plan", "load", "build")]
+    source = "".join(path.read_text() for path in [*readers, root / "scripts/finetune.py"])
+    fields = [*FIELDS, *(field.name for field in dataclasses.fields(RewardConfig))]
+    assert [name for name in fields if not re.search(rf"\.{name}\b", source)] == []
 
 
 def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():

@@ -83,14 +83,18 @@ def make_trainer(tmp_path, *, broken=None, show=lambda iteration: None, **change
 
 
 def test_an_iteration_is_one_gradient_step_on_the_mean_over_rows(tmp_path):
-    trainer, _, weight = make_trainer(tmp_path)
-    metrics = trainer.iterate()
-    noise = [torch.Generator().manual_seed(seed) for seed in trainer.method.seen[0][1]]
-    latents = torch.stack([torch.randn(3, generator=g) for g in noise])
-    gradient = (-2 * latents * latents.roll(1, 1)).mean(0)
-    torch.testing.assert_close(weight.detach(), -0.1 * gradient)
-    assert metrics["loss"] == pytest.approx(latents.square().sum(1).mean().item())
-    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item())
+    trainer, method, weight = make_trainer(tmp_path)
+    for iteration, learning_rate in enumerate((0.1, 0.05)):
+        before = weight.detach().clone()
+        metrics = trainer.iterate()
+        trainer.state.iteration += 1
+        noise = [torch.Generator().manual_seed(seed) for seed in method.seen[iteration][1]]
+        latents = torch.stack([torch.randn(3, generator=g) for g in noise])
+        errors = latents * before - latents.roll(1, 1)
+        gradient = (2 * latents * errors).mean(0)
+        torch.testing.assert_close(weight.detach(), before - learning_rate * gradient)
+        assert metrics["loss"] == pytest.approx(errors.square().sum(1).mean().item())
+        assert metrics["grad_norm"] == pytest.approx(gradient.norm().item())
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
