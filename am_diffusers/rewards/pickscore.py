@@ -20,7 +20,7 @@ from am_diffusers.rewards.preprocess import PixelFormat, shortest_edge_crop, to_
 
 DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 DOWNLOAD = "run `hf download yuvalkirstain/PickScore_v1` and give that name, or a folder that holds the files"
-# Buffers (0, 1, 2, ...) that transformers < 4.31 saved with the weights; 5.4 still reports them as unexpected.
+# Buffers (0, 1, 2, ...) that transformers < 4.31 saved with the weights; 5.4 still calls them unexpected.
 OLD_BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 
 
