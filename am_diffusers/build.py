@@ -46,7 +46,7 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
     config, folder = plan.config, Path(plan.config.run.output_dir)
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     if accelerator.is_main_process:
-        (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+        start_folder(config, folder)
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
@@ -59,6 +59,19 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         folder=folder,
     )
+
+
+def start_folder(config: Config, folder: Path) -> None:
+    """Write the resolved config and remove an earlier run's results; its LoRA stays until it is replaced."""
+    logs = folder / config.run.logging_dir / TRACKER_PROJECT
+    results = [
+        folder / "evaluation.json",
+        folder / "error.txt",
+        *(folder / "samples").glob("iteration-*.png"),
+    ]
+    for path in [*results, *logs.glob("events.out.tfevents*")]:
+        path.unlink(missing_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
 
 
 def adjoint_matching(config: Config, model: SD3, reward: Reward, gather: Gather) -> Method:

@@ -89,33 +89,39 @@ class BarePasses:
         }
 
 
-def seconds(code: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(code: Callable[[], object]) -> tuple[float, float]:
+    """Wall clock and CPU seconds; the latter don't count what other programs take from a shared machine."""
+    wall, cpu = time.perf_counter(), time.process_time()
     code()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure(trainer: Trainer, bare: BarePasses) -> None:
     """Print the median times of an iteration and of its passes."""
-    iterations: list[float] = []
-    passes: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
     for turn in range(WARM_UP + ROUNDS):
         metrics: dict[str, float] = {}
-        took = seconds(lambda out=metrics: out.update(trainer.iterate()))
+        took = {"iteration": seconds(lambda out=metrics: out.update(trainer.iterate()))}
         trainer.state.iteration += 1
-        times = {n: c * seconds(code) for n, (c, code) in bare.passes(1 - metrics["masked"]).items()}
+        for name, (count, code) in bare.passes(1 - metrics["masked"]).items():
+            wall, cpu = seconds(code) if count else (0.0, 0.0)
+            took[name] = (count * wall, count * cpu)
         if turn >= WARM_UP:
-            iterations.append(took)
-            for name, time_ in times.items():
-                passes.setdefault(name, []).append(time_)
-    medians = {name: statistics.median(times) for name, times in passes.items()}
-    for name, median in medians.items():
-        print(f"{name:<42} {median:8.3f} s")
-    bare_total, iteration = sum(medians.values()), statistics.median(iterations)
-    print(f"{'all bare passes':<42} {bare_total:8.3f} s")
-    print(f"{'iteration':<42} {iteration:8.3f} s = {iteration / bare_total:.3f} x the bare passes")
+            for name, both in took.items():
+                times.setdefault(name, []).append(both)
+    medians = {
+        name: [statistics.median(kind) for kind in zip(*both, strict=True)] for name, both in times.items()
+    }
+    iteration = medians.pop("iteration")
+    medians["all bare passes"] = [sum(kind) for kind in zip(*medians.values(), strict=True)]
+    print(f"{'median of ' + str(ROUNDS):<42} {'wall clock':>12} {'CPU time':>12}")
+    for name, (wall, cpu) in (medians | {"iteration": iteration}).items():
+        print(f"{name:<42} {wall:10.3f} s {cpu:10.3f} s")
+    bare_total = medians["all bare passes"]
+    ratios = [a / b for a, b in zip(iteration, bare_total, strict=True)]
+    print(f"{'iteration / bare passes':<42} {ratios[0]:12.3f} {ratios[1]:12.3f}")
 
 
 def main() -> None:

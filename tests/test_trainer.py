@@ -277,6 +277,18 @@ def test_execute_writes_what_it_announces(tiny_sd3_dir, rewards_dir, tmp_path):
     assert parse_config(["--config", str(out / "config.yaml")]).optimizer.train_batch_size == 4
 
 
+def test_a_new_run_removes_the_results_of_an_earlier_one(tiny_sd3_dir, rewards_dir, tmp_path):
+    samples, logs = tmp_path / "out/samples", tmp_path / "out/logs/am_diffusers"
+    samples.mkdir(parents=True)
+    logs.mkdir(parents=True)
+    own = [tmp_path / "out/evaluation.json", samples / "iteration-000900.png", logs / "events.out.tfevents.1"]
+    others = [tmp_path / "out/notes.txt", samples / "mine.png", logs / "mine"]
+    for path in [*own, *others]:
+        path.write_text("earlier")
+    make_run(tiny_sd3_dir, rewards_dir, tmp_path)
+    assert [path.exists() for path in [*own, *others]] == [False] * 3 + [True] * 3
+
+
 def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewards_dir, tmp_path):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path)
     run.trainer.iterate()
