@@ -80,8 +80,11 @@ def gaussian(mean: float, variance: float, dim: int = 1) -> Mixture:
     return Mixture(float64(1.0), float64(mean).expand(1, dim), float64(variance))
 
 
-THREE_MODES = Mixture(float64(0.5, 0.3, 0.2), torch.tensor([[-1.0, 0.2], [1.0, 0.6], [0.4, -1.0]]).double(),
-                      float64(0.10, 0.06, 0.15))  # fmt: skip
+THREE_MODES = Mixture(
+    float64(0.5, 0.3, 0.2),
+    torch.tensor([[-0.9, 0.2], [0.9, 0.6], [0.3, -0.9]], dtype=torch.float64),
+    float64(0.20, 0.15, 0.25),
+)
 
 
 def affine(field: VelocityField, sigma: float) -> tuple[float, float]:
