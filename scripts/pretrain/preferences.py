@@ -84,7 +84,7 @@ class Pairs:
 
 def train_preferences(data: PictureSet, folder: Path, name: str, steps: int, batch: int = 48) -> None:
     """Fine-tune the towers of reward `name` on preferences and captions, and save the reward."""
-    merges = caption_vocabulary(data)
+    merges = caption_vocabulary(data, folder)
     tokenizer, towers = clip_tokenizer(merges), new_towers(name, len(clip_tokenizer(merges)))
     towers.load_state_dict(torch.load(folder / f"{name}_towers_ema.pt", weights_only=True))
     part = own_part(data, name)

@@ -1,5 +1,7 @@
 """Stage `text`: the pipeline's two CLIP text towers, contrastively, against one shared picture tower."""
 
+import json
+import math
 from pathlib import Path
 
 import torch
@@ -19,10 +21,17 @@ from .tokens import CONTEXT_LENGTH, clip_tokenizer, learn_merges
 WIDTH = 128
 
 
-def caption_vocabulary(data: PictureSet) -> list[tuple[str, str]]:
-    """Merges learned from all captions."""
-    labels = data.labels(torch.arange(len(data.train) + len(data.held_out)))
-    return learn_merges(caption for i in range(len(TEMPLATES) - 1) for caption in data.captions(labels, i))
+def caption_vocabulary(data: PictureSet, folder: Path) -> list[tuple[str, str]]:
+    """Merges learned from the captions of all combinations, kept in `folder` for every later stage.
+
+    The learner breaks ties at random, so learning twice would number the tokens differently.
+    """
+    file = folder / "merges.json"
+    if not file.exists():
+        labels = data.labels(torch.arange(math.prod(data.shape)))
+        captions = (c for i in range(len(TEMPLATES) - 1) for c in data.captions(labels, i))
+        file.write_text(json.dumps(learn_merges(captions)))
+    return [tuple(pair) for pair in json.loads(file.read_text())]
 
 
 def text_config(vocab_size: int, width: int = WIDTH, layers: int = 3) -> CLIPTextConfig:
@@ -69,7 +78,7 @@ class Towers(nn.Module):
 def train_text(data: PictureSet, folder: Path, steps: int, batch: int = 128) -> None:
     """Train and save `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2` below `folder`."""
     torch.manual_seed(0)
-    merges = caption_vocabulary(data)
+    merges = caption_vocabulary(data, folder)
     tokenizer = clip_tokenizer(merges)
     towers = Towers(len(tokenizer))
 

@@ -84,7 +84,7 @@ def own_part(data: PictureSet, name: str) -> PictureSet:
 def train_towers(data: PictureSet, folder: Path, name: str, steps: int, batch: int = 96) -> None:
     """Train the towers of reward `name`; the state stays in `folder` for the preference stage."""
     data = own_part(data, name)
-    tokenizer = clip_tokenizer(caption_vocabulary(data))
+    tokenizer = clip_tokenizer(caption_vocabulary(data, folder))
     towers = new_towers(name, len(tokenizer))
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:

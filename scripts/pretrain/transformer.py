@@ -1,5 +1,6 @@
 """Stage `transformer`: SD3Transformer2DModel on cached latents and cached caption embeddings."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ class CaptionCache:
 
     def __init__(self, data: PictureSet, folder: Path) -> None:
         self.data = data
-        every = data.labels(torch.arange(len(data.train) + len(data.held_out)))
+        every = data.labels(torch.arange(math.prod(data.shape)))
         texts = {c for template in TEMPLATE_CHANCES for c in data.captions(every, template)}
         self.rows = {caption: row for row, caption in enumerate(sorted(texts))}
         hidden, pooled = [], []
