@@ -52,6 +52,17 @@ def test_local_linear_coefficients_solve_the_linear_sde(sigmas):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-8)
 
 
+def test_published_coefficients_in_the_notation_of_the_paper():
+    """X + h (2 v - X / (t + h)) + sqrt(h) sigma(t) xi with sigma(t)^2 = 2 (1 - t + h) / (t + h), v = -velocity."""
+    h, table = 0.1, memoryless_euler(uniform_sigmas(10))
+    torch.manual_seed(0)
+    x, velocity, noise = torch.randn(3, 4, 2, dtype=torch.float64)
+    for k in range(9):
+        t, v = k * h, -velocity
+        expected = x + h * (2 * v - x / (t + h)) + h**0.5 * (2 * (1 - t + h) / (t + h)) ** 0.5 * noise
+        torch.testing.assert_close(table.step(k, x, velocity, noise), expected, rtol=0, atol=1e-12)
+
+
 def test_published_coefficients_are_an_euler_step_of_the_same_sde():
     """One step of a grid refined n-fold tends to drift and diffusion of the SDE at t like 1/n."""
     errors = []

@@ -31,7 +31,8 @@ class AdjointMatchingSettings:
         adjoint: `lean`, or `full` for study (same optimum, more noise, more passes).
         steps: number of steps a sample is trained on: half of them the last ones with noise, the others
             drawn uniformly from the rest (published: K/2, the last 25 % and as many others); or "all".
-        mask_quantile: share of rows kept per step, in (0, 1); None keeps all.
+        mask_quantile: share of rows kept per step, in (0, 1); None keeps all and is the only unbiased
+            choice: on a mixture of three modes .9 reaches 40 % of the tilt's KL, None 92 %.
         mask_decay: of the running quantile, in [0, 1).
         collect_batch_size: samples rolled out and swept back at once; all by default.
         reward_batch_size: samples decoded and differentiated at once; all of those by default.
