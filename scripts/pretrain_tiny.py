@@ -37,8 +37,8 @@ STAGES: dict[str, tuple[Stage, int]] = {
     "pickscore_towers": (lambda folder, n: train_towers(PictureSet(PICTURES), folder, "pickscore", n), 350),
     "hpsv2_towers": (lambda folder, n: train_towers(PictureSet(PICTURES), folder, "hpsv2", n), 350),
     "generated": (lambda folder, number: save_generated(PictureSet(PICTURES), folder, number), 1280),
-    "pickscore": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "pickscore", n), 300),
-    "hpsv2": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "hpsv2", n), 300),
+    "pickscore": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "pickscore", n), 800),
+    "hpsv2": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "hpsv2", n), 800),
     "export": (lambda folder, _: export(PictureSet(PICTURES), folder, ASSETS), 0),
     "measure": (lambda folder, _: measure(PictureSet(PICTURES), folder, ASSETS), 0),
 }
