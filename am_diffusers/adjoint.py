@@ -1,13 +1,13 @@
 """Adjoints of a rollout: how the terminal cost changes with the state at each step.
 
 With the cost -reward_scale * reward(x_K), the *lean* adjoint (Adjoint Matching, arXiv 2409.08861,
-section 5.2, eqs. 38-39) is the vector-Jacobian product of the step's mean under the base,
+section 5) is the vector-Jacobian product of the step's mean under the base,
 
     adjoint_K = -reward_scale * grad reward(x_K)
     adjoint_k = x_coef[k] * adjoint_{k+1} + v_coef[k] * J_base(x_k, sigma[k])^T adjoint_{k+1}
 
-along a trajectory of the policy. The *full* adjoint of the discrete chain (ibid., the basic adjoint
-matching of section 5.1, for study) differentiates the policy and the running cost as well:
+along a trajectory of the policy. The *full* adjoint of the discrete chain (ibid., basic adjoint
+matching, for study) differentiates the policy and the running cost as well:
 
     adjoint_k = grad_x [ path_kl_k(x) + adjoint_{k+1} . mean_policy_k(x) ]
 

@@ -4,12 +4,12 @@
     weight_k = (v_coef[k] / std[k])^2
     loss     = mean over kept rows of weight_k * |velocity_policy(x_k) - target_k|^2    (sum over latent dims)
 
-(arXiv 2409.08861, eqs. 37-39 and algorithm 1, for any transition table.) The loss is convex in the
-velocity, and its minimiser given x_k is the optimal control of the discrete chain.
+(arXiv 2409.08861, section 5, for any transition table.) The target minimises
+path_kl_k + adjoint_{k+1} . mean_k over the velocity: the regression finds the optimal control.
 
-Pairing: `right` uses adjoint_{k+1}, exact for the discrete chain; `left`, as in the published code, uses
-adjoint_k, with an error of the order of the step; `trapezoid` averages (std^2 / |v_coef|) adjoint_{k+1}
-and eta(sigma) adjoint_k. At sigma = 1 all use adjoint_{k+1}.
+Pairing: `right` uses adjoint_{k+1}, as the optimum of the discrete chain does; `left`, as in the
+published code, adjoint_k, with an error of the order of the step; `trapezoid` the mean of
+(std^2 / |v_coef|) adjoint_{k+1} and eta(sigma) adjoint_k. At sigma = 1 all use adjoint_{k+1}.
 """
 
 from collections.abc import Sequence

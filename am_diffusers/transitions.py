@@ -6,7 +6,7 @@ Every first-order sampler is
 
 on a grid 1 = sigma[0] > ... > sigma[K] = 0, with `x = (1 - sigma) * clean + sigma * noise`. The ODE has
 std = 0. The stochastic tables discretise the *memoryless* SDE of Adjoint Matching (arXiv 2409.08861,
-sections 4.2-4.3 and table 1), which in t = 1 - sigma and u = -velocity reads
+section 4), which in t = 1 - sigma and u = -velocity reads
 
     dx = (2 u - x / t) dt + sqrt(2 (1 - t) / t) dW :
 
@@ -117,7 +117,7 @@ def ode_euler(sigmas: Tensor) -> Transitions:
 
 
 def memoryless_euler(sigmas: Tensor) -> Transitions:
-    """Euler-Maruyama steps of the memoryless SDE as published (arXiv 2409.08861, appendix and code).
+    """Euler-Maruyama steps of the memoryless SDE as published (arXiv 2409.08861 and its code).
 
     1/t is regularised to 1/(t + h). Over-dispersed at few steps; kept for comparison.
 
@@ -151,7 +151,7 @@ def memoryless_local_linear(sigmas: Tensor) -> Transitions:
 
 
 def ancestral(sigmas: Tensor) -> Transitions:
-    """Ancestral steps (DDIM with eta = 1 for flows, arXiv 2010.02502 eq. 12): clean estimate frozen.
+    """Ancestral steps (DDIM with eta = 1 for flows, arXiv 2010.02502, section 4): clean estimate frozen.
 
     x_next = t' clean + s' (rho noise + sqrt(1 - rho^2) xi), rho = s' t / (s t'). Memoryless exactly.
 

@@ -37,8 +37,15 @@ def train(method, parameters, *, num_samples, iterations, lr):
     return rewards
 
 
-@pytest.mark.parametrize("build", [memoryless_local_linear, memoryless_euler, ancestral])
-@pytest.mark.parametrize("pairing", ["right", "left", "trapezoid"])
+@pytest.mark.parametrize(
+    ("build", "pairing"),
+    [
+        (memoryless_local_linear, "right"),
+        (memoryless_local_linear, "trapezoid"),
+        (memoryless_euler, "left"),
+        (ancestral, "right"),
+    ],
+)
 def test_a_linear_reward_goes_up(build, pairing):
     """32 samples of standard deviation ~1: the gain of 2 * variance is far above the noise of .2."""
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -82,7 +89,7 @@ def end_moments(table: Transitions, policy, base) -> tuple[float, float]:
 def test_training_on_a_gaussian_with_a_quadratic_reward_reaches_the_tilted_law(adjoint):
     """Within 2 % by the table's own sampler, 3 % by the ODE; base .30, .71, tilted .65, .50.
 
-    The moments of the tuned chain are exact; 15,360 training trajectories leave about .5 % of noise in
+    The moments of the tuned chain are exact; 6,400 training trajectories leave about .7 % of noise in
     them, the discrete optimum itself is 1 % off at K = 80.
     """
     law, table = gaussian(0.3, 0.5), memoryless_local_linear(uniform_sigmas(80))
@@ -95,7 +102,7 @@ def test_training_on_a_gaussian_with_a_quadratic_reward_reaches_the_tilted_law(a
         latents=LatentSpec((1,), dtype=torch.float64),
         settings=AdjointMatchingSettings(reward_scale=2.0, adjoint=adjoint, mask_quantile=None),
     )
-    train(method, [weights], num_samples=128, iterations=120, lr=0.05)
+    train(method, [weights], num_samples=64, iterations=100, lr=0.05)
     tilted = law.tilted(float64(2.0), curvature=2.0)
     expected = tilted.mean().item(), tilted.variances.item() ** 0.5
     assert expected == pytest.approx((0.65, 0.5))

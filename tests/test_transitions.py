@@ -53,7 +53,7 @@ def test_local_linear_coefficients_solve_the_linear_sde(sigmas):
 
 
 def test_published_coefficients_in_the_notation_of_the_paper():
-    """X + h (2 v - X / (t + h)) + sqrt(h) sigma(t) xi with sigma(t)^2 = 2 (1 - t + h) / (t + h), v = -velocity."""
+    """It is X + h (2 v - X / (t + h)) + sqrt(h) sigma(t) xi, sigma(t)^2 = 2 (1 - t + h) / (t + h)."""
     h, table = 0.1, memoryless_euler(uniform_sigmas(10))
     torch.manual_seed(0)
     x, velocity, noise = torch.randn(3, 4, 2, dtype=torch.float64)

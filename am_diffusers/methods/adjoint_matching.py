@@ -1,4 +1,4 @@
-"""Adjoint Matching (Domingo-Enrich et al., arXiv 2409.08861, algorithm 1).
+"""Adjoint Matching (Domingo-Enrich et al., arXiv 2409.08861, section 5).
 
 Samples p*(clean) ~ p_base(clean) * exp(reward_scale * reward(clean)) after training. An iteration rolls
 the policy out with a memoryless table, sweeps the adjoint back along the trajectories under the base and
