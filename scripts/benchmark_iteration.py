@@ -106,8 +106,7 @@ def measure(trainer: Trainer, bare: BarePasses) -> None:
         took = {"iteration": seconds(lambda out=metrics: out.update(trainer.iterate()))}
         trainer.state.iteration += 1
         for name, (count, code) in bare.passes(1 - metrics["masked"]).items():
-            wall, cpu = seconds(code) if count else (0.0, 0.0)
-            took[name] = (count * wall, count * cpu)
+            took[name] = seconds(lambda n=count, run=code: [run() for _ in range(n)])
         if turn >= WARM_UP:
             for name, both in took.items():
                 times.setdefault(name, []).append(both)
