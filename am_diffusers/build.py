@@ -1,5 +1,6 @@
 """Config to objects. This file, plan.py (checks) and load.py (weights) are the only ones that see both."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,22 @@ TRACKER_PROJECT = "am_diffusers"
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Processes and device of a run, and its tracker."""
+    """Processes and device of a run, and its tracker.
+
+    Raises:
+        ValueError: if several processes were launched that don't know of each other: each would be a run
+            of its own, in the same folder.
+    """
     log_with = None if config.run.report_to == "none" else config.run.report_to
-    return Accelerator(log_with=log_with, project_dir=Path(config.run.output_dir) / config.run.logging_dir)
+    folder = Path(config.run.output_dir) / config.run.logging_dir
+    accelerator = Accelerator(log_with=log_with, project_dir=folder)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: "
+            "on a CPU set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def build(plan: Plan, accelerator: Accelerator) -> Run:

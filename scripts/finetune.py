@@ -11,12 +11,18 @@ import sys
 import traceback
 from pathlib import Path
 
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
 
 
 def main() -> None:
+    # Their bars for loading files would bury the plan and the one bar that matters.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         config = parse_config(sys.argv[1:])
         accelerator = make_accelerator(config)
