@@ -16,7 +16,8 @@ venv: $(STAMP)
 
 # The main job on the embedded default: fine-tunes the tiny SD3 pipeline, about 10 minutes on two cores.
 demo: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 scripts/finetune.py --config configs/tiny_sd3.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(shell nproc) scripts/finetune.py --config configs/tiny_sd3.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
