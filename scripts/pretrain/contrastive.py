@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import FULL, NO_BACKGROUND, NO_STYLE, Labels, PictureSet
+from .data import NO_BACKGROUND, NO_STYLE, Labels, PictureSet
 
 
 def hard_batch(data: PictureSet, number: int, generator: torch.Generator) -> Labels:
@@ -20,19 +20,15 @@ def hard_batch(data: PictureSet, number: int, generator: torch.Generator) -> Lab
 
 def draw_captions(data: PictureSet, labels: Labels, generator: torch.Generator) -> tuple[list[str], Tensor]:
     """A caption for each label, some without style or background, and the template of each."""
-    chances = torch.tensor([0.7, 0.15, 0.15])
+    chances = torch.tensor([0.7, 0.15, 0.15])  # FULL, NO_STYLE, NO_BACKGROUND
     templates = torch.multinomial(chances, len(labels), replacement=True, generator=generator)
-    rows = zip(
-        *(c.tolist() for c in (labels.concept, labels.style, labels.background, templates)), strict=True
-    )
-    return [data.caption(*row) for row in rows], templates
+    return data.captions(labels, templates), templates
 
 
 def matches(labels: Labels, templates: Tensor) -> Tensor:
     """(pictures, captions) mask: caption j is true of picture i."""
     style = (labels.style[:, None] == labels.style[None]) | (templates == NO_STYLE)[None]
     background = (labels.background[:, None] == labels.background[None]) | (templates == NO_BACKGROUND)[None]
-    assert FULL == 0
     return (labels.concept[:, None] == labels.concept[None]) & style & background
 
 

@@ -102,10 +102,11 @@ class PictureSet:
         words = {"concept": self.concepts[concept], "style": self.styles[style]}
         return TEMPLATES[template].format(**words, background=COLOUR_NAMES[background])
 
-    def captions(self, labels: Labels, template: int = FULL) -> list[str]:
-        """The captions of a batch."""
-        columns = zip(labels.concept.tolist(), labels.style.tolist(), labels.background.tolist(), strict=True)
-        return [self.caption(*row, template) for row in columns]
+    def captions(self, labels: Labels, templates: int | Tensor = FULL) -> list[str]:
+        """The captions of a batch, in one template or each in its own."""
+        templates = torch.as_tensor(templates).expand(len(labels))
+        columns = (labels.concept, labels.style, labels.background, templates)
+        return [self.caption(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def foreground(self, labels: Labels, generator: torch.Generator) -> Tensor:
         """Premultiplied RGBA (B, 4, 64, 64): scaled by .74-.94, shifted in the frame, half mirrored."""

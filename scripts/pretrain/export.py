@@ -28,7 +28,7 @@ def zero_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 encoder whose output is exactly zero, which is what the pipeline feeds when it has no T5.
 
     Diffusers cannot load a Stable Diffusion 3 folder without T5 unless `text_encoder_3=None` is passed; with
-    this 6 kB stand-in a plain `from_pretrained(path)` works and gives the same pictures. Its tokenizer reads
+    this 20 kB stand-in a plain `from_pretrained(path)` works and gives the same pictures. Its tokenizer reads
     nothing, so that no prompt is reported as truncated.
     """
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))

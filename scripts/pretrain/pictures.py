@@ -22,8 +22,6 @@ PACKAGES = {
     "twemoji": "@twemoji/svg@15.0.0",
     "labels": "emojibase-data@17.0.0",
 }
-STYLES = ("3d", "cartoon", "flat")
-
 CONCEPTS = """red apple|green apple|banana|lemon|grapes|watermelon|pineapple|strawberry|cherries|pear|tomato|
 carrot|eggplant|avocado|broccoli|ear of corn|cucumber|hot pepper|mushroom|bread|croissant|pretzel|
 cheese wedge|hamburger|pizza|hot dog|taco|egg|french fries|doughnut|cookie|birthday cake|cupcake|

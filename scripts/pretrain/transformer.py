@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .data import CONCEPT, EMPTY, FULL, NO_BACKGROUND, NO_STYLE, Labels, PictureSet
+from .data import CONCEPT, EMPTY, FULL, NO_BACKGROUND, NO_STYLE, PictureSet
 from .loop import train
 
 VARIANTS = 8
@@ -93,12 +93,6 @@ def draw_templates(number: int, generator: torch.Generator) -> Tensor:
     return torch.multinomial(chances, number, replacement=True, generator=generator)
 
 
-def captions_of(data: PictureSet, labels: Labels, templates: Tensor) -> list[str]:
-    """The caption of each row in its own template."""
-    columns = (labels.concept, labels.style, labels.background, templates)
-    return [data.caption(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-
-
 def train_transformer(data: PictureSet, folder: Path, steps: int, batch: int = 64) -> None:
     """Train by flow matching (logit-normal sigmas) and save to `folder / transformer`."""
     torch.manual_seed(0)
@@ -115,7 +109,7 @@ def train_transformer(data: PictureSet, folder: Path, steps: int, batch: int = 6
         level = sigma[:, None, None, None]
         templates = draw_templates(batch, generator)
         zeros = LONG_CONTEXT if step % LONG_EVERY == LONG_EVERY - 1 else SHORT_CONTEXT
-        tokens, pooled = captions(captions_of(data, data.labels(data.train[rows]), templates), zeros)
+        tokens, pooled = captions(data.captions(data.labels(data.train[rows]), templates), zeros)
         with fast_cpu():
             velocity = transformer(
                 hidden_states=(1 - level) * clean + level * noise,
