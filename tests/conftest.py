@@ -23,6 +23,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from am_diffusers.models.sd3 import SD3
+
 WORDS = ("fox", "red", "blue", "background", "clock")
 
 
@@ -134,3 +136,9 @@ def tiny_sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny_sd3"
     tiny_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model(tiny_sd3_dir: Path) -> SD3:
+    """The pipeline as the package loads it, freshly for each test."""
+    return SD3.from_pretrained(str(tiny_sd3_dir))

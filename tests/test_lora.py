@@ -17,11 +17,6 @@ from am_diffusers.models.sd3 import SD3
 STRENGTHS = [(4, 8), (8, 4)]
 
 
-@pytest.fixture
-def model(tiny_sd3_dir: Path) -> SD3:
-    return SD3.from_pretrained(str(tiny_sd3_dir))
-
-
 def trained(model: SD3, rank: int = 4, lora_alpha: int = 8) -> SD3:
     """Attach a LoRA whose weights are as after a training that changed the pictures a lot."""
     model.attach_lora(rank=rank, lora_alpha=lora_alpha)
