@@ -10,7 +10,7 @@ from am_diffusers.config import Config, RewardConfig
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.rewards import REWARDS, ClipReward, Reward
+from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
 
@@ -21,17 +21,18 @@ ENCODE_CHUNK = 64
 def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
     """A reward in the mode it is trained in."""
     kind = REWARDS[reward.name]
-    if not issubclass(kind, ClipReward):
+    if not issubclass(kind, LearnedReward):
         return kind()
     if reward.model is None:
         raise ValueError(f"reward {reward.name} needs a model; `make_plan` fills in the released one")
-    return kind.from_pretrained(
-        asset_path(reward.model),
-        revision=reward.revision,
-        device=device,
-        batch_size=config.optimizer.reward_micro_batch_size,
+    options = RewardOptions(
+        device=reward.device or device,
+        dtype=DTYPES[reward.mixed_precision],
+        batch_size=reward.batch_size or config.optimizer.reward_micro_batch_size,
         checkpointing=config.model.gradient_checkpointing,
     )
+    path = asset_path(reward.model)
+    return kind.from_pretrained(path, revision=reward.revision, sha256=reward.sha256, options=options)
 
 
 def load_model(plan: Plan, device: torch.device) -> SD3:

@@ -12,10 +12,7 @@ from am_diffusers.config import Config, MethodConfig, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts import load_prompts, prompt_rows
-from am_diffusers.rewards import REWARDS, ClipReward
-
-RELEASED = {"pickscore": "yuvalkirstain/PickScore_v1", "hpsv2": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
-"""Where the released weights of a reward are on the hub."""
+from am_diffusers.rewards import REWARDS, LearnedReward
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,11 @@ def _resolve_reward(reward: RewardConfig) -> RewardConfig:
     kind = REWARDS.get(reward.name)
     if kind is None:
         raise ValueError(f"rewards: unknown reward {_nearest(reward.name, REWARDS)}")
-    if not issubclass(kind, ClipReward):
-        if reward.model or reward.revision:
-            raise ValueError(f"rewards: {reward.name} has no weights: leave out model and revision")
+    if not issubclass(kind, LearnedReward):
+        if reward != RewardConfig(reward.name, weight=reward.weight):
+            raise ValueError(f"rewards: {reward.name} has no weights: it takes nothing but `weight`")
         return reward
-    model = reward.model or RELEASED[reward.name]
+    model = reward.model or kind.released
     if not Path(asset_path(model)).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", model):
         raise ValueError(f"rewards: {reward.name}: no such file or folder: {model}")
     return replace(reward, model=model)
@@ -157,7 +154,7 @@ def _check_method(config: Config) -> None:
     names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
-    # A CLIP reward is differentiable in the mode it is trained in; the others say it on the class.
+    # A learned reward is differentiable in the mode it is trained in; the others say it on the class.
     blocked = [name for name in trained if REWARDS[name].differentiable is False]
     if method.needs_reward_gradient and blocked:
         usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]

@@ -8,14 +8,14 @@ import torch
 from tqdm import trange
 
 from am_diffusers.evaluation import PairScore
-from am_diffusers.rewards import ClipReward, Reward
+from am_diffusers.rewards import ClipReward, LearnedReward, Reward
 from am_diffusers.samples import Picture, Sampler
 from am_diffusers.velocity import VelocityField
 
 
 def official(reward: Reward) -> Reward:
     """The same reward with the published preprocessing; it shares the weights."""
-    if not isinstance(reward, ClipReward):
+    if not isinstance(reward, LearnedReward):
         return reward
     published = copy(reward)
     published.options = replace(reward.options, mode="official")

@@ -9,7 +9,7 @@ from scipy import stats
 
 from am_diffusers.evaluation import PairScore, bootstrap, diversity, pairwise_distance, reward_gain, summarise
 from am_diffusers.grids import GridWriter, comparison_grid, shorten, to_pil
-from am_diffusers.rewards import Brightness, PickScore
+from am_diffusers.rewards import OFFICIAL, Brightness, PickScore
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.samples import Picture, Sampler, pictures_of
 from am_diffusers.scoring import Scorer, official
@@ -182,7 +182,7 @@ def test_official_mode_shares_weights_and_leaves_the_reward_as_it_is(tmp_path):
     assert pick.differentiable
     assert not published.differentiable
     images = torch.rand(2, 3, 40, 40)
-    expected = PickScore.from_pretrained(tmp_path, mode="official")(images, ["a", "b"])
+    expected = PickScore.from_pretrained(tmp_path, options=OFFICIAL)(images, ["a", "b"])
     torch.testing.assert_close(published(images, ["a", "b"]), expected)
     brightness = Brightness()
     assert official(brightness) is brightness

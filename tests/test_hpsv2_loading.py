@@ -88,7 +88,7 @@ def test_hpsv2_never_unpickles_code(tmp_path: Path) -> None:
 
     file = tmp_path / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": Harmful()}, file)
-    with pytest.raises(ValueError, match="isn't a released HPSv2 checkpoint"):
+    with pytest.raises(ValueError, match="holds more than tensors"):
         HPSv2.from_pretrained(file)
     assert not (tmp_path / "ran").exists()
 
@@ -97,7 +97,7 @@ def test_hpsv2_never_unpickles_code(tmp_path: Path) -> None:
 def test_hpsv2_refuses_checkpoints_without_a_state_dict(tmp_path: Path, document: object) -> None:
     file = tmp_path / "HPS_v2.1_compressed.pt"
     torch.save(document, file)
-    with pytest.raises(ValueError, match="isn't a released HPSv2 checkpoint"):
+    with pytest.raises(ValueError, match="no `state_dict`"):
         HPSv2.from_pretrained(file)
 
 
@@ -107,5 +107,5 @@ def test_hpsv2_refuses_checkpoints_without_a_state_dict(tmp_path: Path, document
 def test_hpsv2_refuses_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "HPS_v2.1_compressed.pt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="isn't a released HPSv2 checkpoint"):
+    with pytest.raises(ValueError, match="damaged|no `state_dict`"):
         HPSv2.from_pretrained(file)

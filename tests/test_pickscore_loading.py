@@ -16,7 +16,7 @@ from reward_models import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from am_diffusers.rewards import PickScore
+from am_diffusers.rewards import OFFICIAL, PickScore
 
 IMAGES = torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(0))
 EDITS = {"drop": "text_projection.weight", "add": "visual.proj", "resize": "visual_projection.weight"}
@@ -90,7 +90,7 @@ def test_pickscore_takes_the_processor_from_another_folder(tmp_path: Path) -> No
 def test_pickscore_reads_old_preprocessor_configs(tmp_path: Path) -> None:
     """As in laion's repository: plain numbers for sizes, no processor type, vocab.json and merges.txt."""
     save_pickscore(tmp_path)
-    expected = PickScore.from_pretrained(tmp_path, mode="official")(IMAGES, CAPTIONS[:2])
+    expected = PickScore.from_pretrained(tmp_path, options=OFFICIAL)(IMAGES, CAPTIONS[:2])
     steps = {f"do_{step}": True for step in ("resize", "center_crop", "normalize")}
     old = {"size": 32, "crop_size": 32, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD} | steps
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
@@ -99,5 +99,5 @@ def test_pickscore_reads_old_preprocessor_configs(tmp_path: Path) -> None:
     merges = "\n".join(" ".join(merge) for merge in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     (tmp_path / "tokenizer.json").unlink()
-    scores = PickScore.from_pretrained(tmp_path, mode="official")(IMAGES, CAPTIONS[:2])
+    scores = PickScore.from_pretrained(tmp_path, options=OFFICIAL)(IMAGES, CAPTIONS[:2])
     assert torch.equal(scores, expected)

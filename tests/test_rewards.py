@@ -10,7 +10,16 @@ import torch
 from reward_models import CAPTIONS, SIZE, save_hpsv2, save_pickscore
 from torch import Tensor
 
-from am_diffusers.rewards import REWARDS, Brightness, ClipReward, HPSv2, JpegSize, PickScore, WeightedRewards
+from am_diffusers.rewards import (
+    REWARDS,
+    Brightness,
+    ClipReward,
+    HPSv2,
+    JpegSize,
+    PickScore,
+    RewardOptions,
+    WeightedRewards,
+)
 
 Load = Callable[..., ClipReward]
 LONG = " and ".join(CAPTIONS)
@@ -22,7 +31,7 @@ def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     save, kind = {"pickscore": (save_pickscore, PickScore), "hpsv2": (save_hpsv2, HPSv2)}[request.param]
     save(folder)
-    return lambda **options: kind.from_pretrained(folder, **options)
+    return lambda **options: kind.from_pretrained(folder, options=RewardOptions(**options))
 
 
 def random_images(count: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,7 +131,7 @@ def test_half_precision_towers_score_in_float32(load: Load) -> None:
 
 def test_scale_keeps_its_precision_in_half_precision_towers(tmp_path: Path) -> None:
     scale = save_pickscore(tmp_path).logit_scale.exp().item()
-    assert PickScore.from_pretrained(tmp_path, dtype=torch.bfloat16).scale == scale
+    assert PickScore.from_pretrained(tmp_path, options=RewardOptions(dtype=torch.bfloat16)).scale == scale
 
 
 def test_weights_are_frozen(load: Load) -> None:

@@ -14,7 +14,7 @@ from reward_models import CAPTIONS, CLIP_MEAN, CLIP_STD, CONTEXT, SIZE, save_hps
 from torchvision.transforms import InterpolationMode
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
 
-from am_diffusers.rewards import HPSv2, PickScore
+from am_diffusers.rewards import OFFICIAL, HPSv2, PickScore, RewardOptions
 from am_diffusers.rewards.preprocess import longest_edge_pad, shortest_edge_crop
 
 SHAPES = [(SIZE, SIZE), (48, 64), (77, 45), (128, 128), (20, 26)]  # as is, landscape, odd portrait, down, up
@@ -98,7 +98,7 @@ def hps_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pickscore_is_the_published_scorer(pick_folder: Path, height: int, width: int) -> None:
     images = pictures(2, height, width)
     prompts = [CAPTIONS[0], CAPTIONS[3] + " and " + CAPTIONS[1] + ", 'tis BIG"]  # the second is cut
-    scores = PickScore.from_pretrained(pick_folder, mode="official")(images, prompts)
+    scores = PickScore.from_pretrained(pick_folder, options=OFFICIAL)(images, prompts)
     expected = [published_pickscore(pick_folder, as_pil(i), p) for i, p in zip(images, prompts, strict=True)]
     assert scores.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
@@ -111,7 +111,7 @@ def test_hpsv2_is_the_published_scorer(tmp_path: Path, height: int, width: int) 
         "A Red  apple &amp; a fox",
         CAPTIONS[3] + " and " + CAPTIONS[1] + ", 'tis BIG",
     ]  # the second is cut
-    scores = HPSv2.from_pretrained(tmp_path, mode="official")(images, prompts)
+    scores = HPSv2.from_pretrained(tmp_path, options=OFFICIAL)(images, prompts)
     vocabulary = tmp_path / "bpe_simple_vocab.txt.gz"
     expected = [
         published_hpsv2(model, vocabulary, as_pil(i), p) for i, p in zip(images, prompts, strict=True)
@@ -142,9 +142,9 @@ def test_tensor_modes_score_like_the_official_one(tmp_path: Path, reward, save) 
     """Differences relative to the spread between pictures (measured: 1.4 % and 0.1 % for PickScore)."""
     save(tmp_path)
     images, prompts = pictures(32, 96, 128), [CAPTIONS[0]] * 32
-    official = reward.from_pretrained(tmp_path, mode="official")(images, prompts)
+    official = reward.from_pretrained(tmp_path, options=OFFICIAL)(images, prompts)
     for mode, limit in (("differentiable", 0.03), ("rounded", 0.005)):
-        scores = reward.from_pretrained(tmp_path, mode=mode)(images, prompts)
+        scores = reward.from_pretrained(tmp_path, options=RewardOptions(mode))(images, prompts)
         assert ((scores - official).square().mean().sqrt() / official.std()).item() < limit
 
 

@@ -2,22 +2,25 @@
 
 from am_diffusers.rewards.base import Reward, WeightedRewards
 from am_diffusers.rewards.brightness import Brightness
-from am_diffusers.rewards.clip import ClipOptions, ClipReward
+from am_diffusers.rewards.clip import ClipReward
 from am_diffusers.rewards.hpsv2 import HPSv2
 from am_diffusers.rewards.jpeg_size import JpegSize
+from am_diffusers.rewards.learned import OFFICIAL, LearnedReward, RewardOptions
 from am_diffusers.rewards.pickscore import PickScore
 
 # Those with weights are built by `from_pretrained(path, ...)`, the others without arguments.
 REWARDS = {reward.name: reward for reward in (PickScore, HPSv2, Brightness, JpegSize)}
 
 __all__ = [
+    "OFFICIAL",
     "REWARDS",
     "Brightness",
-    "ClipOptions",
     "ClipReward",
     "HPSv2",
     "JpegSize",
+    "LearnedReward",
     "PickScore",
     "Reward",
+    "RewardOptions",
     "WeightedRewards",
 ]

@@ -9,20 +9,16 @@ antialiases. Every size comes from the config: a small open_clip model goes thro
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
-import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from am_diffusers.rewards.clip import ClipOptions, ClipReward, Mode, check_keys
+from am_diffusers.rewards.clip import ClipReward
+from am_diffusers.rewards.files import find_file, load_strictly, read_weights
+from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
 from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
 
 RELEASED_ARCHITECTURE = "ViT-H-14"
@@ -46,6 +42,7 @@ class HPSv2(ClipReward):
     """
 
     name = "hpsv2"
+    released = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
     def __init__(
         self,
@@ -53,14 +50,14 @@ class HPSv2(ClipReward):
         *,
         tokenizer: SimpleTokenizer,
         pixel_format: PixelFormat,
-        options: ClipOptions | None = None,
+        options: RewardOptions = DIFFERENTIABLE,
     ) -> None:
         if tokenizer.vocab_size != model.vocab_size:
             raise ValueError(
                 f"expected a vocabulary of {model.vocab_size} tokens, got {tokenizer.vocab_size}:"
                 f" {VOCABULARY_FILE} of another model, or a line break at its end?"
             )
-        super().__init__(model, scale=1.0, options=options or ClipOptions())
+        super().__init__(model, scale=1.0, options=options)
         self._clip = model
         self._tokenizer = tokenizer
         self._format = pixel_format
@@ -71,11 +68,8 @@ class HPSv2(ClipReward):
         path: str | Path,
         *,
         revision: str | None = None,
-        mode: Mode = "differentiable",
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int | None = None,
-        checkpointing: bool = False,
+        sha256: str | None = None,
+        options: RewardOptions = DIFFERENTIABLE,
     ) -> "HPSv2":
         """Load a released checkpoint (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt) or an open_clip folder.
 
@@ -84,18 +78,16 @@ class HPSv2(ClipReward):
                 open_clip_config.json, open_clip_model.safetensors and, unless the model uses CLIP's own
                 vocabulary, bpe_simple_vocab.txt.gz.
             revision: commit of the file on the hub.
-            mode: see `ClipOptions`, as the rest.
-            device: where it runs.
-            dtype: of the towers.
-            batch_size: pictures or prompts per pass.
-            checkpointing: recompute the vision tower in backward.
+            sha256: of the released file or of the folder's weights, checked before they are read.
+            options: how it runs.
 
         Raises:
             ValueError: if something is missing (with the command that downloads it) or doesn't fit the model.
         """
-        options = ClipOptions(mode, device, dtype, batch_size, checkpointing)
-        load = _load_folder if Path(path).is_dir() else _load_released
-        model, pixel_format = load(Path(path), revision)
+        if Path(path).is_dir():
+            model, pixel_format = _load_folder(Path(path), sha256)
+        else:
+            model, pixel_format = _load_released(find_file(path, revision, DOWNLOAD), sha256)
         tokenizer = _load_tokenizer(Path(path) / VOCABULARY_FILE, model.context_length)
         return cls(model, tokenizer=tokenizer, pixel_format=pixel_format, options=options)
 
@@ -119,16 +111,13 @@ class HPSv2(ClipReward):
         return self._clip.encode_text(self._tokenizer(list(prompts)).to(self.options.device))
 
 
-def _load_folder(folder: Path, _revision: str | None) -> tuple[CLIP, PixelFormat]:
+def _load_folder(folder: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
     """Model and preprocessing of a folder as open_clip writes it for the hub."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{', '.join(missing)} not found in {folder}; for the released model {DOWNLOAD}")
     model_config, pixel_format = _read_config(folder / CONFIG_FILE)
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}; {DOWNLOAD}") from error
+    weights = read_weights(folder / WEIGHTS_FILE, sha256, DOWNLOAD)
     return _build(model_config, weights, str(folder)), pixel_format
 
 
@@ -148,27 +137,15 @@ def _read_config(file: Path) -> tuple[dict[str, Any], PixelFormat]:
     return model_config, pixel_format
 
 
-def _load_released(path: Path, revision: str | None) -> tuple[CLIP, PixelFormat]:
-    """Model and preprocessing of a released .pt file, local or `owner/repository/file` on the hub."""
-    file = path if path.is_file() else _download(path, revision)
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"{path} isn't a released HPSv2 checkpoint: {error!r}; {DOWNLOAD}") from error
+def _load_released(file: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
+    """Model and preprocessing of a released .pt file."""
+    content = read_weights(file, sha256, DOWNLOAD)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{file} isn't a released HPSv2 checkpoint: no `state_dict` in it; {DOWNLOAD}")
     config = open_clip.get_model_config(RELEASED_ARCHITECTURE)
     assert config is not None, "open_clip ships ViT-H-14"
     pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
-    return _build(config, weights, str(path)), pixel_format
-
-
-def _download(path: Path, revision: str | None) -> Path:
-    try:
-        if path.is_absolute() or len(path.parts) != 3:
-            raise FileNotFoundError(path)
-        owner, repository, file = path.parts
-        return Path(hf_hub_download(f"{owner}/{repository}", file, revision=revision))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"HPSv2 weights not found at {str(path)!r}: {DOWNLOAD}") from error
+    return _build(config, content["state_dict"], str(file)), pixel_format
 
 
 def _build(config: dict[str, Any], weights: dict[str, Tensor], source: str) -> CLIP:
@@ -176,12 +153,7 @@ def _build(config: dict[str, Any], weights: dict[str, Tensor], source: str) -> C
         model = CLIP(**config)
     except TypeError as error:
         raise ValueError(f"{source}: model_cfg isn't that of an open_clip CLIP: {error}") from error
-    own = model.state_dict()
-    check_keys(source, own.keys() - weights.keys(), weights.keys() - own.keys())
-    wrong = [f"{key} {tuple(weights[key].shape)}" for key in own if weights[key].shape != own[key].shape]
-    if wrong:
-        raise ValueError(f"the weights in {source} don't fit the model's shapes: {', '.join(wrong[:3])}")
-    model.load_state_dict(weights, strict=True)
+    load_strictly(model, weights, source)
     return model
 
 

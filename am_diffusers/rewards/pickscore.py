@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
 
-from am_diffusers.rewards.clip import ClipOptions, ClipReward, Mode, check_keys
+from am_diffusers.rewards.clip import ClipReward
+from am_diffusers.rewards.files import check_keys, refuse_sha256
+from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
 from am_diffusers.rewards.preprocess import PixelFormat, shortest_edge_crop, to_pil
 
 DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -38,6 +40,7 @@ class PickScore(ClipReward):
     """
 
     name = "pickscore"
+    released = "yuvalkirstain/PickScore_v1"
 
     def __init__(
         self,
@@ -45,13 +48,13 @@ class PickScore(ClipReward):
         *,
         tokenizer: CLIPTokenizer,
         image_processor: CLIPImageProcessorPil,
-        options: ClipOptions | None = None,
+        options: RewardOptions = DIFFERENTIABLE,
     ) -> None:
         self._format = _pixel_format(image_processor, model.config)
         text_config: Any = model.config.text_config
         _check_tokenizer(tokenizer, text_config)
         # Before the model is cast: bfloat16 would change exp(4.6) by a percent.
-        super().__init__(model, scale=model.logit_scale.exp().item(), options=options or ClipOptions())
+        super().__init__(model, scale=model.logit_scale.exp().item(), options=options)
         self._clip = model
         self._tokenizer = tokenizer
         self._context_length = text_config.max_position_embeddings
@@ -62,31 +65,25 @@ class PickScore(ClipReward):
         cls,
         path: str | Path,
         *,
-        processor: str | Path | None = None,
         revision: str | None = None,
-        mode: Mode = "differentiable",
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int | None = None,
-        checkpointing: bool = False,
+        sha256: str | None = None,
+        options: RewardOptions = DIFFERENTIABLE,
+        processor: str | Path | None = None,
     ) -> "PickScore":
         """Load a folder of `CLIPModel.save_pretrained` or a hub id such as yuvalkirstain/PickScore_v1.
 
         Args:
             path: folder or hub id of the weights (safetensors).
+            revision: commit of the weights on the hub.
+            sha256: not used, the weights are no pickle; must be None.
+            options: how it runs.
             processor: folder or hub id of tokenizer and preprocessor_config.json; by default `path` itself
                 when it is a folder that holds them, else `DEFAULT_PROCESSOR`.
-            revision: commit of the weights on the hub.
-            mode: see `ClipOptions`, as the rest.
-            device: where it runs.
-            dtype: of the towers.
-            batch_size: pictures or prompts per pass.
-            checkpointing: recompute the vision tower in backward.
 
         Raises:
             ValueError: if something is missing (with the command that downloads it) or isn't a CLIP model.
         """
-        options = ClipOptions(mode, device, dtype, batch_size, checkpointing)
+        refuse_sha256(cls.name, sha256)
         _check_is_clip(str(path), revision)
         own = (Path(path) / "preprocessor_config.json").is_file()
         tokenizer, image_processor = _load_processor(processor or (path if own else DEFAULT_PROCESSOR))
