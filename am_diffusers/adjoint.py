@@ -25,8 +25,7 @@ from torch import Tensor
 from am_diffusers.rollout import Trajectory
 from am_diffusers.velocity import VelocityField
 
-RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]
-Terminal = Callable[[Tensor], Tensor]
+TerminalAdjoint = Callable[[Tensor], Tensor]
 
 
 class NonFiniteError(ValueError):
@@ -48,54 +47,13 @@ class AdjointSweep:
     velocity_base: dict[int, Tensor]
 
 
-def reward_gradient(
-    reward_of_latents: RewardOfLatents,
-    latents: Tensor,
-    prompts: Sequence[str],
-    *,
-    micro_batch_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rewards and their gradients with respect to the latents.
-
-    Args:
-        reward_of_latents: differentiable `(latents (b, ...), prompts) -> (b,)`, higher is better; the
-            reward of a sample depends on that sample alone.
-        latents: final latents, (B, ...).
-        prompts: B prompts.
-        micro_batch_size: samples differentiated at once; all by default.
-
-    Returns:
-        rewards (B,) and gradients (B, ...), detached, in the dtype of `latents`.
-
-    Raises:
-        ValueError: if the reward is not differentiable or not one number per sample.
-        NonFiniteError: if a reward or gradient is not finite; names the prompts.
-    """
-    chunks = []
-    for rows in torch.arange(len(latents)).split(micro_batch_size or len(latents)):
-        chunk_prompts = [prompts[int(i)] for i in rows]
-        with torch.enable_grad():
-            x = latents[rows].detach().requires_grad_(True)
-            rewards = reward_of_latents(x, chunk_prompts)
-        if rewards.shape != (len(rows),) or not rewards.requires_grad:
-            raise ValueError(
-                f"expected a differentiable reward per sample, ({len(rows)},), got {tuple(rewards.shape)} "
-                f"with requires_grad={rewards.requires_grad}; use a reward with `differentiable = True`"
-            )
-        (gradient,) = torch.autograd.grad(rewards, x, torch.ones_like(rewards))
-        require_finite("reward", rewards, chunk_prompts)
-        require_finite("reward gradient", gradient, chunk_prompts)
-        chunks.append((rewards.detach().to(latents.dtype), gradient))
-    return torch.cat([r for r, _ in chunks]), torch.cat([g for _, g in chunks])
-
-
 def terminal_adjoint(gradient: Tensor, reward_scale: float) -> Tensor:
     """Gradient of the terminal cost, -reward_scale * grad reward: the only minus sign of the package."""
     return -reward_scale * gradient
 
 
 def lean_adjoint(
-    base: VelocityField, trajectory: Trajectory, terminal: Terminal, *, with_first: bool = True
+    base: VelocityField, trajectory: Trajectory, terminal: TerminalAdjoint, *, with_first: bool = True
 ) -> AdjointSweep:
     """Lean adjoint along a trajectory: K-1 vjps of the base, at k = K-1 .. 1.
 
@@ -115,7 +73,7 @@ def full_adjoint(
     base: VelocityField,
     policy: VelocityField,
     trajectory: Trajectory,
-    terminal: Terminal,
+    terminal: TerminalAdjoint,
     *,
     with_first: bool = True,
 ) -> AdjointSweep:
@@ -145,7 +103,7 @@ def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
 def _sweep(
     base: VelocityField,
     trajectory: Trajectory,
-    terminal: Terminal,
+    terminal: TerminalAdjoint,
     step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     with_first: bool,
 ) -> AdjointSweep:
@@ -163,7 +121,7 @@ def _sweep(
 
 
 def _last_step(
-    base: VelocityField, trajectory: Trajectory, terminal: Terminal
+    base: VelocityField, trajectory: Trajectory, terminal: TerminalAdjoint
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
     """x_K, the adjoints {K, K-1} and the base velocity {K-1} of the deterministic last step."""
     table = trajectory.transitions

@@ -11,23 +11,18 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from am_diffusers.build_method import METHOD_BUILDERS
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.grids import GridWriter
-from am_diffusers.load import encoder, guided, latent_spec, load_model, load_reward
-from am_diffusers.methods import Method
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.methods.base import Gather
+from am_diffusers.load import encoder, guided, load_model, load_reward, make_sampler, weighted
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.rewards import ClipReward, Reward, WeightedRewards
+from am_diffusers.rewards import ClipReward, Reward
 from am_diffusers.run import HeldOut, Run
-from am_diffusers.samples import Sampler
 from am_diffusers.scoring import Scorer, official
 from am_diffusers.trainer import Trainer, TrainOptions, TrainState
-from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas, ode_euler
-from am_diffusers.velocity import GuidedField
 
 TRACKER_PROJECT = "am_diffusers"
 
@@ -88,54 +83,19 @@ def start_folder(config: Config, folder: Path) -> None:
     (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
 
 
-def adjoint_matching(config: Config, model: SD3, reward: Reward, gather: Gather) -> Method:
-    """Adjoint Matching of a model on a reward of its decoded pictures."""
-    options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
-
-    def jittered(shared: torch.Generator) -> Transitions:
-        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
-
-    def reward_of_latents(latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        return reward(model.decode(latents), prompts)
-
-    scale = options.rollout_guidance_scale
-    return AdjointMatching(
-        model.policy,
-        model.base,
-        reward_of_latents,
-        jittered if options.sigma_jitter else table(sigmas),
-        latents=latent_spec(config, model),
-        settings=AdjointMatchingSettings(
-            reward_scale=options.reward_scale,
-            pairing=options.pairing,
-            adjoint=options.adjoint,
-            steps=options.loss_steps,
-            mask_quantile=options.mask_quantile,
-            collect_batch_size=config.optimizer.rollout_micro_batch_size,
-            reward_batch_size=config.optimizer.reward_micro_batch_size,
-        ),
-        rollout_policy=None if scale == 1 else GuidedField(model.policy, scale),
-        gather=gather,
-    )
-
-
-METHOD_BUILDERS: dict[str, Callable[[Config, SD3, Reward, Gather], Method]] = {
-    "adjoint_matching": adjoint_matching,
-}
-
-
 def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator: Accelerator) -> Trainer:
     """The training loop with its log and its grids."""
     config = plan.config
+    reward = weighted(rewards, config)
 
-    def gather(values: Tensor) -> Tensor:
-        return accelerator.gather(values)  # pyright: ignore[reportReturnType]
+    def raw_rewards() -> dict[str, float]:
+        means = {name: scores.mean() for name, scores in reward.drain().items()}
+        mean: Tensor = accelerator.reduce(torch.stack(list(means.values())), "mean")  # pyright: ignore[reportAssignmentType]
+        return {f"reward/{name}": value for name, value in zip(means, mean.tolist(), strict=True)}
 
-    reward = WeightedRewards(rewards, [reward.weight for reward in config.method.rewards])
     optimizer = config.optimizer
     return Trainer(
-        METHOD_BUILDERS[config.method.method](config, model, reward, gather),
+        METHOD_BUILDERS[config.method.method](plan, model, reward, accelerator),
         make_state(optimizer, model.lora_parameters()),
         TrainOptions(
             seed=config.run.seed,
@@ -148,7 +108,7 @@ def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator:
         prompts=plan.train_prompts,
         encode=encoder(config, model, config.method.rollout_guidance_scale),
         accelerator=accelerator,
-        log=make_log(config, accelerator),
+        log=make_log(config, accelerator, raw_rewards),
         show=make_grids(plan, model) if accelerator.is_main_process else lambda iteration: None,
     )
 
@@ -171,7 +131,9 @@ def make_state(options: OptimizerConfig, parameters: list[torch.nn.Parameter]) -
     return TrainState(parameters, optimizer, lr_schedule)
 
 
-def make_log(config: Config, accelerator: Accelerator) -> MetricsLog:
+def make_log(
+    config: Config, accelerator: Accelerator, raw_rewards: Callable[[], dict[str, float]]
+) -> MetricsLog:
     """metrics.jsonl, the progress bar and the tracker, on the main process."""
     accelerator.init_trackers(TRACKER_PROJECT)
     return MetricsLog(
@@ -185,19 +147,7 @@ def make_log(config: Config, accelerator: Accelerator) -> MetricsLog:
             "adjoint": f"adjoint_norm/{config.method.num_inference_steps:02d}",
         },
         track=accelerator.log,
-    )
-
-
-def make_sampler(config: Config, model: SD3) -> Sampler:
-    """The ODE sampler of grids and evaluation."""
-    evaluation = config.evaluation
-    return Sampler(
-        transitions=ode_euler(model.ode_sigmas(evaluation.eval_inference_steps)),
-        encode=encoder(config, model, evaluation.eval_guidance_scale),
-        decode=model.decode,
-        latents=latent_spec(config, model),
-        seed=config.run.seed,
-        batch_size=evaluation.eval_batch_size,
+        more=raw_rewards,
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config_checks import check_values
 
 SECTIONS = typing.get_type_hints(Config)
 FIELDS = {
@@ -69,56 +70,6 @@ def asset_path(path: str) -> str:
         shipped = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.exists() else "none"
         raise ValueError(f"{path}: no such asset in {folder} (shipped: {shipped})")
     return str(resolved)
-
-
-def check_values(config: Config) -> None:
-    """Ranges that need no file and no model.
-
-    Raises:
-        ValueError: naming every flag out of range, what it must be and what it is.
-    """
-    model, method, optimizer, evaluation = config.model, config.method, config.optimizer, config.evaluation
-    checks = [
-        (config.method.rewards, "rewards", "a list with at least one reward"),
-        (model.resolution > 0, "resolution", "a positive number of pixels"),
-        (model.max_sequence_length > 0, "max_sequence_length", "a positive number of tokens"),
-        (model.rank > 0, "rank", "positive"),
-        (model.lora_alpha > 0, "lora_alpha", "positive"),
-        (method.num_inference_steps >= 2, "num_inference_steps", "at least 2: the last one is deterministic"),
-        (method.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
-        (
-            method.loss_steps == "all" or 1 <= method.loss_steps < method.num_inference_steps,
-            "loss_steps",
-            "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
-        ),
-        (
-            method.mask_quantile is None or 0 < method.mask_quantile < 1,
-            "mask_quantile",
-            "in (0, 1), or null to keep every row",
-        ),
-        (0 <= method.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
-        (optimizer.train_batch_size >= 1, "train_batch_size", "at least 1"),
-        (optimizer.max_train_steps >= 1, "max_train_steps", "at least 1"),
-        (optimizer.learning_rate > 0, "learning_rate", "positive"),
-        (
-            optimizer.lr_scheduler != "constant" or optimizer.lr_warmup_steps == 0,
-            "lr_warmup_steps",
-            "0 with lr_scheduler constant (constant_with_warmup has one)",
-        ),
-        (optimizer.max_grad_norm > 0, "max_grad_norm", "positive"),
-        ((optimizer.rollout_micro_batch_size or 1) >= 1, "rollout_micro_batch_size", "at least 1 or null"),
-        ((optimizer.reward_micro_batch_size or 1) >= 1, "reward_micro_batch_size", "at least 1 or null"),
-        (optimizer.loss_micro_batch_size >= 1, "loss_micro_batch_size", "at least 1"),
-        (evaluation.num_validation_images >= 1, "num_validation_images", "at least 1"),
-        (evaluation.validation_steps >= 1, "validation_steps", "at least 1"),
-        (evaluation.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
-        (evaluation.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
-        (evaluation.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
-    ]
-    values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
-    wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
-    if wrong:
-        raise ValueError("\n".join(wrong))
 
 
 def _parser(program: str) -> ArgumentParser:

@@ -8,34 +8,11 @@ Config objects stop at `build.py`; nothing below it knows them.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from am_diffusers.config_rewards import RewardConfig, TerminalConfig
+
 LrSchedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """One learned reward.
-
-    Attributes:
-        name: which reward, a key of `am_diffusers.rewards.REWARDS`, e.g. pickscore or hpsv2.
-        model: folder, file, `asset:` path or hub id of its weights; null = the released checkpoint.
-        revision: branch, tag or commit of a hub model; null = its main branch.
-        sha256: of its weight file, checked before it is read; null = the pinned one if there is one.
-        weight: factor of this reward in the trained sum, in 1 / its own units; scores are reported without.
-        mixed_precision: dtype of its towers (no = float32); scores are computed from features in float32.
-        batch_size: pictures a pass; null = reward_micro_batch_size.
-        device: where it runs, e.g. cuda:1; null = the process's own device.
-    """
-
-    name: str
-    model: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    weight: float = 1.0
-    mixed_precision: Literal["no", "bf16"] = "no"
-    batch_size: int | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,5 +199,6 @@ class Config:
     model: ModelConfig
     prompts: PromptConfig
     method: MethodConfig
+    terminal: TerminalConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig

@@ -10,8 +10,10 @@ from am_diffusers.config import Config, RewardConfig
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
+from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
 from am_diffusers.rollout import LatentSpec
+from am_diffusers.samples import Sampler
+from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -81,3 +83,23 @@ def latent_spec(config: Config, model: SD3) -> LatentSpec:
     """Shape and device of one latent."""
     side = config.model.resolution
     return LatentSpec(model.latent_shape(side, side), model.device)
+
+
+def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:
+    """The trained sum."""
+    scales = [RewardScale(reward.weight, reward.mean, reward.std) for reward in config.method.rewards]
+    return WeightedRewards(rewards, scales)
+
+
+def make_sampler(config: Config, model: SD3, *, purpose: str = "picture") -> Sampler:
+    """The ODE sampler of grids and evaluation; other noise for each other `purpose`."""
+    evaluation = config.evaluation
+    return Sampler(
+        transitions=ode_euler(model.ode_sigmas(evaluation.eval_inference_steps)),
+        encode=encoder(config, model, evaluation.eval_guidance_scale),
+        decode=model.decode,
+        latents=latent_spec(config, model),
+        seed=config.run.seed,
+        batch_size=evaluation.eval_batch_size,
+        purpose=purpose,
+    )

@@ -60,10 +60,21 @@ class Plan:
             f"iterations: {optimizer.max_train_steps}",
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
             *(f"transformer calls a sample, {name}: {count}" for name, count in calls.items() if count),
+            *self._base_pictures(),
             f"grids: {len(self.validation_prompts)} prompts x {evaluation.num_validation_images} images",
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
+
+    def _base_pictures(self) -> list[str]:
+        """What the normalisers of a divergence cost before the first iteration."""
+        options = self.config.terminal
+        if options.divergence == "kl":
+            return []
+        num_prompts = min(options.divergence_prompts, len(self.used_train_prompts()))
+        return [
+            f"base pictures for divergence {options.divergence}: {num_prompts * options.divergence_samples}"
+        ]
 
 
 def make_plan(config: Config, num_processes: int) -> Plan:

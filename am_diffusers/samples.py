@@ -39,6 +39,7 @@ class Sampler:
         latents: shape and device of the latents.
         seed: seed of the run.
         batch_size: pictures at a time.
+        purpose: names the stream of noise; grids and evaluation share one.
     """
 
     transitions: Transitions
@@ -47,6 +48,7 @@ class Sampler:
     latents: LatentSpec
     seed: int
     batch_size: int
+    purpose: str = "picture"
 
     @torch.no_grad()
     def pictures(self, field: VelocityField, prompts: Sequence[str], which: Sequence[Picture]) -> Tensor:
@@ -71,4 +73,4 @@ class Sampler:
         A float32 Diffusers pipeline starts from the same noise when it is called with
         `generator=torch.Generator().manual_seed(sampler.generator(picture).initial_seed())`.
         """
-        return generator_for(self.seed, "picture", picture.prompt, picture.image)
+        return generator_for(self.seed, self.purpose, picture.prompt, picture.image)

@@ -16,11 +16,11 @@ from torch import Tensor
 from am_diffusers.build import make_accelerator, make_trainer
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
-from am_diffusers.load import encoder, latent_spec, load_model, load_reward
+from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted
 from am_diffusers.models.lora import adapters
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
-from am_diffusers.rewards import Reward, WeightedRewards
+from am_diffusers.rewards import Reward
 from am_diffusers.trainer import Trainer
 from am_diffusers.velocity import Conditioning
 
@@ -135,7 +135,7 @@ def main() -> None:
             model = load_model(plan, accelerator.device)
         except ValueError as error:
             sys.exit(f"error: {error}")
-        reward = WeightedRewards(rewards, [reward.weight for reward in config.method.rewards])
+        reward = weighted(rewards, plan.config)
         trainer = make_trainer(plan, model, rewards, accelerator)
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()

@@ -8,11 +8,11 @@ from am_diffusers.adjoint import (
     NonFiniteError,
     full_adjoint,
     lean_adjoint,
-    reward_gradient,
     terminal_adjoint,
 )
 from am_diffusers.matching import matching_target
 from am_diffusers.rollout import rollout, sample
+from am_diffusers.terminal import reward_gradient
 from am_diffusers.transitions import (
     ancestral,
     memoryless_euler,
@@ -150,38 +150,6 @@ def test_passes_of_a_sweep(with_first, noises):
     full_adjoint(base, policy, trajectory, terminal, with_first=with_first)
     assert (base.vjps, base.calls) == ([0.25, 0.5, 0.75] * 2, first * 2)
     assert (policy.vjps, policy.calls) == ([0.5, 0.75], [1.0, 0.75, 0.5])
-
-
-@pytest.mark.parametrize("size", [None, 1, 2, 5])
-def test_reward_gradient_in_micro_batches(size, noises):
-    x = noises[0].clone().requires_grad_(True)
-    expected = reward(x, COND.prompts)
-    (gradient,) = torch.autograd.grad(expected.sum(), x)
-    with torch.no_grad():
-        got = reward_gradient(reward, noises[0], COND.prompts, micro_batch_size=size)
-    torch.testing.assert_close(got, (expected.detach(), gradient), rtol=0, atol=1e-12)
-
-
-def test_reward_gradient_scores_each_sample_with_its_own_prompt(noises):
-    def by_prompt(x, prompts):
-        return x[:, 0] * torch.tensor([float(p.split()[1]) for p in prompts], dtype=x.dtype)
-
-    _, gradient = reward_gradient(by_prompt, noises[0], COND.prompts, micro_batch_size=2)
-    assert gradient[:, 0].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_rewards_that_cannot_be_used_are_named(noises):
-    with pytest.raises(ValueError, match="differentiable"):
-        reward_gradient(lambda x, prompts: x.detach().sum(1), noises[0], COND.prompts)
-    with pytest.raises(ValueError, match=r"\(5,\), got \(\)"):
-        reward_gradient(lambda x, prompts: x.sum(), noises[0], COND.prompts)
-    poison = torch.tensor([0, 0, 0, float("nan"), 0])
-    with pytest.raises(NonFiniteError, match=r"reward is NaN or infinite for 1 of 5 samples: \['prompt 3'\]"):
-        reward_gradient(lambda x, prompts: x.sum(1) + poison, noises[0], COND.prompts)
-    edge = noises[0].clone()
-    edge[2] = 0
-    with pytest.raises(NonFiniteError, match=r"gradient .* \['prompt 2'\]"):
-        reward_gradient(lambda x, prompts: x.square().sum(1).sqrt(), edge, COND.prompts)
 
 
 def test_a_field_that_blows_up_is_reported_with_step_sigma_and_prompt(noises):

@@ -18,6 +18,7 @@ from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for
+from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import (
     jitter_sigmas,
     memoryless_local_linear,
@@ -113,7 +114,7 @@ def test_the_loss_is_the_mean_over_rows_of_the_weighted_distance_to_the_targets(
 @pytest.mark.parametrize("adjoint", ["lean", "full"])
 def test_batch_sizes_change_nothing(adjoint):
     whole = collect(make(adjoint=adjoint))
-    parts = collect(make(adjoint=adjoint, collect_batch_size=4, reward_batch_size=1))
+    parts = collect(make(adjoint=adjoint, collect_batch_size=4, gradient=GradientOptions(batch_size=1)))
     for name in ("latents", "sigmas", "target", "weight", "samples"):
         torch.testing.assert_close(
             getattr(parts.examples, name), getattr(whole.examples, name), rtol=1e-12, atol=1e-12
@@ -187,7 +188,7 @@ def test_masked_rows_leave_loss_and_denominator(rollout_policy):
 
 def test_a_batch_that_is_masked_entirely_gives_a_zero_loss_not_an_error():
     method = make()
-    method.load_state_dict({"mask": {str(k): 1e-9 for k in range(7)}})
+    method.load_state_dict({"mask": {str(k): 1e-9 for k in range(7)}, "clip_norm": None})
     method.mask.decay = 1 - 1e-9
     collected = collect(method)
     assert collected.metrics["masked"] == 1
@@ -287,7 +288,9 @@ def test_wrong_settings_and_tables_are_errors():
 
 def test_a_reward_that_is_not_a_number_stops_the_iteration_and_names_the_prompt():
     method = make()
-    method.reward = lambda x, prompts: x.sum(1) / torch.tensor([float(p != "prompt 2") for p in prompts])
+    method.terminal.reward = lambda x, prompts: (
+        x.sum(1) / torch.tensor([float(p != "prompt 2") for p in prompts])
+    )
     with pytest.raises(NonFiniteError, match="prompt 2"):
         collect(method)
 

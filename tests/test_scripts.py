@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import runpy
 import subprocess
@@ -19,6 +20,7 @@ from am_diffusers.command_line import parse_config
 from am_diffusers.grids import to_pil
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
+from am_diffusers.samples import pictures_of
 
 SCRIPTS = FINETUNE.parent
 CONFIGS = sorted((SCRIPTS.parent / "configs").glob("*.yaml"))
@@ -46,6 +48,30 @@ def finished(folder, tiny_sd3_dir):
 def run_script(monkeypatch, name, *flags):
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+def test_calibration_writes_a_config_that_standardises_base_scores(
+    tiny_sd3_dir, folder, tmp_path, monkeypatch, capsys
+):
+    write_rewards(tmp_path)
+    rewards = [
+        {"name": "pickscore", "model": str(tmp_path / "pickscore"), "weight": 0.5},
+        {"name": "brightness"},
+    ]
+    config = tiny_config(tiny_sd3_dir, tmp_path, rewards=rewards)
+    flags = ["--config", config, "--output", tmp_path / "rewards.yaml", "--num_prompts", 2]
+    run_script(monkeypatch, "calibrate_rewards.py", *flags)
+    assert "pickscore: mean" in capsys.readouterr().out
+    first = parse_config(["--config", str(config), "--config", str(tmp_path / "rewards.yaml")]).method.rewards
+    assert [(reward.name, reward.weight) for reward in first] == [("pickscore", 0.5), ("brightness", 1.0)]
+    assert first[0].model == rewards[0]["model"]
+    accelerator = make_accelerator(parse_config(["--config", str(config)]))
+    run = build(make_plan(parse_config(["--config", str(config)]), 1), accelerator)
+    sampler = dataclasses.replace(run.held_out.scorer.sampler, purpose="calibration")
+    prompts = [line for line in (tmp_path / "train.txt").read_text().splitlines()][:2]
+    images = sampler.pictures(run.held_out.scorer.base, prompts, pictures_of(2, 4))
+    brightness = images.flatten(1).mean(1).double()
+    assert (first[1].mean, first[1].std) == pytest.approx((brightness.mean().item(), brightness.std().item()))
 
 
 def test_finetune_ends_with_the_three_headlines(finished, folder):

@@ -1,5 +1,6 @@
 """The trainer with the real method on a random Stable Diffusion 3 pipeline."""
 
+import json
 import math
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from finetune_runs import read_metrics, tiny_config, write_rewards
 from safetensors.torch import load_file
 
-from am_diffusers.build import METHOD_BUILDERS, build, make_accelerator, make_state
+from am_diffusers.build import build, make_accelerator, make_state
+from am_diffusers.build_method import METHOD_BUILDERS
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
+from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan, network_calls
@@ -72,6 +75,8 @@ def test_settings_for_memory_do_not_change_a_run(
         {"adjoint": "full", "loss_steps": 2, "mask_quantile": None},
         {"rollout_guidance_scale": 2.0, "eval_guidance_scale": 2.0},
         {"rewards": [{"name": "brightness", "weight": 2.0}], "lora_layers": ["attn.to_q"]},
+        {"divergence": "forward_kl", "reward_scale": 0.1},
+        {"reward_smoothing_std": 0.1, "reward_smoothing_samples": 2},
     ],
 )
 def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, changes, reference_losses):
@@ -99,6 +104,41 @@ def test_the_announced_network_calls_are_those_made(
     announced = network_calls(config.method)
     first = announced.pop("base, forward if step 0 is trained")
     assert sum(announced.values()) <= len(calls) <= sum(announced.values()) + first
+
+
+def test_clipping_starts_after_the_first_iteration(tiny_sd3_dir, rewards_dir, tmp_path, reference_losses):
+    losses = run_losses(make_run(tiny_sd3_dir, rewards_dir, tmp_path, reward_clip_quantile=0.3), 2)
+    assert losses[0] == pytest.approx(reference_losses[0], rel=1e-6)
+    assert losses[1] != pytest.approx(reference_losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("max_prompts", [3, 2])
+def test_a_divergence_is_normalised_on_base_pictures(tiny_sd3_dir, rewards_dir, tmp_path, max_prompts):
+    changes = {"divergence": "pearson_chi2", "divergence_samples": 2, "divergence_prompts": max_prompts}
+    run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, reward_scale=0.5, **changes)
+    tilt = run.trainer.method.settings.tilt
+    saved = json.loads((tmp_path / "out/base_rewards.json").read_text())
+    scores = torch.tensor(saved["scores"]["pickscore"], dtype=torch.float64)
+    assert scores.shape == (max_prompts, 2)
+    assert scores.std(dim=1).min() > 0
+    assert len(set(saved["prompts"])) == max_prompts
+    kind = Divergence("pearson_chi2")
+    assert tilt.pooled == pytest.approx(kind.normaliser(scores.flatten(), 0.5))
+    own = {p: kind.normaliser(s, 0.5) for p, s in zip(saved["prompts"], scores, strict=True)}
+    assert tilt.by_prompt == (pytest.approx(own) if max_prompts == 3 else {})
+    assert run.trainer.iterate()["reward_slope"] != 1
+
+
+def test_calibrated_rewards_are_logged_raw_and_scaled(tiny_sd3_dir, rewards_dir, tmp_path):
+    model = str(rewards_dir / "pickscore")
+    rewards = [
+        {"name": "pickscore", "model": model, "weight": 2.0, "mean": 1.5, "std": 0.25},
+        {"name": "brightness", "weight": -1.0},
+    ]
+    make_run(tiny_sd3_dir, rewards_dir, tmp_path, rewards=rewards, max_train_steps=2).trainer.train()
+    for metrics in read_metrics(tmp_path / "out"):
+        expected = 2 * (metrics["reward/pickscore"] - 1.5) / 0.25 - metrics["reward/brightness"]
+        assert metrics["reward"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_execute_writes_what_it_announces(tiny_sd3_dir, rewards_dir, tmp_path):
@@ -139,8 +179,8 @@ def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewar
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path)
     run.trainer.iterate()
     run.trainer.state.iteration = 1
-    good = run.trainer.method.reward
-    run.trainer.method.reward = lambda latents, prompts: good(latents, prompts) * math.nan
+    good = run.trainer.method.terminal.reward
+    run.trainer.method.terminal.reward = lambda latents, prompts: good(latents, prompts) * math.nan
     with pytest.raises(IterationError, match=r"iteration 1: reward is NaN or infinite .*'"):
         run.trainer.iterate()
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from am_diffusers import adjoint, matching
+from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.methods.statistics import statistics
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
+from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -35,7 +38,8 @@ class AdjointMatchingSettings:
             choice: on a mixture of three modes .9 reaches 40 % of the tilt's KL, None 92 %.
         mask_decay: of the running quantile, in [0, 1).
         collect_batch_size: samples rolled out and swept back at once; all by default.
-        reward_batch_size: samples decoded and differentiated at once; all of those by default.
+        gradient: how the reward's gradient is taken.
+        tilt: the law aimed at, if it isn't p_base * exp(reward_scale * reward).
 
     Raises:
         ValueError: if a setting is out of range.
@@ -48,7 +52,8 @@ class AdjointMatchingSettings:
     mask_quantile: float | None = 0.9
     mask_decay: float = 0.9
     collect_batch_size: int | None = None
-    reward_batch_size: int | None = None
+    gradient: GradientOptions = PLAIN
+    tilt: Tilt | None = None
 
     def __post_init__(self) -> None:
         if self.reward_scale <= 0:
@@ -85,7 +90,7 @@ class AdjointMatching(Method):
         self,
         policy: VelocityField,
         base: VelocityField,
-        reward: adjoint.RewardOfLatents,
+        reward: RewardOfLatents,
         transitions: Transitions | Callable[[torch.Generator], Transitions],
         *,
         latents: LatentSpec,
@@ -95,7 +100,8 @@ class AdjointMatching(Method):
     ) -> None:
         if settings.adjoint == "full" and rollout_policy is not None:
             raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout_policy")
-        self.policy, self.base, self.reward = policy, base, reward
+        self.policy, self.base = policy, base
+        self.terminal = TerminalCost(reward, settings.reward_scale, settings.gradient, settings.tilt)
         self.transitions, self.latents, self.settings = transitions, latents, settings
         self.rollout_policy, self.gather = rollout_policy, gather
         quantile = settings.mask_quantile
@@ -117,21 +123,23 @@ class AdjointMatching(Method):
         for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
             ids = rows.tolist()
             chunks.append(self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids]))
-        collected = _Rows(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        collected = _Rows.cat(chunks)
         examples, masked = self._masked_examples(table, steps, cond, collected)
-        metrics = self._metrics(table, steps, collected.stats) | {"masked": masked}
-        return Collected(examples, collected.stats[:, 0], metrics)
+        metrics = self._metrics(collected.stats) | {"masked": masked}
+        return Collected(examples, collected.stats["reward"], metrics)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
         return matching.matching_loss(self.policy, example), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Thresholds of the mask."""
-        return {} if self.mask is None else {"mask": self.mask.state_dict()}
+        """Thresholds of the mask and of clipping."""
+        mask = {} if self.mask is None else {"mask": self.mask.state_dict()}
+        return mask | {"clip_norm": self.terminal.clip_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
+        self.terminal.clip_norm = state["clip_norm"]
         if self.mask is not None:
             self.mask.load_state_dict(state["mask"])
 
@@ -144,7 +152,7 @@ class AdjointMatching(Method):
     ) -> "_Rows":
         policy, noise = self.rollout_policy or self.policy, self.latents.draw(generators)
         trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
-        rewards, sweep = self._sweep(trajectory, with_first=0 in steps)
+        terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
         targets = {
             k: matching.matching_target(
                 table,
@@ -163,25 +171,25 @@ class AdjointMatching(Method):
             for k, target in targets.items()
         ]
         latents = torch.stack([trajectory.latents[k] for k in steps], 1)
-        stats = torch.stack([rewards, *_statistics(trajectory, sweep)], 1)
+        stats = statistics(terminal, trajectory, sweep)
         return _Rows(latents, torch.stack(list(targets.values()), 1), torch.stack(residuals, 1), stats)
 
-    def _sweep(self, trajectory: Trajectory, *, with_first: bool) -> tuple[Tensor, adjoint.AdjointSweep]:
-        """Rewards (B,) of the trajectory's final latents and the adjoints."""
-        settings, rewards = self.settings, []
+    def _sweep(
+        self, trajectory: Trajectory, generators: Sequence[torch.Generator], *, with_first: bool
+    ) -> tuple[Terminal, adjoint.AdjointSweep]:
+        """The trajectory's rewards and their gradients, and the adjoints."""
+        found: list[Terminal] = []
 
         def terminal(final: Tensor) -> Tensor:
-            reward, gradient = adjoint.reward_gradient(
-                self.reward, final, trajectory.cond.prompts, micro_batch_size=settings.reward_batch_size
-            )
-            rewards.append(reward)
-            return adjoint.terminal_adjoint(gradient, settings.reward_scale)
+            prompts = trajectory.cond.prompts
+            found.append(self.terminal(final, prompts, lambda: self.latents.draw(generators)))
+            return found[0].adjoint
 
-        if settings.adjoint == "lean":
+        if self.settings.adjoint == "lean":
             sweep = adjoint.lean_adjoint(self.base, trajectory, terminal, with_first=with_first)
         else:
             sweep = adjoint.full_adjoint(self.base, self.policy, trajectory, terminal, with_first=with_first)
-        return rewards[0], sweep
+        return found[0], sweep
 
     def _policy_velocity(self, trajectory: Trajectory, k: int) -> Tensor:
         """The trained policy's velocity at x_k: known from the rollout if that followed it."""
@@ -215,13 +223,13 @@ class AdjointMatching(Method):
         kept_first = keep.flatten().argsort(descending=True, stable=True)
         return batch.index(kept_first[:num_rows]), 1 - num_kept.item() / everywhere.numel()
 
-    def _metrics(self, table: Transitions, steps: Sequence[int], stats: Tensor) -> dict[str, float]:
-        """Means over the samples of all ranks of the columns of `stats` (B, 2 + K [+ 1])."""
-        everywhere = self.gather(stats.flatten()).reshape(-1, stats.shape[1])
-        norms = [f"adjoint_norm/{k:02d}" for k in range(1, table.num_steps + 1)]
-        names = ["reward", "path_kl", *norms] + (["path_kl_first"] if 0 in steps else [])
-        metrics = dict(zip(names, everywhere.mean(0).tolist(), strict=True))
-        return metrics | {"reward_std": everywhere[:, 0].std(correction=0).item()}
+    def _metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
+        """Means of the statistics over the samples of all ranks."""
+        everywhere = self.gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
+        columns = dict(zip(stats, everywhere.T, strict=True))
+        self.terminal.update(columns["reward_gradient_norm"])
+        means = {name: column.mean().item() for name, column in columns.items()}
+        return means | {"reward_std": columns["reward"].std(correction=0).item()}
 
 
 class _Rows(NamedTuple):
@@ -230,21 +238,11 @@ class _Rows(NamedTuple):
     latents: Tensor  # x_k, (B, S, ...)
     target: Tensor  # (B, S, ...)
     residuals: Tensor  # of the policy before the update, (B, S)
-    stats: Tensor  # reward first, then `_statistics`, (B, M)
+    stats: dict[str, Tensor]  # see `statistics`, (B,) each
 
-
-def _statistics(trajectory: Trajectory, sweep: adjoint.AdjointSweep) -> list[Tensor]:
-    """Per sample, (B,) each: path KL of steps 1 .. K-1, adjoint norms 1 .. K, path KL of step 0 if known.
-
-    Step 0 is apart so that `path_kl` means the same whether or not that step is selected.
-    """
-    table = trajectory.transitions
-    path_kl = {
-        k: table.path_kl(k, trajectory.velocities[k], sweep.velocity_base[k])
-        for k in range(table.num_steps - 1)
-        if k in sweep.velocity_base
-    }
-    first = [path_kl.pop(0)] if 0 in path_kl else []
-    total = sum(path_kl.values(), torch.zeros_like(sweep.final.flatten(1)[:, 0]))
-    norms = [sweep.adjoints[k].flatten(1).norm(dim=1) for k in range(1, table.num_steps + 1)]
-    return [total, *norms, *first]
+    @classmethod
+    def cat(cls, chunks: Sequence["_Rows"]) -> "_Rows":
+        """The rows of all chunks."""
+        *tensors, stats = zip(*chunks, strict=True)
+        merged = {name: torch.cat([chunk[name] for chunk in stats]) for name in stats[0]}
+        return cls(*(torch.cat(parts) for parts in tensors), merged)

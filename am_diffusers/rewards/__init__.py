@@ -1,6 +1,6 @@
 """Rewards: what a picture is worth for its prompt. One file a reward; see `base.Reward`."""
 
-from am_diffusers.rewards.base import Reward, WeightedRewards
+from am_diffusers.rewards.base import Reward, RewardScale, WeightedRewards
 from am_diffusers.rewards.brightness import Brightness
 from am_diffusers.rewards.clip import ClipReward
 from am_diffusers.rewards.hpsv2 import HPSv2
@@ -22,5 +22,6 @@ __all__ = [
     "PickScore",
     "Reward",
     "RewardOptions",
+    "RewardScale",
     "WeightedRewards",
 ]

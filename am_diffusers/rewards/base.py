@@ -3,7 +3,9 @@
 A reward maps images in [0, 1] and their prompts to one number per image; higher is better.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,38 +30,66 @@ class Reward(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RewardScale:
+    """How a reward enters a sum: weight * (score - mean) / std.
+
+    Attributes:
+        weight: finite; a negative one penalises. Counts base standard deviations once calibrated.
+        mean: mean score of base samples, in the reward's units.
+        std: standard deviation of their scores, > 0.
+
+    Raises:
+        ValueError: if a number isn't finite or std isn't positive.
+    """
+
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"expected finite weight and mean and a std > 0, got {self}")
+
+
 class WeightedRewards:
-    """The weighted sum of several rewards, itself a reward.
+    """A weighted sum of rewards, itself a reward, that keeps the scores of its parts for the log.
 
     Args:
         rewards: the rewards, each under a name of its own.
-        weights: one finite weight per reward; negative ones penalise.
+        scales: how each enters the sum.
 
     Raises:
-        ValueError: if there are no rewards, counts differ, a weight isn't finite, or two share a name.
+        ValueError: if there are no rewards, counts differ, or two share a name.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
+    def __init__(self, rewards: Sequence[Reward], scales: Sequence[RewardScale]) -> None:
         names = [reward.name for reward in rewards]
-        if not rewards or len(rewards) != len(weights):
-            raise ValueError(f"expected one weight per reward, got weights {list(weights)} for {names}")
+        if not rewards or len(rewards) != len(scales):
+            raise ValueError(f"expected one weight per reward, got {len(scales)} for {names}")
         if len(set(names)) < len(names):
             raise ValueError(f"expected rewards with different names, got {names}: give each reward once")
-        if not torch.tensor(weights, dtype=torch.float64).isfinite().all():
-            raise ValueError(f"expected finite weights, got {list(weights)} for {names}")
         self._rewards = tuple(rewards)
-        self.weights = dict(zip(names, weights, strict=True))
+        self.scales = dict(zip(names, scales, strict=True))
         self.name = "+".join(names)
         self.differentiable = all(reward.differentiable for reward in rewards)
-
-    def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The unweighted scores (B,) of each reward, by name."""
-        return {reward.name: reward(images, prompts) for reward in self._rewards}
+        self._seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """`sum_i weight_i * reward_i`, (B,)."""
-        scores = self.components(images, prompts)
-        return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
+        """`sum_i weight_i * (reward_i - mean_i) / std_i`, (B,)."""
+        total = []
+        for reward in self._rewards:
+            score, scale = reward(images, prompts), self.scales[reward.name]
+            self._seen[reward.name].append(score.detach())
+            total.append(scale.weight * (score - scale.mean) / scale.std)
+        return torch.stack(total).sum(0)
+
+    def drain(self) -> dict[str, Tensor]:
+        """Scores (N,) of each reward, in its own units, since the last call."""
+        scores = {name: torch.cat(seen) for name, seen in self._seen.items() if seen}
+        for seen in self._seen.values():
+            seen.clear()
+        return scores
 
 
 def check_images(images: Tensor) -> None:

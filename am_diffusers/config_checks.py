@@ -1,0 +1,103 @@
+"""Ranges of config values that need no file and no model."""
+
+import dataclasses
+
+from am_diffusers.config import Config, EvaluationConfig, MethodConfig, ModelConfig, OptimizerConfig
+from am_diffusers.config_rewards import TerminalConfig
+
+Check = tuple[object, str, str]
+"""Whether all is well, the flag, and what it must be."""
+
+
+def check_values(config: Config) -> None:
+    """Check every value's range.
+
+    Raises:
+        ValueError: naming every flag out of range, what it must be and what it is.
+    """
+    checks = [
+        *_model(config.model),
+        *_method(config.method),
+        *_terminal(config.terminal),
+        *_optimizer(config.optimizer),
+        *_evaluation(config.evaluation),
+    ]
+    values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
+    wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _model(c: ModelConfig) -> list[Check]:
+    return [
+        (c.resolution > 0, "resolution", "a positive number of pixels"),
+        (c.max_sequence_length > 0, "max_sequence_length", "a positive number of tokens"),
+        (c.rank > 0, "rank", "positive"),
+        (c.lora_alpha > 0, "lora_alpha", "positive"),
+    ]
+
+
+def _method(c: MethodConfig) -> list[Check]:
+    return [
+        (c.rewards, "rewards", "a list with at least one reward"),
+        (c.num_inference_steps >= 2, "num_inference_steps", "at least 2: the last one is deterministic"),
+        (c.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
+        (
+            c.loss_steps == "all" or 1 <= c.loss_steps < c.num_inference_steps,
+            "loss_steps",
+            "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
+        ),
+        (
+            c.mask_quantile is None or 0 < c.mask_quantile < 1,
+            "mask_quantile",
+            "in (0, 1), or null to keep every row",
+        ),
+        (0 <= c.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
+    ]
+
+
+def _terminal(c: TerminalConfig) -> list[Check]:
+    return [
+        (c.divergence_q >= -1, "divergence_q", "at least -1"),
+        (c.divergence_samples >= 2, "divergence_samples", "at least 2"),
+        (c.divergence_prompts >= 1, "divergence_prompts", "at least 1"),
+        (c.divergence_max_slope >= 1, "divergence_max_slope", "at least 1, the slope of kl"),
+        (c.reward_smoothing_std >= 0, "reward_smoothing_std", "0 or positive"),
+        (
+            c.reward_smoothing_samples >= 2 and c.reward_smoothing_samples % 2 == 0,
+            "reward_smoothing_samples",
+            "an even number: copies come in opposite pairs",
+        ),
+        (
+            c.reward_clip_quantile is None or 0 < c.reward_clip_quantile < 1,
+            "reward_clip_quantile",
+            "in (0, 1), or null to clip nothing",
+        ),
+    ]
+
+
+def _optimizer(c: OptimizerConfig) -> list[Check]:
+    return [
+        (c.train_batch_size >= 1, "train_batch_size", "at least 1"),
+        (c.max_train_steps >= 1, "max_train_steps", "at least 1"),
+        (c.learning_rate > 0, "learning_rate", "positive"),
+        (
+            c.lr_scheduler != "constant" or c.lr_warmup_steps == 0,
+            "lr_warmup_steps",
+            "0 with lr_scheduler constant (constant_with_warmup has one)",
+        ),
+        (c.max_grad_norm > 0, "max_grad_norm", "positive"),
+        ((c.rollout_micro_batch_size or 1) >= 1, "rollout_micro_batch_size", "at least 1 or null"),
+        ((c.reward_micro_batch_size or 1) >= 1, "reward_micro_batch_size", "at least 1 or null"),
+        (c.loss_micro_batch_size >= 1, "loss_micro_batch_size", "at least 1"),
+    ]
+
+
+def _evaluation(c: EvaluationConfig) -> list[Check]:
+    return [
+        (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
+        (c.validation_steps >= 1, "validation_steps", "at least 1"),
+        (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
+        (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
+        (c.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
+    ]

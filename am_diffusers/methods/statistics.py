@@ -1,0 +1,31 @@
+"""What an Adjoint Matching iteration reports of each sample: reward, gradients, path KL, adjoint norms."""
+
+import torch
+from torch import Tensor
+
+from am_diffusers.adjoint import AdjointSweep
+from am_diffusers.rollout import Trajectory
+from am_diffusers.terminal import Terminal
+
+
+def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) -> dict[str, Tensor]:
+    """Named statistics of B samples, (B,) each; `reward` and `reward_gradient_norm` come first.
+
+    `path_kl` is that of steps 1 .. K-1, so that it means the same whether or not step 0 was selected;
+    that of step 0 is `path_kl_first`, there if its base velocity is known.
+    """
+    table = trajectory.transitions
+    path_kl = {
+        k: table.path_kl(k, trajectory.velocities[k], sweep.velocity_base[k])
+        for k in range(table.num_steps - 1)
+        if k in sweep.velocity_base
+    }
+    first = {"path_kl_first": path_kl.pop(0)} if 0 in path_kl else {}
+    return {
+        "reward": terminal.rewards,
+        "reward_gradient_norm": terminal.gradient_norms,
+        "reward_slope": terminal.slopes,
+        "path_kl": sum(path_kl.values(), torch.zeros_like(terminal.rewards)),
+        **{f"adjoint_norm/{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
+        **first,
+    }
