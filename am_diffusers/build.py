@@ -21,7 +21,7 @@ from am_diffusers.methods.base import Gather
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.rewards import ClipReward, Reward, WeightedRewards
+from am_diffusers.rewards import ImageFeatures, Reward, WeightedRewards
 from am_diffusers.run import HeldOut, Run
 from am_diffusers.samples import Sampler
 from am_diffusers.scoring import Scorer, official
@@ -236,7 +236,7 @@ def make_held_out(plan: Plan, model: SD3, trained: Sequence[Reward], held_out: S
     """The evaluation at the end: published preprocessing, diversity by the first held-out image features."""
     config = plan.config
     rewards = [official(reward) for reward in [*trained, *held_out]]
-    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ClipReward)]
+    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ImageFeatures)]
     scale = config.evaluation.eval_guidance_scale
     scorer = Scorer(
         make_sampler(config, model),

@@ -107,5 +107,5 @@ def test_hpsv2_refuses_checkpoints_without_a_state_dict(tmp_path: Path, document
 def test_hpsv2_refuses_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "HPS_v2.1_compressed.pt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged|no `state_dict`"):
+    with pytest.raises(ValueError, match=r"damaged|no `state_dict`"):
         HPSv2.from_pretrained(file)

@@ -4,7 +4,7 @@ A reward maps images in [0, 1] and their prompts to one number per image; higher
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,20 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of `images` (B, 3, H, W) in [0, 1] for their B `prompts`."""
+        ...
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """What gives pictures features whose distances say how different they look, as many rewards do."""
+
+    @property
+    def name(self) -> str:
+        """Short name used in logs."""
+        ...
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
         ...
 
 
