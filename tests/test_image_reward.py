@@ -95,7 +95,7 @@ def test_prompts_are_tokenized_once(folder: Path, monkeypatch: pytest.MonkeyPatc
     reward, seen = ImageReward.from_pretrained(folder, options=RewardOptions(checkpointing=True)), []
     remember = reward._remember
     monkeypatch.setattr(reward, "_remember", lambda prompts: (seen.extend(prompts), remember(prompts)))
-    for prompts in (CAPTIONS[:2], CAPTIONS[1::-1], [CAPTIONS[2]] * 2):
+    for prompts in (CAPTIONS[:2], CAPTIONS[1::-1], [CAPTIONS[2]] * 2, CAPTIONS[:2]):
         reward(IMAGES.clone().requires_grad_(), prompts).sum().backward()
     assert seen == [*CAPTIONS[:3]]
 
