@@ -19,7 +19,7 @@ from am_diffusers.load import encoder, guided, load_model, load_reward, make_sam
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.rewards import ClipReward, Reward
+from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run import HeldOut, Run
 from am_diffusers.scoring import Scorer, official
 from am_diffusers.trainer import Trainer, TrainOptions, TrainState
@@ -186,7 +186,7 @@ def make_held_out(plan: Plan, model: SD3, trained: Sequence[Reward], held_out: S
     """The evaluation at the end: published preprocessing, diversity by the first held-out image features."""
     config = plan.config
     rewards = [official(reward) for reward in [*trained, *held_out]]
-    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ClipReward)]
+    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ImageFeatures)]
     scale = config.evaluation.eval_guidance_scale
     scorer = Scorer(
         make_sampler(config, model),

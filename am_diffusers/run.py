@@ -85,7 +85,7 @@ class Run:
         mine = which[self.accelerator.process_index :: self.accelerator.num_processes]
         pairs = gather_object(held_out.scorer.pairs(held_out.prompts, mine))
         features = held_out.scorer.features
-        evaluation = summarise(pairs, held_out.roles, features and features.name)
+        evaluation = summarise(pairs, held_out.roles, features.name if features is not None else None)
         if self.accelerator.is_main_process:
             text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False)
             (self.folder / "evaluation.json").write_text(text + "\n", "utf-8")

@@ -8,7 +8,7 @@ import torch
 from tqdm import trange
 
 from am_diffusers.evaluation import PairScore
-from am_diffusers.rewards import ClipReward, LearnedReward, Reward
+from am_diffusers.rewards import ImageFeatures, LearnedReward, Reward
 from am_diffusers.samples import Picture, Sampler
 from am_diffusers.velocity import VelocityField
 
@@ -38,7 +38,7 @@ class Scorer:
     base: VelocityField
     tuned: VelocityField
     rewards: Sequence[Reward]
-    features: ClipReward | None
+    features: ImageFeatures | None
 
     @torch.no_grad()
     def pairs(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:

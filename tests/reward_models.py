@@ -3,13 +3,23 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+)
 
 CAPTIONS = (
     "a red apple on a blue background",
@@ -21,6 +31,23 @@ SIZE = 32
 CONTEXT = 16
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+# Names in ImageReward.pt by ours, in the order in which they are replaced.
+THEIRS = {
+    "vision_model.embeddings.class_embedding": "blip.visual_encoder.cls_token",
+    "vision_model.embeddings.position_embedding": "blip.visual_encoder.pos_embed",
+    "vision_model.embeddings.patch_embedding": "blip.visual_encoder.patch_embed.proj",
+    "vision_model.post_layernorm": "blip.visual_encoder.norm",
+    "vision_model.encoder.layers": "blip.visual_encoder.blocks",
+    "layer_norm": "norm",
+    "self_attn.qkv": "attn.qkv",
+    "self_attn.projection": "attn.proj",
+    "text_encoder": "blip.text_encoder",
+}
+DROPPED = {
+    "blip.vision_proj.weight": torch.zeros(4, 32),
+    "blip.text_proj.bias": torch.zeros(4),
+    "blip.text_encoder.embeddings.position_ids": torch.arange(20)[None],
+}
 
 
 def spelled_merges() -> list[tuple[str, str]]:
@@ -54,14 +81,25 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 def save_pickscore(folder: Path, *, size: int = SIZE, eos_token_id: int | None = None) -> CLIPModel:
     """Write a small PickScore folder; `eos_token_id=2` writes the old mistake of released configs."""
+    return save_clip(folder, size, eos_token_id, "gelu", seed=0)
+
+
+def save_clip_score(folder: Path) -> CLIPModel:
+    """Write a small CLIPScore folder with the activation and the old mistake of OpenAI's config."""
+    return save_clip(folder, SIZE, 2, "quick_gelu", seed=2)
+
+
+def save_clip(folder: Path, size: int, eos_token_id: int | None, hidden_act: str, seed: int) -> CLIPModel:
+    """Write a small CLIP model with tokenizer and preprocessing."""
     merges = spelled_merges()
     vocab = vocabulary(merges, "<|startoftext|>", "<|endoftext|>")
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "hidden_act": hidden_act}
+    tower |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": eos_token_id or len(vocab) - 1}
-    text = tower | {"vocab_size": len(vocab), "max_position_embeddings": CONTEXT, "hidden_act": "gelu"} | ids
-    vision = tower | {"image_size": size, "patch_size": 8, "hidden_act": "gelu"}
+    text = tower | {"vocab_size": len(vocab), "max_position_embeddings": CONTEXT} | ids
+    vision = tower | {"image_size": size, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    randomize(model, 0)
+    randomize(model, seed)
     model.save_pretrained(folder)
     CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
     crop = {"height": size, "width": size}
@@ -91,6 +129,86 @@ def save_hpsv2(folder: Path) -> CLIP:
     randomize(model, 1)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model.eval()
+
+
+class PublishedHead(nn.Module):
+    """The five layers as published, dropouts included, which do nothing in evaluation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        linear = [nn.Linear(*size) for size in zip((width, 12, 10, 8, 6), (12, 10, 8, 6, 1), strict=True)]
+        dropouts = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
+        layers = [layer for pair in zip(linear, dropouts, strict=False) for layer in pair]
+        self.layers = nn.Sequential(*layers, *linear[3:])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+def save_aesthetic(folder: Path) -> tuple[CLIPModel, PublishedHead]:
+    """Write a small CLIP model and a head on its image features."""
+    clip = save_clip(folder, SIZE, None, "quick_gelu", seed=3)
+    head = PublishedHead(16)
+    randomize(head, 4)
+    save_file(head.state_dict(), folder / "aesthetic_head.safetensors")
+    return clip, head.eval()
+
+
+class PublishedImageReward(nn.Module):
+    """Towers and head of ImageReward, small."""
+
+    def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
+        super().__init__()
+        self.vision_model = BlipVisionModel(vision)
+        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        self.mlp = PublishedHead(text.hidden_size)
+
+
+def bert_vocabulary() -> list[str]:
+    """Marks, letters, and the words of `CAPTIONS`; long ones consist of several pieces."""
+    marks = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = sorted({letter for letter in "".join(CAPTIONS) if letter.strip()})
+    words = " ".join(CAPTIONS).replace(",", "").split()
+    pieces = sorted({word if len(word) < 6 else word[:3] for word in words if len(word) > 1})
+    return [*marks, *letters, *(f"##{letter}" for letter in letters if letter.isalnum()), *pieces]
+
+
+def image_reward_config() -> dict[str, Any]:
+    """The config.json of a small ImageReward."""
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+    vision = tower | {"hidden_size": 32, "intermediate_size": 64, "image_size": SIZE, "patch_size": 8}
+    text = tower | {"hidden_size": 24, "intermediate_size": 48, "max_position_embeddings": CONTEXT + 4}
+    return {
+        "vision_config": vision | {"layer_norm_eps": 1e-6},
+        "text_config": text | {"layer_norm_eps": 1e-12, "vocab_size": len(bert_vocabulary()) + 2},
+        "mlp_widths": [12, 10, 8, 6],
+        "context_length": CONTEXT,
+        "mean": 0.2,
+        "std": 1.5,
+    }
+
+
+def save_image_reward(folder: Path) -> PublishedImageReward:
+    """Write a small ImageReward folder with a vocabulary of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = image_reward_config()
+    text = BlipTextConfig(**config["text_config"], encoder_hidden_size=32)
+    model = PublishedImageReward(BlipVisionConfig(**config["vision_config"]), text)
+    randomize(model, 5)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model.eval()
+
+
+def released_image_reward(folder: Path) -> dict[str, Tensor]:
+    """The weights of a small folder under their released names, with what the released file has besides."""
+    weights = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        for ours, theirs in THEIRS.items():
+            key = key.replace(ours, theirs)
+        weights[key] = value
+    return weights | DROPPED
 
 
 def edit_weights(file: Path, *, drop: str = "", add: str = "", resize: str = "") -> None:

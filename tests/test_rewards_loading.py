@@ -5,19 +5,31 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from reward_models import save_hpsv2, save_pickscore
+from reward_models import (
+    save_aesthetic,
+    save_clip_score,
+    save_hpsv2,
+    save_image_reward,
+    save_pickscore,
+)
 
-from am_diffusers.rewards import HPSv2, PickScore, RewardOptions
+from am_diffusers.rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, RewardOptions
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     """A Git LFS pointer in place of the weights is the usual damage."""
-    save_pickscore(tmp_path)
-    save_hpsv2(tmp_path)
-    for reward, file in ((PickScore, "model.safetensors"), (HPSv2, "open_clip_model.safetensors")):
-        (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    for reward, save, file in (
+        (PickScore, save_pickscore, "model.safetensors"),
+        (CLIPScore, save_clip_score, "model.safetensors"),
+        (HPSv2, save_hpsv2, "open_clip_model.safetensors"),
+        (ImageReward, save_image_reward, "model.safetensors"),
+        (Aesthetic, save_aesthetic, "aesthetic_head.safetensors"),
+    ):
+        folder = tmp_path / reward.name
+        save(folder)
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\n")
         with pytest.raises(ValueError, match=r"damaged.*hf download"):
-            reward.from_pretrained(tmp_path)
+            reward.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -48,6 +60,40 @@ def test_missing_pickscore_names_the_download(path: str) -> None:
 def test_missing_hpsv2_names_the_download(path: str) -> None:
     with pytest.raises(ValueError, match=r"hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
         HPSv2.from_pretrained(path)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", ["openai/clip-vit-large-patch14", "no/such/folder", "/no/such/folder"])
+def test_missing_clip_score_names_the_download(path: str) -> None:
+    with pytest.raises(ValueError, match=r"CLIPScore's .*hf download openai/clip-vit-large-patch14"):
+        CLIPScore.from_pretrained(path)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", [ImageReward.released, "THUDM/ImageReward", "/no/such/ImageReward.pt"])
+def test_missing_image_reward_names_the_download(tmp_path: Path, path: str) -> None:
+    save_image_reward(tmp_path)
+    with pytest.raises(ValueError, match=r"hf download THUDM/ImageReward ImageReward.pt"):
+        ImageReward.from_pretrained(path, vocabulary=tmp_path / "vocab.txt")
+    with pytest.raises(ValueError, match=r"hf download google-bert/bert-base-uncased vocab.txt"):
+        ImageReward.from_pretrained(path)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", [Aesthetic.released, "/no/such/head.pth"])
+def test_missing_aesthetic_names_the_download(path: str) -> None:
+    with pytest.raises(ValueError, match=r"hf download birder-project/aesthetic-predictor"):
+        Aesthetic.from_pretrained(path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_clip_score_takes_no_processor_from_elsewhere(tmp_path: Path) -> None:
+    save_clip_score(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"CLIPScore's tokenizer.*hf download openai/clip-vit-large-patch14"):
+        CLIPScore.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no sha256"):
+        CLIPScore.from_pretrained(tmp_path, sha256="00")
 
 
 @pytest.mark.usefixtures("offline")

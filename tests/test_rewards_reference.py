@@ -1,4 +1,4 @@
-"""PickScore and HPSv2 against their published scorers, written out here line by line, and full-size facts."""
+"""CLIP-type rewards against their published scorers, written out here line by line, and full-size facts."""
 
 from pathlib import Path
 
@@ -10,29 +10,32 @@ import torchvision.transforms.functional as tvf
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
-from reward_models import CAPTIONS, CLIP_MEAN, CLIP_STD, CONTEXT, SIZE, save_hpsv2, save_pickscore
+from reward_models import (
+    CAPTIONS,
+    CLIP_MEAN,
+    CLIP_STD,
+    CONTEXT,
+    SIZE,
+    save_aesthetic,
+    save_clip_score,
+    save_hpsv2,
+    save_image_reward,
+    save_pickscore,
+)
+from reward_pictures import SHAPES, as_pil, pictures
 from torchvision.transforms import InterpolationMode
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
 
-from am_diffusers.rewards import OFFICIAL, HPSv2, PickScore, RewardOptions
+from am_diffusers.rewards import (
+    OFFICIAL,
+    Aesthetic,
+    CLIPScore,
+    HPSv2,
+    ImageReward,
+    PickScore,
+    RewardOptions,
+)
 from am_diffusers.rewards.preprocess import longest_edge_pad, shortest_edge_crop
-
-SHAPES = [(SIZE, SIZE), (48, 64), (77, 45), (128, 128), (20, 26)]  # as is, landscape, odd portrait, down, up
-
-
-def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Pictures with the 1/f spectrum of photographs and hard edges, (count, 3, height, width)."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 3, height, width, generator=generator)
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None])
-    smooth = torch.fft.ifft2(torch.fft.fft2(noise) / (frequency + 1 / max(height, width))).real
-    smooth = smooth / smooth.std(dim=(-2, -1), keepdim=True)
-    edges = torch.where(smooth.mean(1, keepdim=True).roll(height // 3, -2) > 0.3, 0.4, 0.0)
-    return (0.4 + 0.2 * smooth + edges).clamp(0, 1)
-
-
-def as_pil(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def pil_resize_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -44,8 +47,12 @@ def pil_resize_crop(image: Image.Image, size: int) -> np.ndarray:
     return resized[top : top + size, left : left + size]
 
 
-def published_pickscore(folder: Path, image: Image.Image, prompt: str) -> float:
-    """The code of the PickScore_v1 model card for one picture, with the image processor spelled out."""
+def published_clip(folder: Path, image: Image.Image, prompt: str) -> tuple[float, float]:
+    """The code of the PickScore_v1 model card for one picture, with the image processor spelled out.
+
+    Returns:
+        The cosine, which is CLIPScore, and PickScore.
+    """
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pixels = (pil_resize_crop(image, SIZE) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
@@ -56,7 +63,8 @@ def published_pickscore(folder: Path, image: Image.Image, prompt: str) -> float:
         image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
         text_embs = model.get_text_features(**text).pooler_output
         text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
-        return (model.logit_scale.exp() * (text_embs @ image_embs.T)[0]).item()
+        cosine = (text_embs @ image_embs.T)[0]
+        return cosine.item(), (model.logit_scale.exp() * cosine).item()
 
 
 def resize_max_size(image: torch.Tensor, max_size: int) -> torch.Tensor:
@@ -80,26 +88,15 @@ def published_hpsv2(model: CLIP, vocabulary: Path, image: Image.Image, prompt: s
         return torch.diagonal(image_features @ text_features.T).item()
 
 
-@pytest.fixture(scope="module")
-def pick_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pickscore")
-    save_pickscore(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hps_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hpsv2")
-    save_hpsv2(folder)
-    return folder
-
-
 @pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_pickscore_is_the_published_scorer(pick_folder: Path, height: int, width: int) -> None:
+@pytest.mark.parametrize(("reward", "save"), [(CLIPScore, save_clip_score), (PickScore, save_pickscore)])
+def test_clip_rewards_are_the_published_scorer(tmp_path: Path, reward, save, height: int, width: int) -> None:
+    save(tmp_path)
     images = pictures(2, height, width)
     prompts = [CAPTIONS[0], CAPTIONS[3] + " and " + CAPTIONS[1] + ", 'tis BIG"]  # the second is cut
-    scores = PickScore.from_pretrained(pick_folder, options=OFFICIAL)(images, prompts)
-    expected = [published_pickscore(pick_folder, as_pil(i), p) for i, p in zip(images, prompts, strict=True)]
+    scores = reward.from_pretrained(tmp_path, options=OFFICIAL)(images, prompts)
+    published = [published_clip(tmp_path, as_pil(i), p) for i, p in zip(images, prompts, strict=True)]
+    expected = [pick if reward is PickScore else cosine for cosine, pick in published]
     assert scores.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -137,7 +134,16 @@ def test_tensor_pad_is_torchvision(height: int, width: int) -> None:
     assert torch.allclose(longest_edge_pad(images, SIZE), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("reward", "save"), [(PickScore, save_pickscore), (HPSv2, save_hpsv2)])
+@pytest.mark.parametrize(
+    ("reward", "save"),
+    [
+        (PickScore, save_pickscore),
+        (HPSv2, save_hpsv2),
+        (CLIPScore, save_clip_score),
+        (Aesthetic, save_aesthetic),
+        (ImageReward, save_image_reward),
+    ],
+)
 def test_tensor_modes_score_like_the_official_one(tmp_path: Path, reward, save) -> None:
     """Differences relative to the spread between pictures (measured: 1.4 % and 0.1 % for PickScore)."""
     save(tmp_path)

@@ -6,7 +6,7 @@ A reward maps images in [0, 1] and their prompts to one number per image; higher
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,20 @@ class RewardScale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(f"expected finite weight and mean and a std > 0, got {self}")
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """What gives pictures features whose distances say how different they look, as many rewards do."""
+
+    @property
+    def name(self) -> str:
+        """Short name used in logs."""
+        ...
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
+        ...
 
 
 class WeightedRewards:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from am_diffusers.rewards.base import check_images, check_prompts
-from am_diffusers.rewards.learned import LearnedReward, RewardOptions
+from am_diffusers.rewards.base import check_prompts
+from am_diffusers.rewards.learned import FeatureReward, RewardOptions, unit_length
 
 
-class ClipReward(LearnedReward):
+class ClipReward(FeatureReward):
     """A reward that compares the image and text features of a frozen two-tower model.
 
     Text features are computed once per prompt, without gradients.
@@ -36,21 +35,12 @@ class ClipReward(LearnedReward):
         """Tokens the text tower reads, begin and end marks included."""
 
     @abstractmethod
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Image features before normalisation, (B, D)."""
-
-    @abstractmethod
     def _num_tokens(self, prompt: str) -> int:
         """Tokens of `prompt` before truncation, begin and end marks included."""
 
     @abstractmethod
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text features before normalisation, (B, D); prompts truncated as the official scorer does."""
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
-        check_images(images)
-        return self._in_parts(lambda pixels, _: self._features(pixels), images, [""] * len(images))
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Features (B, D) of length 1 of the prompts, without gradients, remembered per prompt."""
@@ -66,11 +56,3 @@ class ClipReward(LearnedReward):
 
     def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scale * (self._features(pixels) * self.text_features(prompts)).sum(-1)
-
-    def _features(self, pixels: Tensor) -> Tensor:
-        return unit_length(self._encode_pixels(pixels))
-
-
-def unit_length(features: Tensor) -> Tensor:
-    """Features (B, D) divided by their norm, in float32 or better."""
-    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

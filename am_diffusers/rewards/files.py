@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,24 @@ def read_weights(file: Path, sha256: str | None, remedy: str) -> Any:
         raise ValueError(f"{file} is damaged or isn't a weight file: {error}; {remedy}") from error
 
 
+def state_dict_of(content: Any, file: Path, remedy: str) -> dict[str, Tensor]:
+    """The content of a weight file once it is known to be tensors by name.
+
+    Raises:
+        ValueError: if it isn't; ends with `remedy`.
+    """
+    tensors = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    if not tensors or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{file} isn't this reward's checkpoint: expected tensors by name in it; {remedy}")
+    return dict(content)
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors by name as a safetensors file, in a folder that is made if it isn't there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
+
+
 def check_keys(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
     """Raise ValueError naming the first keys by which a checkpoint differs from its model."""
     differences = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
@@ -92,15 +110,20 @@ def check_keys(source: str, missing: Collection[str], unexpected: Collection[str
         raise ValueError(f"the weights in {source} aren't this reward's: keys {'; '.join(parts)}")
 
 
+def check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError naming the keys or shapes by which a checkpoint differs from a module."""
+    own = module.state_dict()
+    check_keys(source, own.keys() - weights.keys(), weights.keys() - own.keys())
+    wrong = [f"{key} {tuple(weights[key].shape)}" for key in own if weights[key].shape != own[key].shape]
+    if wrong:
+        raise ValueError(f"the weights in {source} don't fit the model's shapes: {', '.join(wrong[:3])}")
+
+
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load all weights into a module, after keys and shapes were compared.
 
     Raises:
         ValueError: naming the keys or shapes that differ; the module is unchanged then.
     """
-    own = module.state_dict()
-    check_keys(source, own.keys() - weights.keys(), weights.keys() - own.keys())
-    wrong = [f"{key} {tuple(weights[key].shape)}" for key in own if weights[key].shape != own[key].shape]
-    if wrong:
-        raise ValueError(f"the weights in {source} don't fit the model's shapes: {', '.join(wrong[:3])}")
+    check_fit(module, weights, source)
     module.load_state_dict(weights, strict=True)

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from am_diffusers.rewards.clip import ClipReward
-from am_diffusers.rewards.files import find_file, load_strictly, read_weights
+from am_diffusers.rewards.files import (
+    check_fit,
+    find_file,
+    load_strictly,
+    read_weights,
+    save_weights,
+    state_dict_of,
+)
 from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
 from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
 
@@ -139,13 +147,40 @@ def _read_config(file: Path) -> tuple[dict[str, Any], PixelFormat]:
 
 def _load_released(file: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
     """Model and preprocessing of a released .pt file."""
+    config, weights = _read_released(file, sha256)
+    pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
+    return _build(config, weights, str(file)), pixel_format
+
+
+def _read_released(file: Path, sha256: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`model_cfg` and weights of a released .pt file."""
     content = read_weights(file, sha256, DOWNLOAD)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{file} isn't a released HPSv2 checkpoint: no `state_dict` in it; {DOWNLOAD}")
     config = open_clip.get_model_config(RELEASED_ARCHITECTURE)
     assert config is not None, "open_clip ships ViT-H-14"
-    pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
-    return _build(config, content["state_dict"], str(file)), pixel_format
+    return config, state_dict_of(content["state_dict"], file, DOWNLOAD)
+
+
+def convert_released(path: str | Path, folder: Path, sha256: str | None) -> None:
+    """Write a released .pt file as a folder that `HPSv2.from_pretrained` reads, in its own precision.
+
+    Args:
+        path: the file or its place on the hub.
+        folder: where config and weights are written.
+        sha256: of the file.
+
+    Raises:
+        ValueError: if the file is missing or isn't a released checkpoint.
+    """
+    file = find_file(path, None, DOWNLOAD)
+    config, weights = _read_released(file, sha256)
+    with torch.device("meta"):
+        check_fit(CLIP(**config), weights, str(file))
+    preprocessing = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "longest"}
+    save_weights(weights, folder / WEIGHTS_FILE)
+    document = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2), "utf-8")
 
 
 def _build(config: dict[str, Any], weights: dict[str, Tensor], source: str) -> CLIP:

@@ -1,4 +1,4 @@
-"""What all rewards with weights share: options, frozen models, passes in parts, prompts that are too long."""
+"""What all rewards with weights share: options, frozen models, passes in parts, features, long prompts."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from am_diffusers.rewards.base import check_images, check_prompts
@@ -72,6 +73,7 @@ class LearnedReward(ABC):
         model.requires_grad_(False).eval().to(device=options.device, dtype=options.dtype)
         self.options = options
         self.truncated_prompts = 0
+        self._model = model
 
     @classmethod
     @abstractmethod
@@ -145,3 +147,24 @@ class LearnedReward(ABC):
         if cut and not self.truncated_prompts:
             logger.warning("%s reads only the first %d tokens of prompts, e.g. %r", self.name, limit, cut[0])
         self.truncated_prompts += len(cut)
+
+
+class FeatureReward(LearnedReward):
+    """A learned reward whose vision tower makes one feature vector of a picture."""
+
+    @abstractmethod
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Image features before normalisation, (B, D)."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
+        check_images(images)
+        return self._in_parts(lambda pixels, _: self._features(pixels), images, [""] * len(images))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return unit_length(self._encode_pixels(pixels))
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Features (B, D) divided by their norm, in float32 or better."""
+    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -1,15 +1,20 @@
 """Pictures in [0, 1] to what a CLIP vision tower reads: bicubic resize, crop or pad, normalise.
 
-Everything but `to_pil` acts on tensors (B, 3, H, W) and is differentiable. Resizing is antialiased, as PIL's
-is; without it features move twenty times as far from the official ones (cosine distance 2.3e-2, not 1.0e-3).
+Everything but `to_pil` and the official mode acts on tensors (B, 3, H, W) and is differentiable. Resizing is
+antialiased, as PIL's is; without it features move twenty times as far from the official ones (cosine distance
+2.3e-2, not 1.0e-3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
+
+from am_diffusers.rewards.learned import Mode
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,8 +46,20 @@ def bicubic(images: Tensor, height: int, width: int) -> Tensor:
     return interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
 
 
-def shortest_edge_crop(images: Tensor, size: int, *, rounded: bool = False) -> Tensor:
-    """Resize the shortest edge to `size` and crop the centre, as transformers does with PIL.
+def half_down(margin: int) -> int:
+    """Pixels that transformers crops on the left of an odd margin: the smaller half."""
+    return margin // 2
+
+
+def half_to_even(margin: int) -> int:
+    """Pixels that torchvision crops on the left of an odd margin: the even half."""
+    return round(margin / 2)
+
+
+def shortest_edge_crop(
+    images: Tensor, size: int, *, rounded: bool = False, half: Callable[[int], int] = half_down
+) -> Tensor:
+    """Resize the shortest edge to `size` and crop the centre, as is done with PIL.
 
     PIL resizes along rows first, then along columns, and stores 8 bits after each pass: overshoot is clipped
     twice. (Pillow 13 swaps the passes when it shrinks pictures more than twice as tall as wide; the published
@@ -52,18 +69,46 @@ def shortest_edge_crop(images: Tensor, size: int, *, rounded: bool = False) -> T
         images: (B, 3, H, W) in [0, 1].
         size: edge of the result in pixels.
         rounded: round to 1/255 where PIL does, before and after each pass, with straight-through gradients.
+        half: pixels cropped on the left and top of a margin, `half_down` or `half_to_even`.
 
     Returns:
         (B, 3, size, size) in [0, 1].
     """
     height, width = images.shape[-2:]
-    short = min(height, width)
-    new_height, new_width = int(size * height / short), int(size * width / short)
+    new_height, new_width = _shortest_edge(height, width, size)
     quantise = round_to_8_bit if rounded else _identity
     rows = quantise(bicubic(quantise(images), height, new_width).clamp(0, 1))
     resized = quantise(bicubic(rows, new_height, new_width).clamp(0, 1))
-    top, left = (new_height - size) // 2, (new_width - size) // 2
+    top, left = half(new_height - size), half(new_width - size)
     return resized[..., top : top + size, left : left + size]
+
+
+def clip_package_crop(images: Tensor, size: int, mode: Mode) -> Tensor:
+    """Shortest edge to `size` and centre crop as in the CLIP package, whose transform many rewards took over.
+
+    It is torchvision's on PIL pictures and differs from transformers' in the crop of some odd margins.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        size: edge of the result in pixels.
+        mode: "official" goes through PIL and has no gradient; see `RewardOptions`.
+
+    Returns:
+        (B, 3, size, size) in [0, 1].
+    """
+    if mode != "official":
+        return shortest_edge_crop(images, size, rounded=mode == "rounded", half=half_to_even)
+    height, width = _shortest_edge(images.shape[-2], images.shape[-1], size)
+    top, left = half_to_even(height - size), half_to_even(width - size)
+    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in to_pil(images)]
+    cropped = [np.asarray(image)[top : top + size, left : left + size] for image in resized]
+    return torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2).float() / 255
+
+
+def _shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width after resizing the shortest edge to `size`; the other one is rounded down."""
+    short = min(height, width)
+    return int(size * height / short), int(size * width / short)
 
 
 def longest_edge_pad(images: Tensor, size: int, *, rounded: bool = False) -> Tensor:
