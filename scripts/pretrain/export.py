@@ -1,5 +1,6 @@
 """Stage `export`: assemble the trained parts into the folders of `am_diffusers/assets`."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def export_pipeline(work: Path, folder: Path) -> None:
         tokenizer_3=tokenizer,
     )
     pipeline.save_pretrained(folder)
+    for file in folder.rglob("*.json"):  # where a part was loaded from is nobody's business
+        document = json.loads(file.read_text())
+        if isinstance(document, dict) and document.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def evaluation_combinations(data: PictureSet) -> torch.Tensor:
