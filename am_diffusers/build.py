@@ -14,7 +14,7 @@ from torch import Tensor
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.grids import GridWriter
-from am_diffusers.load import encoder, guided, latent_spec, load_model, load_reward
+from am_diffusers.load import encoder, guided, latent_spec, load_model, load_rewards
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.methods.base import Gather
@@ -63,8 +63,7 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
         start_folder(config, folder)
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
-    trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
-    held_out = [load_reward(reward, config, accelerator.device) for reward in plan.held_out]
+    trained, held_out = load_rewards(plan, accelerator.device)
     return Run(
         trainer=make_trainer(plan, model, trained, accelerator),
         save_lora=partial(model.save_lora, folder),

@@ -261,5 +261,5 @@ def test_bad_weights_are_refused(rewards: list[Brightness], weights: list[float]
 
 
 def test_rewards_are_listed_by_name() -> None:
-    assert set(REWARDS) == {"pickscore", "hpsv2", "brightness", "jpeg_size"}
+    assert set(REWARDS) == {"pickscore", "hpsv2", "ocr", "imagenet_class", "brightness", "jpeg_size"}
     assert all(kind.name == name for name, kind in REWARDS.items())
