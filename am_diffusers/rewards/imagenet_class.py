@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from am_diffusers.rewards.base import check_images
@@ -161,7 +161,8 @@ def _rename(weights: Any, own: Mapping[str, Tensor], source: str) -> dict[str, T
 def _pil_crop(images: Tensor, size: int) -> Tensor:
     """Shortest edge to `size` with PIL's bicubic filter, centre crop; (B, 3, size, size) in [0, 1]."""
     height, width = images.shape[-2:]
-    scaled = tuple(int(size * edge / min(height, width)) for edge in (width, height))
+    short = min(height, width)
+    scaled = int(size * width / short), int(size * height / short)
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     box = (left, top, left + size, top + size)
     pictures = [image.resize(scaled, Image.Resampling.BICUBIC).crop(box) for image in to_pil(images)]
