@@ -42,7 +42,7 @@ def base_rewards(
         batch = mine[start : start + sampler.batch_size]
         images, texts = sampler.pictures(base, prompts, batch), [prompts[p.prompt] for p in batch]
         scores = zip(*(reward(images, texts).tolist() for reward in rewards), strict=True)
-        scored.extend((*picture, list(each)) for picture, each in zip(batch, scores, strict=True))
+        scored.extend((p.prompt, p.image, list(each)) for p, each in zip(batch, scores, strict=True))
     ordered = sorted(gather_object(scored))
     table = torch.tensor([scores for _, _, scores in ordered], dtype=torch.float64)
     shaped = table.view(len(prompts), images_per_prompt, len(rewards))

@@ -15,7 +15,7 @@ from am_diffusers.build_method import METHOD_BUILDERS
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.grids import GridWriter
-from am_diffusers.load import encoder, guided, load_model, load_reward, make_sampler, weighted
+from am_diffusers.load import encoder, guided, load_model, load_rewards, make_sampler, weighted
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -58,8 +58,7 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
         start_folder(config, folder)
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
-    trained = [load_reward(reward, config, accelerator.device) for reward in config.method.rewards]
-    held_out = [load_reward(reward, config, accelerator.device) for reward in plan.held_out]
+    trained, held_out = load_rewards(plan, accelerator.device)
     return Run(
         trainer=make_trainer(plan, model, trained, accelerator),
         save_lora=partial(model.save_lora, folder),

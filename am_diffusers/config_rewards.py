@@ -10,7 +10,7 @@ class RewardConfig:
 
     Attributes:
         name: which reward, a key of `am_diffusers.rewards.REWARDS`, e.g. pickscore or hpsv2.
-        model: folder, file, `asset:` path or hub id of its weights; null = the released checkpoint.
+        model: folder, file, `asset:` path, hub id or `package:` of its weights; null = the released ones.
         revision: branch, tag or commit of a hub model; null = its main branch.
         sha256: of its weight file, checked before it is read; null = the pinned one if there is one.
         weight: factor in the trained sum of weight * (score - mean) / std; scores are reported as they are.

@@ -37,6 +37,24 @@ def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> R
     return kind.from_pretrained(path, revision=reward.revision, sha256=reward.sha256, options=options)
 
 
+def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[Reward]]:
+    """The trained and the held-out rewards, once each can score every prompt of the run.
+
+    Raises:
+        ValueError: if weights are missing or don't fit, or a reward can't score a prompt.
+    """
+    trained = [load_reward(reward, plan.config, device) for reward in plan.config.method.rewards]
+    held_out = [load_reward(reward, plan.config, device) for reward in plan.held_out]
+    for rewards, prompts in (
+        (trained, plan.used_train_prompts()),
+        ([*trained, *held_out], plan.eval_prompts),
+    ):
+        for reward in rewards:
+            if isinstance(reward, LearnedReward):
+                reward.check_can_score(prompts)
+    return trained, held_out
+
+
 def load_model(plan: Plan, device: torch.device) -> SD3:
     """The model with a fresh LoRA; all prompts of the run encoded when the text encoders are freed."""
     config = plan.config

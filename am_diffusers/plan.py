@@ -13,6 +13,7 @@ from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts import load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward
+from am_diffusers.rewards.packaged import PACKAGED
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _resolve_reward(reward: RewardConfig) -> RewardConfig:
             raise ValueError(f"rewards: {reward.name} has no weights: it takes nothing but `weight`")
         return reward
     model = reward.model or kind.released
-    if not Path(asset_path(model)).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", model):
+    if model in PACKAGED:
+        PACKAGED[model].find()
+    elif not Path(asset_path(model)).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", model):
         raise ValueError(f"rewards: {reward.name}: no such file or folder: {model}")
     return replace(reward, model=model)
 

@@ -319,5 +319,6 @@ def test_bad_scales_are_refused(numbers: tuple[float, float, float]) -> None:
 
 
 def test_rewards_are_listed_by_name() -> None:
-    assert set(REWARDS) == {*SAVE, "brightness", "colourfulness", "symmetry", "jpeg_size"}
+    packaged, pixels = {"ocr", "imagenet_class"}, {"brightness", "colourfulness", "symmetry", "jpeg_size"}
+    assert set(REWARDS) == {*SAVE, *packaged, *pixels}
     assert all(kind.name == name for name, kind in REWARDS.items())

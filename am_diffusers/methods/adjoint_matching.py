@@ -243,6 +243,6 @@ class _Rows(NamedTuple):
     @classmethod
     def cat(cls, chunks: Sequence["_Rows"]) -> "_Rows":
         """The rows of all chunks."""
-        *tensors, stats = zip(*chunks, strict=True)
+        latents, target, residuals, stats = zip(*chunks, strict=True)
         merged = {name: torch.cat([chunk[name] for chunk in stats]) for name in stats[0]}
-        return cls(*(torch.cat(parts) for parts in tensors), merged)
+        return cls(torch.cat(latents), torch.cat(target), torch.cat(residuals), merged)

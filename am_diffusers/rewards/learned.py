@@ -61,7 +61,7 @@ class LearnedReward(ABC):
         options: how it runs.
 
     Attributes:
-        released: file or hub id of the published weights.
+        released: file or hub id of the published weights, or `package:NAME` of a package that ships them.
         options: how it runs.
         truncated_prompts: number of different prompts seen that were longer than the model reads.
     """
@@ -101,6 +101,9 @@ class LearnedReward(ABC):
     def differentiable(self) -> bool:
         """Whether scores have gradients with respect to the images: in every mode but "official"."""
         return self.options.mode != "official"
+
+    def check_can_score(self, prompts: Sequence[str]) -> None:  # noqa: B027 - most rewards take any prompt
+        """Raise ValueError for a prompt that this reward can't score, before a run starts; most can all."""
 
     @abstractmethod
     def _pixels(self, images: Tensor) -> Tensor:
