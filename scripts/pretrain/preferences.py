@@ -19,7 +19,7 @@ from .towers import SEEDS, new_towers, own_part, save_hpsv2, save_pickscore
 from .transformer import SHORT_CONTEXT, CaptionCache, fast_cpu, new_transformer
 
 CORRUPTIONS = {"pickscore": corruptions.PICKSCORE, "hpsv2": corruptions.HPSV2}
-BAD_STEPS = (3, 6)  # Euler steps of the badly generated pictures
+BAD_STEPS = (3, 6, 12)  # Euler steps of the badly generated pictures
 
 
 @torch.no_grad()
@@ -52,7 +52,9 @@ def save_generated(data: PictureSet, folder: Path, number: int) -> None:
     for part in range(number // 64):
         generator = torch.Generator().manual_seed(part)
         labels = data.draw(64, generator)
-        latents = generate(transformer, captions, data.captions(labels), BAD_STEPS[part % 2], generator)
+        latents = generate(
+            transformer, captions, data.captions(labels), BAD_STEPS[part % len(BAD_STEPS)], generator
+        )
         with torch.no_grad(), fast_cpu():
             decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
         pictures.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())

@@ -43,5 +43,4 @@ def clip_tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
 def write_open_clip_vocabulary(merges: list[tuple[str, str]], file: Path) -> None:
     """The vocabulary as open_clip's SimpleTokenizer reads it: a title line, then one merge a line."""
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    with gzip.open(file, "wt", encoding="utf-8") as handle:
-        handle.write("\n".join(lines))
+    file.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
