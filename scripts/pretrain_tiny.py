@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from pretrain.data import PictureSet
 from pretrain.export import export
+from pretrain.matching_reward import train_image_reward
 from pretrain.measure import measure
 from pretrain.pictures import build
 from pretrain.preferences import save_generated, train_preferences
@@ -39,6 +40,7 @@ STAGES: dict[str, tuple[Stage, int]] = {
     "generated": (lambda folder, number: save_generated(PictureSet(PICTURES), folder, number), 2560),
     "pickscore": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "pickscore", n), 2000),
     "hpsv2": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "hpsv2", n), 1040),
+    "image_reward": (lambda folder, n: train_image_reward(PictureSet(PICTURES), folder, n), 3000),
     "export": (lambda folder, _: export(PictureSet(PICTURES), folder, ASSETS), 0),
     "measure": (lambda folder, _: measure(PictureSet(PICTURES), folder, ASSETS), 0),
 }

@@ -85,3 +85,12 @@ HPSV2: tuple[Corruption, ...] = (
     wrong_background,
     wrong_concept,
 )
+IMAGE_REWARD: tuple[Corruption, ...] = (
+    blurred,
+    noisy,
+    pixelated,
+    recoloured,
+    wrong_style,
+    wrong_background,
+    wrong_concept,
+)

@@ -18,7 +18,11 @@ from .tokens import clip_tokenizer
 from .towers import SEEDS, new_towers, own_part, save_hpsv2, save_pickscore
 from .transformer import SHORT_CONTEXT, CaptionCache, fast_cpu, new_transformer
 
-CORRUPTIONS = {"pickscore": corruptions.PICKSCORE, "hpsv2": corruptions.HPSV2}
+CORRUPTIONS = {
+    "pickscore": corruptions.PICKSCORE,
+    "hpsv2": corruptions.HPSV2,
+    "image_reward": corruptions.IMAGE_REWARD,
+}
 BAD_STEPS = (3, 6, 12)  # Euler steps of the badly generated pictures
 
 

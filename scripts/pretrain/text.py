@@ -21,6 +21,12 @@ from .tokens import CONTEXT_LENGTH, clip_tokenizer, learn_merges
 WIDTH = 128
 
 
+def all_captions(data: PictureSet) -> list[str]:
+    """The captions of all combinations, in every template but the empty one."""
+    labels = data.labels(torch.arange(math.prod(data.shape)))
+    return [caption for i in range(len(TEMPLATES) - 1) for caption in data.captions(labels, i)]
+
+
 def caption_vocabulary(data: PictureSet, folder: Path) -> list[tuple[str, str]]:
     """Merges learned from the captions of all combinations, kept in `folder` for every later stage.
 
@@ -28,9 +34,7 @@ def caption_vocabulary(data: PictureSet, folder: Path) -> list[tuple[str, str]]:
     """
     file = folder / "merges.json"
     if not file.exists():
-        labels = data.labels(torch.arange(math.prod(data.shape)))
-        captions = (c for i in range(len(TEMPLATES) - 1) for c in data.captions(labels, i))
-        file.write_text(json.dumps(learn_merges(captions)))
+        file.write_text(json.dumps(learn_merges(all_captions(data))))
     return [tuple(pair) for pair in json.loads(file.read_text())]
 
 

@@ -18,7 +18,7 @@ from .loop import train
 from .text import WIDTH, caption_vocabulary, text_config, vision_config
 from .tokens import CONTEXT_LENGTH, clip_tokenizer, write_open_clip_vocabulary
 
-SEEDS = {"pickscore": 1, "hpsv2": 2}
+SEEDS = {"pickscore": 1, "hpsv2": 2, "image_reward": 3}
 
 
 class RewardTowers(nn.Module):

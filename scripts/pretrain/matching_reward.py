@@ -1,0 +1,133 @@
+"""Stage `image_reward`: the small ImageReward, a network that reads picture and caption together.
+
+Scores s(picture, caption) of all pictures and captions of a batch are trained to pick the right ones
+(symmetric cross-entropy, as contrastive towers are), and on preferences between pictures for one caption
+(Bradley-Terry), from kinds of damage that neither of the other two rewards saw in this mixture.
+"""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertTokenizer
+
+from am_diffusers.rewards.blip import BlipScorer, ScorerConfig
+from am_diffusers.rewards.image_reward import MARKS
+from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
+
+from .contrastive import draw_captions, hard_batch, matches
+from .corruptions import IMAGE_REWARD
+from .data import PictureSet
+from .loop import train
+from .preferences import Pairs
+from .text import all_captions
+from .towers import SEEDS, own_part
+
+CONTEXT_LENGTH = 20
+HEAD_WIDTHS = (128, 64, 32, 16)
+NAME = "image_reward"
+
+
+def vocabulary(captions: list[str]) -> list[str]:
+    """BERT's marks, the words of the captions, and all letters, of which unknown words are made."""
+    words = sorted({word for caption in captions for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", caption)})
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)]
+    return list(dict.fromkeys([*MARKS, *words, *letters, *(f"##{letter}" for letter in letters)]))
+
+
+def scorer_config(vocab_size: int) -> ScorerConfig:
+    """Sizes of the small ImageReward: 64 pixels, 2.9 million parameters."""
+    vision = {"image_size": 64, "patch_size": 8, "hidden_size": 192, "intermediate_size": 768}
+    vision |= {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+    text = {"vocab_size": vocab_size, "max_position_embeddings": CONTEXT_LENGTH, "hidden_size": 128}
+    text |= {"intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    return ScorerConfig(vision, text, HEAD_WIDTHS, CONTEXT_LENGTH, mean=0.0, std=1.0)
+
+
+class PairScorer(nn.Module):
+    """The network with its head evaluated layer by layer, and its tokenizer.
+
+    Args:
+        config: sizes.
+        tokens: the vocabulary.
+    """
+
+    def __init__(self, config: ScorerConfig, tokens: list[str]) -> None:
+        super().__init__()
+        self.scorer = BlipScorer(config)
+        self.tokenizer = BertTokenizer(vocab={token: row for row, token in enumerate(tokens)})
+        self.format = PixelFormat(64, CLIP_MEAN, CLIP_STD)
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Hidden states (B, 1 + patches, D) of pictures (B, 3, 64, 64) in [0, 1]."""
+        return self.scorer.encode_image(self.format.normalise(pictures))
+
+    def forward(self, hidden: Tensor, captions: list[str]) -> Tensor:
+        """Scores (B,) of B encoded pictures and captions."""
+        rows = self.tokenizer(captions, truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        values = self.scorer.encode_pair(hidden, ids, mask.long())
+        for layer in self.scorer.mlp["layers"].values():
+            values = layer(values)
+        return values[:, 0].float()
+
+
+def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 16) -> None:
+    """Train from scratch and save the reward to `folder / tiny_image_reward`."""
+    part = own_part(data, NAME)
+    tokens = vocabulary(all_captions(data))
+    torch.manual_seed(SEEDS[NAME])
+    model = PairScorer(scorer_config(len(tokens)), tokens)
+    pairs = Pairs(part, IMAGE_REWARD, torch.load(folder / "generated.pt", weights_only=True))
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(1_000_000 * SEEDS[NAME] + step)
+        labels = hard_batch(part, batch, generator)
+        captions, templates = draw_captions(part, labels, generator)
+        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), batch, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.images(torch.cat([part.pictures(labels, generator), better, worse]))
+            every = hidden[:batch].repeat_interleave(batch, 0)
+            logits = model(every, captions * batch).view(batch, batch)
+            scores = model(hidden[batch:], part.captions(own) * 2)
+        contrast = matching_loss(logits, matches(labels, templates))
+        liked, disliked = scores.chunk(2)
+        preference = -F.logsigmoid(liked - disliked).mean()
+        accuracy = (liked > disliked).float().mean().item()
+        return contrast + preference, {"contrast": contrast.item(), "accuracy": accuracy}
+
+    with sdpa_kernel(SDPBackend.MATH):
+        ema = train(model, loss_of_step, steps=steps, peak_rate=6e-4, state_file=folder / f"{NAME}.pt")
+    model.load_state_dict(ema.values)
+    save_image_reward(model.eval(), part, tokens, folder / "tiny_image_reward")
+
+
+def matching_loss(logits: Tensor, true: Tensor) -> Tensor:
+    """Symmetric cross-entropy of scores (pictures, captions); other true captions are no negatives."""
+    own = torch.eye(len(logits), dtype=torch.bool)
+    logits, target = logits.masked_fill(true & ~own, -1e4), torch.arange(len(logits))
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+@torch.no_grad()
+def save_image_reward(model: PairScorer, data: PictureSet, tokens: list[str], folder: Path) -> None:
+    """The folder that ImageReward.from_pretrained reads; scores of real pictures have mean 0 and std 1."""
+    labels = data.draw(512, torch.Generator().manual_seed(0))
+    pictures = data.pictures(labels, torch.Generator().manual_seed(1))
+    scores = model(model.images(pictures), data.captions(labels))
+    config = scorer_config(len(tokens))
+    config = replace(config, mean=scores.mean().item(), std=scores.std().item())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    weights = {key: value.half().contiguous() for key, value in model.scorer.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
