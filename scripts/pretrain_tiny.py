@@ -40,7 +40,7 @@ STAGES: dict[str, tuple[Stage, int]] = {
     "generated": (lambda folder, number: save_generated(PictureSet(PICTURES), folder, number), 2560),
     "pickscore": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "pickscore", n), 2000),
     "hpsv2": (lambda folder, n: train_preferences(PictureSet(PICTURES), folder, "hpsv2", n), 1040),
-    "image_reward": (lambda folder, n: train_image_reward(PictureSet(PICTURES), folder, n), 3000),
+    "image_reward": (lambda folder, n: train_image_reward(PictureSet(PICTURES), folder, n), 4000),
     "export": (lambda folder, _: export(PictureSet(PICTURES), folder, ASSETS), 0),
     "measure": (lambda folder, _: measure(PictureSet(PICTURES), folder, ASSETS), 0),
 }

@@ -1,8 +1,8 @@
 """Stage `image_reward`: the small ImageReward, a network that reads picture and caption together.
 
-Scores s(picture, caption) of all pictures and captions of a batch are trained to pick the right ones
-(symmetric cross-entropy, as contrastive towers are), and on preferences between pictures for one caption
-(Bradley-Terry), from kinds of damage that neither of the other two rewards saw in this mixture.
+As BLIP is, both towers are trained contrastively (features of picture and caption, each alone) while the
+scores s(picture, caption) of all pictures and captions of a small batch learn to pick the right ones; and on
+preferences between pictures for one caption (Bradley-Terry), from a mixture of damage of its own.
 """
 
 import json
@@ -22,7 +22,7 @@ from am_diffusers.rewards.blip import BlipScorer, ScorerConfig
 from am_diffusers.rewards.image_reward import MARKS
 from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
 
-from .contrastive import draw_captions, hard_batch, matches
+from .contrastive import contrastive_loss, draw_captions, hard_batch, matches
 from .corruptions import IMAGE_REWARD
 from .data import PictureSet
 from .loop import train
@@ -30,9 +30,10 @@ from .preferences import Pairs
 from .text import all_captions
 from .towers import SEEDS, own_part
 
-CONTEXT_LENGTH = 20
+CONTEXT_LENGTH, FEATURES = 20, 128
 HEAD_WIDTHS = (128, 64, 32, 16)
 NAME = "image_reward"
+SQUARE = 12  # pictures and captions of a step that are scored all against all
 
 
 def vocabulary(captions: list[str]) -> list[str]:
@@ -65,23 +66,36 @@ class PairScorer(nn.Module):
         self.scorer = BlipScorer(config)
         self.tokenizer = BertTokenizer(vocab={token: row for row, token in enumerate(tokens)})
         self.format = PixelFormat(64, CLIP_MEAN, CLIP_STD)
+        # For the contrastive part, not saved with the reward.
+        self.of_picture = nn.Linear(config.vision_config["hidden_size"], FEATURES)
+        self.of_caption = nn.Linear(config.text_config["hidden_size"], FEATURES)
+        self.log_scale = nn.Parameter(torch.tensor(2.7))
 
     def images(self, pictures: Tensor) -> Tensor:
         """Hidden states (B, 1 + patches, D) of pictures (B, 3, 64, 64) in [0, 1]."""
         return self.scorer.encode_image(self.format.normalise(pictures))
 
-    def forward(self, hidden: Tensor, captions: list[str]) -> Tensor:
-        """Scores (B,) of B encoded pictures and captions."""
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers (B, L) and mask of captions."""
         rows = self.tokenizer(captions, truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        values = self.scorer.encode_pair(hidden, ids, mask.long())
+        return ids, mask.long()
+
+    def caption_features(self, captions: list[str]) -> Tensor:
+        """Features (B, FEATURES) of captions, read without a picture."""
+        ids, mask = self.tokens(captions)
+        return self.of_caption(self.scorer.text_encoder(ids, attention_mask=mask).last_hidden_state[:, 0])
+
+    def forward(self, hidden: Tensor, captions: list[str]) -> Tensor:
+        """Scores (B,) of B encoded pictures and captions."""
+        values = self.scorer.encode_pair(hidden, *self.tokens(captions))
         for layer in self.scorer.mlp["layers"].values():
             values = layer(values)
         return values[:, 0].float()
 
 
-def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 16) -> None:
+def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 96) -> None:
     """Train from scratch and save the reward to `folder / tiny_image_reward`."""
     part = own_part(data, NAME)
     tokens = vocabulary(all_captions(data))
@@ -93,17 +107,20 @@ def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 
         generator = torch.Generator().manual_seed(1_000_000 * SEEDS[NAME] + step)
         labels = hard_batch(part, batch, generator)
         captions, templates = draw_captions(part, labels, generator)
-        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), batch, generator)
+        true, pictures = matches(labels, templates), part.pictures(labels, generator)
+        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), SQUARE, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.images(torch.cat([part.pictures(labels, generator), better, worse]))
-            every = hidden[:batch].repeat_interleave(batch, 0)
-            logits = model(every, captions * batch).view(batch, batch)
-            scores = model(hidden[batch:], part.captions(own) * 2)
-        contrast = matching_loss(logits, matches(labels, templates))
-        liked, disliked = scores.chunk(2)
+            hidden = model.images(torch.cat([pictures, better, worse]))
+            alone = model.of_picture(hidden[:batch, 0]), model.caption_features(captions)
+            every = hidden[:SQUARE].repeat_interleave(SQUARE, 0)
+            logits = model(every, captions[:SQUARE] * SQUARE).view(SQUARE, SQUARE)
+            liked, disliked = model(hidden[batch:], part.captions(own) * 2).chunk(2)
+        contrast = contrastive_loss(*alone, model.log_scale.exp().clamp(max=50), true)
+        matching = matching_loss(logits, true[:SQUARE, :SQUARE])
         preference = -F.logsigmoid(liked - disliked).mean()
+        parts = {"contrast": contrast.item(), "matching": matching.item()}
         accuracy = (liked > disliked).float().mean().item()
-        return contrast + preference, {"contrast": contrast.item(), "accuracy": accuracy}
+        return contrast + matching + preference, parts | {"accuracy": accuracy}
 
     with sdpa_kernel(SDPBackend.MATH):
         ema = train(model, loss_of_step, steps=steps, peak_rate=6e-4, state_file=folder / f"{NAME}.pt")
