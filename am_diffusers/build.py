@@ -93,8 +93,10 @@ def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator:
         return {f"reward/{name}": value for name, value in zip(means, mean.tolist(), strict=True)}
 
     optimizer = config.optimizer
+    method = METHOD_BUILDERS[config.method.method](plan, model, reward, accelerator)
+    reward.drain()  # scores of the base pictures a divergence was normalised on belong to no iteration
     return Trainer(
-        METHOD_BUILDERS[config.method.method](plan, model, reward, accelerator),
+        method,
         make_state(optimizer, model.lora_parameters()),
         TrainOptions(
             seed=config.run.seed,

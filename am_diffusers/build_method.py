@@ -16,7 +16,6 @@ from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchi
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
-from am_diffusers.rollout import generator_for
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import GuidedField
@@ -79,11 +78,7 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) 
     config, options = plan.config, plan.config.terminal
     if options.divergence == "kl":
         return None
-    prompts = list(dict.fromkeys(plan.used_train_prompts()))
-    per_prompt = len(prompts) <= options.divergence_prompts
-    if not per_prompt:
-        order = torch.randperm(len(prompts), generator=generator_for(config.run.seed, "divergence"))
-        prompts = [prompts[row] for row in order[: options.divergence_prompts].tolist()]
+    prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
     sampler = make_sampler(config, model, purpose="divergence")
     scores = base_rewards(
         sampler, model.base, [reward], prompts, options.divergence_samples, accelerator=accelerator
@@ -94,6 +89,6 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) 
         Divergence(options.divergence, options.divergence_q),
         config.method.reward_scale,
         dict(zip(prompts, scores[reward.name], strict=True)),
-        per_prompt=per_prompt,
+        per_prompt=len(prompts) == len(plan.used_train_prompts()),
         max_slope=options.divergence_max_slope,
     )

@@ -64,7 +64,7 @@ class Divergence:
         return z if q == 0 else (q * z).clamp(min=-1).log1p() / q
 
     def slope(self, z: Tensor, max_slope: float) -> Tensor:
-        """D log ratio / dz > 0, at most `max_slope`, which it also is outside the domain."""
+        """Derivative of log ratio in z, > 0 and at most `max_slope`, which it also is outside the domain."""
         q = EXPONENTS.get(self.name, self.q)
         inverse = 1 - z.exp() / 2 if self.name == "js" else 1 + q * z
         return 1 / inverse.clamp(min=1 / max_slope)

@@ -7,13 +7,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from am_diffusers.command_line import asset_path, to_yaml
 from am_diffusers.config import Config, MethodConfig, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts import load_prompts, prompt_rows
-from am_diffusers.rewards import REWARDS, LearnedReward
+from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
+from am_diffusers.rollout import generator_for
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class Plan:
             return list(dict.fromkeys(self.train_prompts))
         rows = (row for step in range(steps) for row in prompt_rows(seed, step, size, total))
         return list(dict.fromkeys(self.train_prompts[row] for row in rows))
+
+    def some_train_prompts(self, number: int, purpose: str) -> list[str]:
+        """At most so many of those prompts, drawn at random: in files the similar ones are neighbours."""
+        prompts = self.used_train_prompts()
+        if len(prompts) <= number:
+            return prompts
+        order = torch.randperm(len(prompts), generator=generator_for(self.config.run.seed, purpose))
+        return [prompts[row] for row in order[:number].tolist()]
 
     def describe(self) -> str:
         """The resolved config as YAML, and what follows from it as comments."""
@@ -145,12 +156,13 @@ def _other_reward(trained: Collection[str]) -> str:
 
 
 def _resolve_reward(reward: RewardConfig) -> RewardConfig:
+    RewardScale(reward.weight, reward.mean, reward.std)  # checks its numbers
     kind = REWARDS.get(reward.name)
     if kind is None:
         raise ValueError(f"rewards: unknown reward {_nearest(reward.name, REWARDS)}")
     if not issubclass(kind, LearnedReward):
-        if reward != RewardConfig(reward.name, weight=reward.weight):
-            raise ValueError(f"rewards: {reward.name} has no weights: it takes nothing but `weight`")
+        if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
+            raise ValueError(f"rewards: {reward.name} has no weights: it takes weight, mean and std alone")
         return reward
     model = reward.model or kind.released
     if model in PACKAGED:

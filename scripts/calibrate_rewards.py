@@ -47,7 +47,7 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     rewards = [load_reward(reward, config, accelerator.device) for reward in plan.config.method.rewards]
     base = guided(model.base, config.evaluation.eval_guidance_scale)
     sampler = make_sampler(config, model, purpose="calibration")
-    prompts = plan.used_train_prompts()[:num_prompts]
+    prompts = plan.some_train_prompts(num_prompts, "calibration")
     scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, accelerator=accelerator)
     measured = []
     for reward in plan.config.method.rewards:

@@ -21,3 +21,9 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor
 
 def as_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def random_images(count: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Noise in [.3, .7]: the resized pictures stay inside [0, 1], where clamping has a derivative."""
+    generator = torch.Generator().manual_seed(5)
+    return 0.3 + 0.4 * torch.rand(count, 3, height, width, generator=generator, dtype=dtype)

@@ -16,6 +16,7 @@ from reward_models import (
     save_image_reward,
     save_pickscore,
 )
+from reward_pictures import random_images
 from torch import Tensor
 
 from am_diffusers.rewards import (
@@ -28,8 +29,6 @@ from am_diffusers.rewards import (
     LearnedReward,
     PickScore,
     RewardOptions,
-    RewardScale,
-    WeightedRewards,
 )
 
 Load = Callable[..., LearnedReward]
@@ -59,12 +58,6 @@ def load_clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def saved(name: str, folder: Path) -> Load:
     SAVE[name](folder)
     return lambda **options: REWARDS[name].from_pretrained(folder, options=RewardOptions(**options))
-
-
-def random_images(count: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Noise in [.3, .7]: the resized pictures stay inside [0, 1], where clamping has a derivative."""
-    generator = torch.Generator().manual_seed(5)
-    return 0.3 + 0.4 * torch.rand(count, 3, height, width, generator=generator, dtype=dtype)
 
 
 def gradient_of(reward: LearnedReward, images: Tensor) -> Tensor:
@@ -273,49 +266,6 @@ def test_brightness_and_jpeg_size() -> None:
     flat, noisy = JpegSize()(images, ["a", "b"]).tolist()
     assert 300 < flat < noisy
     assert not JpegSize.differentiable
-
-
-def test_weighted_sum() -> None:
-    images, prompts = random_images(2, 8, 8), ["a", "b"]
-    brightness, size = Brightness()(images, prompts), JpegSize()(images, prompts)
-    reward = WeightedRewards([Brightness(), JpegSize()], [RewardScale(2.0, 0.5, 0.1), RewardScale(-0.5)])
-    expected = 2 * (brightness - 0.5) / 0.1 - 0.5 * size
-    assert torch.allclose(reward(images, prompts), expected)
-    assert reward.name == "brightness+jpeg_size"
-    assert not reward.differentiable
-    assert WeightedRewards([Brightness()], [RewardScale()]).differentiable
-
-
-def test_weighted_sum_keeps_the_scores_of_its_parts_once() -> None:
-    images, prompts = random_images(3, 8, 8), ["a", "b", "c"]
-    reward = WeightedRewards([Brightness(), JpegSize()], [RewardScale(2.0, 0.5, 0.1), RewardScale()])
-    assert reward.drain() == {}
-    reward(images[:2].requires_grad_(), prompts[:2])
-    reward(images[2:], prompts[2:])
-    seen = reward.drain()
-    assert list(seen) == ["brightness", "jpeg_size"]
-    assert torch.equal(seen["brightness"], Brightness()(images, prompts))
-    assert not seen["brightness"].requires_grad
-    assert reward.drain() == {}
-
-
-@pytest.mark.parametrize(
-    ("rewards", "count", "message"),
-    [
-        ([], 0, "one weight per reward"),
-        ([Brightness()], 2, "one weight per reward"),
-        ([Brightness(), Brightness()], 2, "different names"),
-    ],
-)
-def test_bad_sums_are_refused(rewards: list[Brightness], count: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        WeightedRewards(rewards, [RewardScale()] * count)
-
-
-@pytest.mark.parametrize("numbers", [(math.nan, 0, 1), (1, math.inf, 1), (1, 0, 0), (1, 0, math.nan)])
-def test_bad_scales_are_refused(numbers: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="finite weight and mean and a std > 0"):
-        RewardScale(*numbers)
 
 
 def test_rewards_are_listed_by_name() -> None:

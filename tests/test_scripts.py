@@ -66,9 +66,12 @@ def test_calibration_writes_a_config_that_standardises_base_scores(
     assert [(reward.name, reward.weight) for reward in first] == [("pickscore", 0.5), ("brightness", 1.0)]
     assert first[0].model == rewards[0]["model"]
     accelerator = make_accelerator(parse_config(["--config", str(config)]))
-    run = build(make_plan(parse_config(["--config", str(config)]), 1), accelerator)
+    calibrated = parse_config(["--config", str(config), "--config", str(tmp_path / "rewards.yaml")])
+    plan = make_plan(calibrated, 1)
+    run = build(plan, accelerator)
     sampler = dataclasses.replace(run.held_out.scorer.sampler, purpose="calibration")
-    prompts = [line for line in (tmp_path / "train.txt").read_text().splitlines()][:2]
+    prompts = plan.some_train_prompts(2, "calibration")
+    assert len(set(prompts)) == 2
     images = sampler.pictures(run.held_out.scorer.base, prompts, pictures_of(2, 4))
     brightness = images.flatten(1).mean(1).double()
     assert (first[1].mean, first[1].std) == pytest.approx((brightness.mean().item(), brightness.std().item()))

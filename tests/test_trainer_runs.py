@@ -126,7 +126,11 @@ def test_a_divergence_is_normalised_on_base_pictures(tiny_sd3_dir, rewards_dir, 
     assert tilt.pooled == pytest.approx(kind.normaliser(scores.flatten(), 0.5))
     own = {p: kind.normaliser(s, 0.5) for p, s in zip(saved["prompts"], scores, strict=True)}
     assert tilt.by_prompt == (pytest.approx(own) if max_prompts == 3 else {})
-    assert run.trainer.iterate()["reward_slope"] != 1
+    metrics = run.trainer.iterate()
+    assert metrics["reward_slope"] != 1
+    run.trainer.log.write(0, metrics)
+    (logged,) = read_metrics(tmp_path / "out")
+    assert logged["reward/pickscore"] == pytest.approx(metrics["reward"], rel=1e-5)
 
 
 def test_calibrated_rewards_are_logged_raw_and_scaled(tiny_sd3_dir, rewards_dir, tmp_path):

@@ -93,7 +93,8 @@ class WeightedRewards:
         """`sum_i weight_i * (reward_i - mean_i) / std_i`, (B,)."""
         total = []
         for reward in self._rewards:
-            score, scale = reward(images, prompts), self.scales[reward.name]
+            # A reward may run on a device of its own.
+            score, scale = reward(images, prompts).to(images.device), self.scales[reward.name]
             self._seen[reward.name].append(score.detach())
             total.append(scale.weight * (score - scale.mean) / scale.std)
         return torch.stack(total).sum(0)
