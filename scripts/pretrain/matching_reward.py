@@ -34,6 +34,7 @@ CONTEXT_LENGTH, FEATURES = 20, 128
 HEAD_WIDTHS = (128, 64, 32, 16)
 NAME = "image_reward"
 SQUARE = 12  # pictures and captions of a step that are scored all against all
+PAIRS = 24  # preference pairs of a step
 
 
 def vocabulary(captions: list[str]) -> list[str]:
@@ -108,7 +109,7 @@ def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 
         labels = hard_batch(part, batch, generator)
         captions, templates = draw_captions(part, labels, generator)
         true, pictures = matches(labels, templates), part.pictures(labels, generator)
-        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), SQUARE, generator)
+        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), PAIRS, generator)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.images(torch.cat([pictures, better, worse]))
             alone = model.of_picture(hidden[:batch, 0]), model.caption_features(captions)
