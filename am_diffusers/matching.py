@@ -71,6 +71,18 @@ class MatchingBatch:
         """Consecutive batches of at most `micro_batch_size` rows."""
         return [self.index(rows) for rows in torch.arange(len(self)).split(micro_batch_size)]
 
+    def describe(self) -> str:
+        """Noise levels, prompts and norms of the rows, for an error message."""
+        latents, target = (
+            [round(n, 3) for n in rows.flatten(1).norm(dim=1).tolist()]
+            for rows in (self.latents, self.target)
+        )
+        sigmas = [round(sigma, 4) for sigma in self.sigmas.tolist()]
+        prompts = sorted({self.cond.prompts[i] for i in self.samples.tolist()})
+        return (
+            f"rows with sigmas {sigmas}, prompts {prompts}, norms of latents {latents} and targets {target}"
+        )
+
 
 def select_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
     """Steps to train on, increasing: the last `steps` // 2 with noise and random others, or all.

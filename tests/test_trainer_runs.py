@@ -42,7 +42,7 @@ def run_losses(run, iterations=3):
     losses = []
     for _ in range(iterations):
         losses.append(run.trainer.iterate()["loss"])
-        run.trainer.state.iteration += 1
+        run.trainer.state.progress.iteration += 1
     return losses
 
 
@@ -83,7 +83,7 @@ def test_settings_for_memory_do_not_change_a_run(
 def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, changes, reference_losses):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **changes)
     losses = run_losses(run, 2)
-    run.trainer.show(2)
+    run.trainer.hooks.validate(2)
     assert losses != pytest.approx(reference_losses[:2], rel=1e-5)
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -183,7 +183,7 @@ def test_a_new_run_removes_the_results_of_an_earlier_one(tiny_sd3_dir, rewards_d
 def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewards_dir, tmp_path):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path)
     run.trainer.iterate()
-    run.trainer.state.iteration = 1
+    run.trainer.state.progress.iteration = 1
     good = run.trainer.method.terminal.reward
     run.trainer.method.terminal.reward = lambda latents, prompts: good(latents, prompts) * math.nan
     with pytest.raises(IterationError, match=r"iteration 1: reward is NaN or infinite .*'"):
@@ -193,7 +193,7 @@ def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewar
 def test_every_method_has_a_builder_and_the_schedule_is_a_function_of_the_iteration():
     assert set(METHOD_BUILDERS) == set(METHODS)
     options = OptimizerConfig(learning_rate=1.0, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=4)
-    state = make_state(options, [torch.nn.Parameter(torch.zeros(1))])
+    state = make_state(options, {"weight": torch.nn.Parameter(torch.zeros(1))})
     rates = []
     for _ in range(4):
         rates.extend(state.lr_schedule.get_last_lr())

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from am_diffusers.base_rewards import base_rewards, save_base_rewards
@@ -15,13 +14,14 @@ from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import GuidedField
 
 
-def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) -> Method:
+def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
     """Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
     options = config.method
@@ -32,9 +32,6 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accele
 
     def reward_of_latents(latents: Tensor, prompts: Sequence[str]) -> Tensor:
         return reward(model.decode(latents), prompts)
-
-    def gather(values: Tensor) -> Tensor:
-        return accelerator.gather(values)  # pyright: ignore[reportReturnType]
 
     scale = options.rollout_guidance_scale
     return AdjointMatching(
@@ -51,14 +48,14 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accele
             mask_quantile=options.mask_quantile,
             collect_batch_size=config.optimizer.rollout_micro_batch_size,
             gradient=gradient_options(config),
-            tilt=make_tilt(plan, model, reward, accelerator),
+            tilt=make_tilt(plan, model, reward, processes),
         ),
         rollout_policy=None if scale == 1 else GuidedField(model.policy, scale),
-        gather=gather,
+        gather=processes.gather,
     )
 
 
-METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Accelerator], Method]] = {
+METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
 }
 
@@ -73,7 +70,7 @@ def gradient_options(config: Config) -> GradientOptions:
     )
 
 
-def make_tilt(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) -> Tilt | None:
+def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Tilt | None:
     """The law of a divergence other than kl, its normalisers estimated on base pictures."""
     config, options = plan.config, plan.config.terminal
     if options.divergence == "kl":
@@ -81,9 +78,9 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) 
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
     sampler = make_sampler(config, model, purpose="divergence")
     scores = base_rewards(
-        sampler, model.base, [reward], prompts, options.divergence_samples, accelerator=accelerator
+        sampler, model.base, [reward], prompts, options.divergence_samples, accelerator=processes.accelerator
     )
-    if accelerator.is_main_process:
+    if processes.is_main:
         save_base_rewards(Path(config.run.output_dir) / "base_rewards.json", prompts, scores)
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),

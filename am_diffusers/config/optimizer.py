@@ -23,6 +23,11 @@ class OptimizerConfig:
         adam_epsilon: AdamW's epsilon.
         adam_weight_decay: decoupled weight decay of the LoRA weights.
         max_grad_norm: gradients are scaled down to this global norm.
+        use_ema: keep a running mean of the LoRA, which grids and evaluation then use; it is written to `ema`
+            beside the LoRA itself.
+        ema_decay: of that mean, in (0, 1); early on it is less: (1 + n) / (10 + n) after n steps.
+        max_skipped_iterations: iterations in a row that are left out because a reward, loss or gradient was
+            not finite, before the run stops; 0 = it stops at the first.
         rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process.
         reward_micro_batch_size: samples a VAE and reward pass; null = all of a process.
         loss_micro_batch_size: (sample, step) rows a forward and backward of the loss.
@@ -38,6 +43,9 @@ class OptimizerConfig:
     adam_epsilon: float = 1e-8
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    use_ema: bool = False
+    ema_decay: float = 0.99
+    max_skipped_iterations: int = 0
     rollout_micro_batch_size: int | None = None
     reward_micro_batch_size: int | None = None
     loss_micro_batch_size: int = 16

@@ -70,6 +70,7 @@ class SD3:
         weight_dtype: of the transformer and the text encoders; the LoRA is float32.
         policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
         base: velocity field without the LoRA.
+        before_pass: called before every pass of transformer or VAE, and may raise: to stop a run.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, *, source: Pretrained | None = None) -> None:
@@ -83,6 +84,7 @@ class SD3:
         self.weight_dtype: torch.dtype = pipe.transformer.dtype
         self.policy = SD3Field(self, adapter=True)
         self.base = SD3Field(self, adapter=False)
+        self.before_pass: Callable[[], None] = lambda: None
         pipe.set_progress_bar_config(disable=True)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
@@ -130,6 +132,7 @@ class SD3:
         """Velocity of `module`, this model's transformer or one like it, in the dtype of `x`."""
         if cond.embeddings is None or cond.pooled is None:
             raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
+        self.before_pass()
         dtype, device = self.weight_dtype, self.device
         # Under autocast the float32 LoRA computes in bfloat16 too.
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -178,9 +181,9 @@ class SD3:
         """Make the policy trainable, see `lora.attach_lora`."""
         lora.attach_lora(self.transformer, rank=rank, lora_alpha=lora_alpha, layers=layers, seed=seed)
 
-    def lora_parameters(self) -> list[torch.nn.Parameter]:
-        """The LoRA weights, float32, in a fixed order."""
-        return [p for name, p in self.transformer.named_parameters() if ".lora_" in name]
+    def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The LoRA weights by name, float32, in a fixed order."""
+        return {name: p for name, p in self.transformer.named_parameters() if ".lora_" in name}
 
     def prepare(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
         """Wrap the transformer for training forwards only, e.g. `prepare(accelerator.prepare)`."""
@@ -193,6 +196,7 @@ class SD3:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of final latents; float32, differentiable in the latents."""
+        self.before_pass()
         config = self.vae.config
         with torch.autocast(self.device.type, enabled=False):
             scaled = latents.to(self.device, self.vae.dtype) / config["scaling_factor"]
