@@ -103,11 +103,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(checkpoints, monkeypatc
         monkeypatch.setattr(os, "replace", full)
     else:
         monkeypatch.setattr(f"pathlib.Path.{'mkdir' if place == 'mkdir' else 'write_text'}", full)
-    with pytest.raises(DiskFullError, match="No space left on device"):
+
+    def write_next():
         folder = checkpoints.begin(4, 0)
         with (folder / "state.json").open("w") as file:
             file.write("content")
         checkpoints.publish(4)
+
+    with pytest.raises(DiskFullError, match="No space left on device"):
+        write_next()
     monkeypatch.undo()
     assert checkpoints.latest() == checkpoints.path(2)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["checkpoint-000002"]
