@@ -155,6 +155,23 @@ def test_a_signal_loses_nothing_but_the_running_iteration(tmp_path, uninterrupte
     assert_as_uninterrupted(again, tmp_path, uninterrupted)
 
 
+def test_a_signal_while_saving_waits_for_the_checkpoint(tmp_path, uninterrupted):
+    trainer = make_trainer(tmp_path)
+    saver = trainer.hooks.save.__self__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def save_lora(folder):
+        trainer.processes.stop.number = signal.SIGTERM
+        trainer.processes.poll()
+
+    object.__setattr__(saver, "save_lora", save_lora)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    again = make_trainer(tmp_path)
+    assert again.state.iteration == trainer.state.iteration == 3
+    again.train()
+    assert_as_uninterrupted(again, tmp_path, uninterrupted)
+
+
 def test_a_signal_while_validating_validates_again(tmp_path, uninterrupted):
     seen = []
 
