@@ -134,6 +134,19 @@ def test_a_divergence_is_normalised_on_base_pictures(tiny_sd3_dir, rewards_dir, 
     assert logged["reward/pickscore"] == pytest.approx(metrics["reward"], rel=1e-5)
 
 
+def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_dir, tmp_path, monkeypatch):
+    changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
+    run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
+    run.execute()
+    monkeypatch.setattr("am_diffusers.build.method.base_rewards", None)  # would be an error to call
+    again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
+    assert again.trainer.method.settings.tilt == run.trainer.method.settings.tilt
+    again.lock.release()
+    (tmp_path / "out/base_rewards.json").write_text('{"prompts": ["other"], "scores": {}}')
+    with pytest.raises(ValueError, match=r"base_rewards\.json is about other prompts"):
+        make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
+
+
 def test_calibrated_rewards_are_logged_raw_and_scaled(tiny_sd3_dir, rewards_dir, tmp_path):
     model = str(rewards_dir / "pickscore")
     rewards = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.method import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
 from am_diffusers.build.showing import make_grids, make_held_out, make_verifier
@@ -116,6 +117,7 @@ def start_folder(config: Config, folder: Path, *, fresh: bool) -> None:
     logs = folder / config.run.logging_dir / TRACKER_PROJECT
     results = [folder / "evaluation.json", folder / "error.txt"]
     if fresh:
+        results += [folder / BASE_REWARDS_FILE]
         results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]
     for path in results:
         path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from am_diffusers.base_rewards import base_rewards, save_base_rewards
+from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
 from am_diffusers.load import latent_spec, make_sampler
@@ -76,12 +76,17 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> T
     if options.divergence == "kl":
         return None
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
-    sampler = make_sampler(config, model, purpose="divergence")
-    scores = base_rewards(
-        sampler, model.base, [reward], prompts, options.divergence_samples, accelerator=processes.accelerator
-    )
-    if processes.is_main:
-        save_base_rewards(Path(config.run.output_dir) / "base_rewards.json", prompts, scores)
+    file = Path(config.run.output_dir) / BASE_REWARDS_FILE
+    if file.exists():  # of the run that goes on; a fresh start removed it
+        scores = load_base_rewards(file, prompts)
+    else:
+        sampler = make_sampler(config, model, purpose="divergence")
+        number = options.divergence_samples
+        scores = base_rewards(
+            sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator
+        )
+        if processes.is_main:
+            save_base_rewards(file, prompts, scores)
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),
         config.method.reward_scale,

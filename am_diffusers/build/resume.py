@@ -38,8 +38,10 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     sections = dataclasses.asdict(plan.config).values()
     flat = {name: value for section in sections for name, value in section.items()}
     free = FREE - DECISIVE_IN_RUN
-    if plan.config.optimizer.lr_scheduler.startswith("constant"):
-        free = free | {"max_train_steps"}  # a longer run begins like a shorter one
+    # A longer run begins like a shorter one, unless its length is in the schedule or in the choice of base
+    # pictures.
+    if flat["lr_scheduler"].startswith("constant") and flat["divergence"] == "kl":
+        free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
     decisive = {name: value for name, value in flat.items() if name not in free}
     return decisive | {"rewards": rewards, "prompts of train_prompts": digest(plan.train_prompts)}
