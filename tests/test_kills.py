@@ -1,12 +1,15 @@
 """Real processes of `scripts/finetune.py`, killed and stopped: the final LoRA is the same, bit by bit."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from finetune_runs import read_metrics, start, tiny_config, wait_for, write_rewards
+from finetune_runs import FINETUNE, read_metrics, start, tiny_config, wait_for, write_rewards
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,3 +172,50 @@ def test_changed_settings_are_shown_and_refused_unless_allowed(folder, whole):
         "--checkpointing_steps",
         "4",
     )
+
+
+def launch_two(folder, name, *more):
+    """The launcher of two joined CPU processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    log = (folder / f"{name}.log").open("w")
+    return subprocess.Popen(
+        [*command, "--main_process_port", "0", str(FINETUNE), *arguments(folder, name, *more)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(folder):
+    """SIGTERM to the launcher, which hands it on; numbers agree to 1e-5 at the published learning rate."""
+    rate = ["--learning_rate", "3e-4"]
+    run(folder, "one", *rate)
+    launcher = launch_two(folder, "two", *rate)
+    metrics = folder / "two/metrics.jsonl"
+    try:
+        give_up = time.monotonic() + 180
+        while not (metrics.exists() and '"iteration": 3' in metrics.read_text()):
+            assert launcher.poll() is None, (folder / "two.log").read_text()[-3000:]
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        launcher.terminate()
+        assert launcher.wait(60) != 0
+    finally:
+        launcher.kill()
+    text = (folder / "two.log").read_text()
+    assert text.count("run the same command again to go on") == 1, text[-3000:]
+    done = len(read_metrics(folder / "two"))
+    assert 3 < done < ITERATIONS
+    run(folder, "two", *rate)
+    assert f"after {done} iterations" in (folder / "two.log").read_text()
+    one, two = read_metrics(folder / "one"), read_metrics(folder / "two")
+    for name, tolerance in {
+        "loss": 1e-5,
+        "reward": 1e-5,
+        "path_kl": 1e-5,
+        "masked": 0,
+        "grad_norm": 1e-4,
+    }.items():
+        expected = pytest.approx([line[name] for line in one], rel=tolerance, abs=1e-6)
+        assert [line[name] for line in two] == expected, name
