@@ -146,7 +146,7 @@ def test_load_lora_applies_its_scale(model: SD3, tiny_sd3_dir: Path, tmp_path: P
     other = SD3.from_pretrained(str(tiny_sd3_dir))
     other.load_lora(file if scale else tmp_path, scale=scale)
     assert (picture(other.pipeline()) - picture(pipe)).abs().max() < 1e-6
-    assert {p.dtype for p in other.lora_parameters()} == {torch.float32}
+    assert {p.dtype for p in other.lora_parameters().values()} == {torch.float32}
     x, sigma = torch.randn(1, 8, 16, 16), torch.tensor([0.5])
     cond = other.encode_prompts(["a fox"], max_sequence_length=8)
     assert torch.equal(
