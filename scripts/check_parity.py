@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; its table goes into rewards.md beside it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # without leaving gigabytes behind
     document: dict[str, Any] = {"command": "make parity", "seed": args.seed, "threads": args.threads}
     document["python"] = platform.python_version()
     document["our_versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
@@ -86,7 +88,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows, document["their_versions"] = run_case(case, args.python, Path(folder))
         document["rows"] += rows
-        print(f"{case.reward}, {case.size}: {time.perf_counter() - start:.0f} s", flush=True)
+        worst = max(rows, key=lambda row: row["difference"])
+        found = f"largest difference {worst['difference']:.2g} ({worst['quantity']})"
+        print(f"{case.reward}, {case.size}: {found}, {time.perf_counter() - start:.0f} s", flush=True)
     print(table(document))
     if args.output:
         write_results(document, args.output, table(document))
