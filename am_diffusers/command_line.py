@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.config_checks import check_values
+from am_diffusers.config.checks import check_values
 
 SECTIONS = typing.get_type_hints(Config)
 FIELDS = {

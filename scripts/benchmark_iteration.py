@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from am_diffusers.build import make_accelerator, make_trainer
+from am_diffusers.build import make_accelerator
+from am_diffusers.build.training import make_trainer
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted

@@ -57,8 +57,8 @@ def test_imports_point_down(file: Path) -> None:
         assert own(file) <= {module, *MATHEMATICS}
     if module != "models":
         assert not imports_of(file) & {"peft"}
-    if module not in {"config", "config_checks", "command_line", "plan", "build", "build_method", "load"}:
-        assert not own(file) & {"config", "config_rewards", "build"}, "configuration stops at build.py"
+    if module not in {"config", "command_line", "plan", "build", "load"}:
+        assert not own(file) & {"config", "build"}, "configuration stops at build"
 
 
 def test_every_file_is_checked() -> None:

@@ -8,8 +8,9 @@ import torch
 from finetune_runs import read_metrics, tiny_config, write_rewards
 from safetensors.torch import load_file
 
-from am_diffusers.build import build, make_accelerator, make_state
-from am_diffusers.build_method import METHOD_BUILDERS
+from am_diffusers.build import build, make_accelerator
+from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.training import make_state
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.divergences import Divergence

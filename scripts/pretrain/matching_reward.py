@@ -34,6 +34,7 @@ CONTEXT_LENGTH, FEATURES = 20, 128
 HEAD_WIDTHS = (128, 64, 32, 16)
 NAME = "image_reward"
 SQUARE = 12  # pictures and captions of a step that are scored all against all
+PAIRS = 24  # preference pairs of a step
 
 
 def vocabulary(captions: list[str]) -> list[str]:
@@ -44,7 +45,7 @@ def vocabulary(captions: list[str]) -> list[str]:
 
 
 def scorer_config(vocab_size: int) -> ScorerConfig:
-    """Sizes of the small ImageReward: 64 pixels, 2.9 million parameters."""
+    """Sizes of the small ImageReward: 64 pixels, 2.7 million parameters."""
     vision = {"image_size": 64, "patch_size": 8, "hidden_size": 192, "intermediate_size": 768}
     vision |= {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
     text = {"vocab_size": vocab_size, "max_position_embeddings": CONTEXT_LENGTH, "hidden_size": 128}
@@ -108,7 +109,7 @@ def train_image_reward(data: PictureSet, folder: Path, steps: int, batch: int = 
         labels = hard_batch(part, batch, generator)
         captions, templates = draw_captions(part, labels, generator)
         true, pictures = matches(labels, templates), part.pictures(labels, generator)
-        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), SQUARE, generator)
+        better, worse, own = pairs.draw(step % (len(pairs.kinds) + 1), PAIRS, generator)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.images(torch.cat([pictures, better, worse]))
             alone = model.of_picture(hidden[:batch, 0]), model.caption_features(captions)

@@ -1,4 +1,4 @@
-"""What a run is told of its rewards, see `config.py`."""
+"""What a run is told of its rewards, see `config/`."""
 
 from dataclasses import dataclass
 from typing import Literal

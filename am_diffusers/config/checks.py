@@ -2,8 +2,14 @@
 
 import dataclasses
 
-from am_diffusers.config import Config, EvaluationConfig, MethodConfig, ModelConfig, OptimizerConfig
-from am_diffusers.config_rewards import TerminalConfig
+from am_diffusers.config import (
+    Config,
+    EvaluationConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TerminalConfig,
+)
 
 Check = tuple[object, str, str]
 """Whether all is well, the flag, and what it must be."""

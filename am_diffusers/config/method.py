@@ -1,0 +1,41 @@
+"""The method and its rewards."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from am_diffusers.config.rewards import RewardConfig
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Method and rewards.
+
+    Attributes:
+        rewards: the trained rewards; their weighted sum is maximised.
+        method: fine-tuning method, a key of `am_diffusers.methods.METHODS`.
+        num_inference_steps: denoising steps K of a training rollout, at least 2.
+        transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
+        pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
+        adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
+        reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
+        loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1 (half of them
+            the last ones with noise, the others drawn at random).
+        mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
+            out of the loss; null = keep all.
+        sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
+        rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off (grounded).
+    """
+
+    rewards: list[RewardConfig]
+    method: str = "adjoint_matching"
+    num_inference_steps: int = 20
+    transitions: Literal["memoryless_local_linear", "memoryless_euler", "ancestral"] = (
+        "memoryless_local_linear"
+    )
+    pairing: Literal["right", "left", "trapezoid"] = "right"
+    adjoint: Literal["lean", "full"] = "lean"
+    reward_scale: float = 1.0
+    loss_steps: int | Literal["all"] = "all"
+    mask_quantile: float | None = 0.9
+    sigma_jitter: float = 0.0
+    rollout_guidance_scale: float = 1.0

@@ -1,0 +1,54 @@
+"""The model, its adapter and the training prompts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model and adapter.
+
+    Attributes:
+        pretrained_model_name_or_path: Diffusers folder, `asset:` path or hub id of an SD3 pipeline.
+        revision: branch, tag or commit of a hub model; null = its main branch.
+        variant: weight file variant of the model, e.g. fp16; null = none.
+        resolution: side of the square pictures trained and evaluated on, in pixels.
+        max_sequence_length: length of the T5 part of the prompt, in tokens; the same everywhere.
+        rank: LoRA rank, the inner dimension of each adapter.
+        lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
+        lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
+        mixed_precision: dtype of the frozen transformer (no = float32); LoRA, VAE and rewards stay float32.
+        gradient_checkpointing: recompute activations of transformer, VAE and reward towers in backward
+            passes to save memory.
+        free_text_encoders: encode all prompts before training and free the text encoders' memory; false
+            keeps the encoders and encodes each prompt when it comes up.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    resolution: int = 512
+    max_sequence_length: int = 256
+    rank: int = 32
+    lora_alpha: int = 64
+    lora_layers: list[str] | None = None
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    free_text_encoders: bool = True
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Training prompts.
+
+    Attributes:
+        train_prompts: txt, jsonl, json, csv, tsv or parquet file, data set folder, `asset:` path or hub id.
+        train_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
+        train_prompts_split: split of a data set folder or hub data set.
+        max_train_prompts: use only the first so many prompts; null = all.
+    """
+
+    train_prompts: str
+    train_prompts_column: str = "prompt"
+    train_prompts_split: str = "train"
+    max_train_prompts: int | None = None

@@ -1,0 +1,43 @@
+"""Optimisation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LrSchedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimisation.
+
+    Attributes:
+        train_batch_size: trajectories an iteration in total, over all processes.
+        max_train_steps: iterations (optimizer steps) of the run.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler: schedule by iteration, a name of `diffusers.optimization.get_scheduler`.
+        lr_warmup_steps: iterations of linear warm-up.
+        adam_beta1: decay of the gradient's running mean.
+        adam_beta2: decay of the squared gradient's running mean.
+        adam_epsilon: AdamW's epsilon.
+        adam_weight_decay: decoupled weight decay of the LoRA weights.
+        max_grad_norm: gradients are scaled down to this global norm.
+        rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process.
+        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process.
+        loss_micro_batch_size: (sample, step) rows a forward and backward of the loss.
+    """
+
+    train_batch_size: int = 16
+    max_train_steps: int = 1000
+    learning_rate: float = 3e-4
+    lr_scheduler: LrSchedule = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.95
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    rollout_micro_batch_size: int | None = None
+    reward_micro_batch_size: int | None = None
+    loss_micro_batch_size: int = 16
