@@ -42,7 +42,7 @@ $(PARITY_STAMP): requirements/parity.txt requirements/parity-originals.txt
 	touch $@
 
 # Scores and gradients against those packages, on equal random weights; writes docs/parity.json and its table.
-# Needs 9 GB of memory for the full-size ViT-H/14.
+# Needs 10 GB of memory for the full-size ViT-H/14.
 parity: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python scripts/check_parity.py --python $(PARITY_VENV)/bin/python --output docs/parity.json
 

@@ -4,7 +4,7 @@
     python scripts/check_parity.py --python .venv-parity/bin/python --sizes small
 
 The packages run in an environment of their own (requirements/parity.txt) as a subprocess; the sides exchange
-files in a temporary folder, which needs 4 GB for the full-size ViT-H/14, and 9 GB of memory. Exits with 1 if
+files in a temporary folder, which needs 4 GB for the full-size ViT-H/14, and 10 GB of memory. Exits with 1 if
 a difference is larger than 1e-5 relative to the largest number. Released weights are not measured here.
 """
 
