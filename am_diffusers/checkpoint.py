@@ -125,7 +125,7 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def no_room(self, error: OSError) -> DiskFullError:
+    def no_room(self, error: Exception) -> DiskFullError:
         """An error of the file system in words; what was half-written is removed to give room."""
         self.clean()
         return DiskFullError(

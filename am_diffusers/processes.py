@@ -6,6 +6,7 @@ and all leave together. So a checkpoint after SIGTERM is written by processes th
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -38,10 +39,18 @@ class PeerError(ValueError):
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the work polls; a second signal acts as usual."""
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the work polls.
 
-    def __init__(self) -> None:
-        self.number = 0
+    Schedulers signal all processes of a job and launchers hand theirs on, so the same stop may come twice:
+    only a second SIGINT, a person's, acts as usual, and not right after the first.
+
+    Args:
+        patience: seconds after the first signal before a SIGINT acts as usual.
+    """
+
+    def __init__(self, patience: float = 3.0) -> None:
+        self.number, self.patience = 0, patience
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,8 +58,10 @@ class StopSignal:
         previous = {number: signal.getsignal(number) for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.number = number
-            signal.signal(number, previous[signal.Signals(number)])
+            if number == signal.SIGINT and self.number and time.monotonic() - self._since > self.patience:
+                raise KeyboardInterrupt
+            if not self.number:
+                self.number, self._since = number, time.monotonic()
 
         try:
             for number in SIGNALS:

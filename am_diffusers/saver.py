@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, iteration_of, verify
 from am_diffusers.methods import Method
@@ -71,7 +72,7 @@ class Saver:
             save_state(folder, STATE, state)
             save_state(folder, SETTINGS, dict(self.settings))
             self.save_lora(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter when safetensors meets a full disk
             raise self.checkpoints.no_room(error) from error
         self.checkpoints.publish(iteration)
 

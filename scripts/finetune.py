@@ -46,8 +46,12 @@ def main() -> None:
     except Interrupted as interrupted:
         accelerator.print(f"\n{interrupted}: run the same command again to go on")
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
-    except ValueError as error:
-        (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
+    except (ValueError, OSError) as error:
+        details = traceback.format_exc()
+        try:
+            (folder / "error.txt").write_text(details, "utf-8")
+        except OSError:  # the disk may be what is wrong
+            sys.exit(f"{details}\nerror: {error}")
         sys.exit(f"error: {error}\n(details: {folder / 'error.txt'})")
     accelerator.print(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}")
     for line in evaluation.headline() if evaluation else []:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -142,13 +143,24 @@ def test_a_failure_on_main_is_everybodys():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signals_are_noted_once_and_handlers_come_back(number):
+def test_signals_are_noted_and_handlers_come_back(number):
     stop, before = StopSignal(), signal.getsignal(number)
     processes = Processes(Accelerator(cpu=True), stop)
     with stop.listening():
         processes.poll()
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # handed on by a launcher
         with pytest.raises(Interrupted, match=signal.Signals(number).name):
             processes.poll()
-        assert signal.getsignal(number) == before, "a second signal acts as usual"
     assert signal.getsignal(number) == before
+
+
+def test_an_impatient_person_is_obeyed():
+    stop = StopSignal(patience=0.01)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.number == signal.SIGTERM

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 import signal
 
 import pytest
@@ -273,6 +274,23 @@ def test_a_full_disk_stops_or_skips_the_checkpoint(tmp_path, monkeypatch, caplog
         trainer.train()
         assert "no checkpoint after iteration 6: no room" in caplog.text
         assert make_trainer(tmp_path).state.iteration == LENGTH
+
+
+def test_a_write_that_fails_half_way_leaves_the_last_checkpoint(tmp_path):
+    """The system's own refusal, in the middle of a safetensors file: a limit on the size of files."""
+    trainer = make_trainer(tmp_path, max_train_steps=3)
+    trainer.train()
+    again = make_trainer(tmp_path)
+    again.method.state_dict = lambda: {"buffer": [torch.zeros(1_000_000)], "count": 3}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"cannot write a checkpoint .*File too large"):
+            again.hooks.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000003", "metrics.jsonl"]
+    assert make_trainer(tmp_path).state.iteration == 3
 
 
 def test_an_explicit_checkpoint_that_is_not_sound_or_not_the_newest_is_refused(tmp_path):

@@ -172,32 +172,6 @@ def test_training_step_changes_the_lora_alone(model: SD3) -> None:
             assert torch.equal(parameter, frozen[name])
 
 
-def test_distributed_wrapper_is_used_for_training_only(model: SD3, tmp_path: Path) -> None:
-    x, sigma, cond = point(strong_lora(model))
-    expected = torch.autograd.grad(
-        model.policy(x, sigma, cond).square().sum(), model.lora_parameters().values()
-    )
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model.prepare(torch.nn.parallel.DistributedDataParallel)
-        calls = []
-        model.trainable.register_forward_hook(lambda *_: calls.append(1))
-        for _ in range(2):  # the second backward meets parameters that were switched in between
-            model.transformer.zero_grad()
-            loss = model.policy(x, sigma, cond).square().sum()
-            with torch.no_grad():
-                model.policy(x, sigma, cond)
-            model.base(x, sigma, cond)
-            model.base.vjp(x, sigma, cond, x)
-            model.policy.vjp(x, sigma, cond, x)
-            loss.backward()
-            gradients = tuple(p.grad for p in model.lora_parameters().values())
-            torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-4)
-        assert len(calls) == 2
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_bfloat16_weights_with_a_float32_lora(model: SD3, tiny_sd3_dir: Path, checkpointed: bool) -> None:
     half = strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.bfloat16))

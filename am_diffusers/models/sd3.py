@@ -15,6 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from am_diffusers.models import lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
@@ -39,9 +41,9 @@ class SD3Field:
         LoRA is back on would be wrong. Its derivative is `vjp`.
         """
         trained = self.adapter and torch.is_grad_enabled()
-        module = self.model.trainable if trained else self.model.transformer
-        with torch.set_grad_enabled(trained), lora.adapters(self.model.transformer, enabled=self.adapter):
-            return self.model.velocity(module, x, sigma, cond)
+        transformer = self.model.transformer
+        with torch.set_grad_enabled(trained), lora.adapters(transformer, enabled=self.adapter):
+            return self.model.velocity(transformer, x, sigma, cond)
 
     def vjp(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
@@ -65,7 +67,6 @@ class SD3:
 
     Attributes:
         transformer: the bare transformer, base weights frozen.
-        trainable: what a training forward goes through: `transformer`, or its wrapper after `prepare`.
         vae: the autoencoder, float32.
         weight_dtype: of the transformer and the text encoders; the LoRA is float32.
         policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
@@ -79,7 +80,6 @@ class SD3:
         self._source = source
         self._text = PromptEncoder(pipe)
         self.transformer: SD3Transformer2DModel = pipe.transformer
-        self.trainable: torch.nn.Module = pipe.transformer
         self.vae: AutoencoderKL = pipe.vae
         self.weight_dtype: torch.dtype = pipe.transformer.dtype
         self.policy = SD3Field(self, adapter=True)
@@ -185,9 +185,20 @@ class SD3:
         """The LoRA weights by name, float32, in a fixed order."""
         return {name: p for name, p in self.transformer.named_parameters() if ".lora_" in name}
 
-    def prepare(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-        """Wrap the transformer for training forwards only, e.g. `prepare(accelerator.prepare)`."""
-        self.trainable = wrap(self.transformer)
+    def shard(self, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
+        """Spread the frozen weights of the transformer over the processes of `mesh` (FSDP2).
+
+        The LoRA stays whole on each process, with gradients, files and checkpoints as without sharding.
+        From here on all processes must make the same calls of the transformer, in the same order.
+
+        Args:
+            mesh: one-dimensional.
+            reshard_after_forward: gather weights again for the backward pass, to save memory.
+        """
+        trained = set(self.lora_parameters().values())
+        for block in [*self.transformer.transformer_blocks, self.transformer]:
+            own = trained & set(block.parameters())
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=own)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of transformer and VAE in backward passes instead of keeping them."""
