@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.sharding import shard_frozen
 
 
 def make_model(path: str) -> SD3:
@@ -23,7 +24,7 @@ def main() -> None:
     path, folder = sys.argv[1:]
     dist.init_process_group("gloo")
     whole, sharded = make_model(path), make_model(path)
-    sharded.shard(init_device_mesh("cpu", (dist.get_world_size(),)))
+    shard_frozen(sharded.transformer, init_device_mesh("cpu", (dist.get_world_size(),)))
     frozen = [p for p in sharded.transformer.parameters() if not p.requires_grad]
     kept = sum(p.to_local().numel() for p in frozen) / sum(p.numel() for p in frozen)
     assert 0.45 < kept < 0.55, f"each of two processes holds half of the frozen weights, here {kept}"

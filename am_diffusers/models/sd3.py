@@ -15,8 +15,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from am_diffusers.models import lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
@@ -184,21 +182,6 @@ class SD3:
     def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The LoRA weights by name, float32, in a fixed order."""
         return {name: p for name, p in self.transformer.named_parameters() if ".lora_" in name}
-
-    def shard(self, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
-        """Spread the frozen weights of the transformer over the processes of `mesh` (FSDP2).
-
-        The LoRA stays whole on each process, with gradients, files and checkpoints as without sharding.
-        From here on all processes must make the same calls of the transformer, in the same order.
-
-        Args:
-            mesh: one-dimensional.
-            reshard_after_forward: gather weights again for the backward pass, to save memory.
-        """
-        trained = set(self.lora_parameters().values())
-        for block in [*self.transformer.transformer_blocks, self.transformer]:
-            own = trained & set(block.parameters())
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=own)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of transformer and VAE in backward passes instead of keeping them."""
