@@ -15,12 +15,14 @@ class OptimizerConfig:
     Attributes:
         train_batch_size: trajectories an iteration in total, over all processes.
         max_train_steps: iterations (optimizer steps) of the run.
-        learning_rate: peak learning rate of AdamW.
+        optimizer: adamw, adamw8bit (moments in 8 bits, by bitsandbytes) or prodigy (finds its rate, by
+            prodigyopt); the last two are extras to install.
+        learning_rate: peak learning rate; a factor of the rate that prodigy finds, for which 1 is right.
         lr_scheduler: schedule by iteration, a name of `diffusers.optimization.get_scheduler`.
         lr_warmup_steps: iterations of linear warm-up.
         adam_beta1: decay of the gradient's running mean.
         adam_beta2: decay of the squared gradient's running mean.
-        adam_epsilon: AdamW's epsilon.
+        adam_epsilon: added to the root of that mean.
         adam_weight_decay: decoupled weight decay of the LoRA weights.
         max_grad_norm: gradients are scaled down to this global norm.
         use_ema: keep a running mean of the LoRA, which grids and evaluation then use; it is written to `ema`
@@ -35,6 +37,7 @@ class OptimizerConfig:
 
     train_batch_size: int = 16
     max_train_steps: int = 1000
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: float = 3e-4
     lr_scheduler: LrSchedule = "constant"
     lr_warmup_steps: int = 0
