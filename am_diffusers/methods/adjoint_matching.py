@@ -19,6 +19,7 @@ from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.rows import Rows, masked_batch
 from am_diffusers.methods.statistics import statistics
+from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
 from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.transitions import Transitions
@@ -117,6 +118,7 @@ class AdjointMatching(Method):
         Raises:
             ValueError: if a step before the last adds no noise, or more steps are to be trained on than do.
             NonFiniteError: if a reward, gradient or adjoint is not finite.
+            PhaseMemoryError: if memory runs out.
         """
         table = self.transitions(shared) if callable(self.transitions) else self.transitions
         steps = matching.select_steps(table, self.settings.steps, shared)
@@ -152,8 +154,10 @@ class AdjointMatching(Method):
         generators: Sequence[torch.Generator],
     ) -> Rows:
         policy, noise = self.rollout_policy or self.policy, self.latents.draw(generators)
-        trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
-        terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
+        with phase("rollout", len(cond)):
+            trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
+        with phase("adjoint", len(cond)):
+            terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
         targets = {
             k: matching.matching_target(
                 table,
