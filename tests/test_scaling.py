@@ -103,11 +103,11 @@ def lora_gradient(model: SD3, size: float, *, checkpointed: bool = False) -> tor
         model.enable_gradient_checkpointing()
     x, sigma, cond = point(model)
     weight = size * torch.tensor([1.0, 0.3])
-    scaled = ScaledBackward(model.lora_parameters())
+    scaled = ScaledBackward(list(model.lora_parameters().values()))
     difference = model.policy(x, sigma, cond) - x
     scaled.backward((weight * difference.flatten(1).square().sum(1)).sum(), weight)
     scaled.finish()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.lora_parameters()]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.lora_parameters().values()]
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
     return torch.cat([gradient.flatten() for gradient in gradients])[None]
 

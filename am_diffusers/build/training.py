@@ -52,7 +52,7 @@ def make_trainer(
             seed=config.run.seed,
             train_batch_size=optimizer.train_batch_size,
             max_train_steps=optimizer.max_train_steps,
-            loss_micro_batch_size=optimizer.loss_micro_batch_size,
+            loss_micro_batch_size=int(optimizer.loss_micro_batch_size),
             max_grad_norm=optimizer.max_grad_norm,
             validation_steps=config.evaluation.validation_steps,
             checkpointing_steps=config.checkpoint.checkpointing_steps,

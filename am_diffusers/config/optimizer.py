@@ -6,6 +6,7 @@ from typing import Literal
 LrSchedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
+MicroBatch = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,12 @@ class OptimizerConfig:
         ema_decay: of that mean, in (0, 1); early on it is less: (1 + n) / (10 + n) after n steps.
         max_skipped_iterations: iterations in a row that are left out because a reward, loss or gradient was
             not finite, before the run stops; 0 = it stops at the first.
-        rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process.
-        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process.
-        loss_micro_batch_size: (sample, step) rows a forward and backward of the loss.
+        rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process,
+            auto = as many as fit into memory, found before the first iteration by halving.
+        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process, auto as above.
+        loss_micro_batch_size: (sample, step) rows a forward and backward of the loss; auto as above.
+        offload_trajectories: keep the states and targets of an iteration on the CPU until the loss needs
+            them, which saves 2 x train_batch_size x steps latents of device memory.
     """
 
     train_batch_size: int = 16
@@ -49,6 +53,7 @@ class OptimizerConfig:
     use_ema: bool = False
     ema_decay: float = 0.99
     max_skipped_iterations: int = 0
-    rollout_micro_batch_size: int | None = None
-    reward_micro_batch_size: int | None = None
-    loss_micro_batch_size: int = 16
+    rollout_micro_batch_size: MicroBatch | None = None
+    reward_micro_batch_size: MicroBatch | None = None
+    loss_micro_batch_size: MicroBatch = 16
+    offload_trajectories: bool = False

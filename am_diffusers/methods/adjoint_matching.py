@@ -40,6 +40,7 @@ class AdjointMatchingSettings:
             choice: on a mixture of three modes .9 reaches 40 % of the tilt's KL, None 92 %.
         mask_decay: of the running quantile, in [0, 1).
         collect_batch_size: samples rolled out and swept back at once; all by default.
+        offload: keep latents and targets on the CPU until the loss of their rows is taken.
         gradient: how the reward's gradient is taken.
         tilt: the law aimed at, if it isn't p_base * exp(reward_scale * reward).
 
@@ -54,6 +55,7 @@ class AdjointMatchingSettings:
     mask_quantile: float | None = 0.9
     mask_decay: float = 0.9
     collect_batch_size: int | None = None
+    offload: bool = False
     gradient: GradientOptions = PLAIN
     tilt: Tilt | None = None
 
@@ -125,15 +127,18 @@ class AdjointMatching(Method):
         chunks = []
         for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
             ids = rows.tolist()
-            chunks.append(self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids]))
+            chunk = self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids])
+            chunks.append(chunk.to_cpu() if self.settings.offload else chunk)
         collected = Rows.cat(chunks)
         examples, masked = masked_batch(collected, table, steps, cond, self.mask, self.gather)
+        if self.settings.offload and torch.device(self.latents.device).type == "cuda":
+            examples = examples.pin_memory()
         metrics = self._metrics(collected.stats) | {"masked": masked}
         return Collected(examples, collected.stats["reward"], metrics)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
-        return matching.matching_loss(self.policy, example), {}
+        return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Thresholds of the mask and of clipping."""

@@ -27,6 +27,10 @@ class Rows(NamedTuple):
     residuals: Tensor
     stats: dict[str, Tensor]
 
+    def to_cpu(self) -> "Rows":
+        """The same with latents and targets, which are large, on the CPU."""
+        return self._replace(latents=self.latents.cpu(), target=self.target.cpu())
+
     @classmethod
     def cat(cls, chunks: Sequence["Rows"]) -> "Rows":
         """The rows of all chunks."""
