@@ -108,7 +108,7 @@ def test_a_run_with_auto_is_the_run_with_the_sizes_found(
     capsys,
 ):
     write_rewards(tmp_path)
-    run = make_run(tiny_sd3_dir, tmp_path, tmp_path, **AUTO)
+    run = make_run(tiny_sd3_dir, tmp_path, tmp_path, **AUTO, output_dir=str(tmp_path / "auto"))
     settings = run.trainer.method.settings
     assert (settings.collect_batch_size, settings.gradient.batch_size) == (2, 1)
     assert run.trainer.options.loss_micro_batch_size == 3

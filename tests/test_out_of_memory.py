@@ -82,7 +82,7 @@ def test_collecting_names_the_phase_the_setting_and_half_its_value(method, messa
 def test_the_loss_is_named_with_the_iteration(tmp_path, backward):
     trainer, method, weight = make_trainer(tmp_path, loss_micro_batch_size=5)
     trainer.iterate()
-    trainer.state.iteration += 1
+    trainer.state.progress.iteration += 1
     before = weight.detach().clone()
     good = method.loss
 
