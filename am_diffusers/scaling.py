@@ -56,8 +56,7 @@ class ScaledBackward:
     def backward(self, loss: Tensor, weight: Tensor) -> None:
         """Add the gradient of `loss` (), a sum of squared errors with factors `weight` (N,)."""
         bound = 2 * (weight.max() * loss.detach().abs()).double().sqrt()
-        if bound > 0:
-            self._rescale(safe_scale(bound).item())
+        self._rescale(safe_scale(bound).item())
         (loss * self._scale).backward()
 
     def finish(self) -> None:
