@@ -24,9 +24,11 @@ from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected
 from am_diffusers.metrics import MetricsLog
+from am_diffusers.out_of_memory import phase
 from am_diffusers.processes import Processes, share
 from am_diffusers.prompts import prompt_rows
 from am_diffusers.rollout import generator_for, generators_for
+from am_diffusers.scaling import ScaledBackward
 from am_diffusers.train_state import TrainState
 from am_diffusers.velocity import Conditioning
 
@@ -220,13 +222,16 @@ class Trainer:
     def _backward(self, examples: MatchingBatch) -> float:
         """Gradients of this process's rows; the loss over all processes."""
         self.state.optimizer.zero_grad()
+        scaled = ScaledBackward(list(self.state.parameters.values()))
         total = torch.zeros((), device=self.processes.accelerator.device, dtype=torch.float64)
         for example in examples.split(self.options.loss_micro_batch_size):
-            loss, _ = self.method.loss(example)
-            if not loss.isfinite():
-                raise NonFiniteError(f"loss is {loss.item()} for {example.describe()}")
-            loss.backward()
+            with phase("loss", len(example)):
+                loss, _ = self.method.loss(example)
+                if not loss.isfinite():
+                    raise NonFiniteError(f"loss is {loss.item()} for {example.describe()}")
+                scaled.backward(loss, example.weight)
             total += loss.detach()
+        scaled.finish()
         return self.processes.sum(total).item()
 
     def _gradient_norm(self) -> float:

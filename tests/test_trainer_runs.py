@@ -59,6 +59,7 @@ def reference_losses(tiny_sd3_dir, rewards_dir, tmp_path_factory):
         {"rollout_micro_batch_size": 3, "reward_micro_batch_size": 1},
         {"gradient_checkpointing": True},
         {"free_text_encoders": False},
+        {"offload_trajectories": True, "rollout_micro_batch_size": 2},
     ],
 )
 def test_settings_for_memory_do_not_change_a_run(
@@ -72,6 +73,7 @@ def test_settings_for_memory_do_not_change_a_run(
     "changes",
     [
         {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16", "gradient_checkpointing": True},
         {"transitions": "ancestral", "pairing": "trapezoid", "sigma_jitter": 0.3},
         {"adjoint": "full", "loss_steps": 2, "mask_quantile": None},
         {"rollout_guidance_scale": 2.0, "eval_guidance_scale": 2.0},

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
+from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.method import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
 from am_diffusers.build.showing import make_grids, make_held_out, make_verifier
@@ -68,6 +69,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
     trained, held_out = load_rewards(plan, accelerator.device)
+    plan = find_micro_batches(plan, model, trained, processes)
     reward = weighted(trained, config)
     method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
     reward.drain()  # scores of the base pictures a divergence was normalised on belong to no iteration

@@ -9,7 +9,7 @@ from torch import Tensor
 from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.load import latent_spec, make_sampler
+from am_diffusers.load import latent_spec, make_sampler, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models.sd3 import SD3
@@ -46,7 +46,8 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processe
             adjoint=options.adjoint,
             steps=options.loss_steps,
             mask_quantile=options.mask_quantile,
-            collect_batch_size=config.optimizer.rollout_micro_batch_size,
+            collect_batch_size=micro_batch(config.optimizer.rollout_micro_batch_size),
+            offload=config.optimizer.offload_trajectories,
             gradient=gradient_options(config),
             tilt=make_tilt(plan, model, reward, processes),
         ),
@@ -63,7 +64,7 @@ METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
 def gradient_options(config: Config) -> GradientOptions:
     """How the reward's gradient is taken."""
     return GradientOptions(
-        batch_size=config.optimizer.reward_micro_batch_size,
+        batch_size=micro_batch(config.optimizer.reward_micro_batch_size),
         smoothing_std=config.terminal.reward_smoothing_std,
         smoothing_samples=config.terminal.reward_smoothing_samples,
         clip_quantile=config.terminal.reward_clip_quantile,

@@ -20,6 +20,7 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "rollout_micro_batch_size",
     "reward_micro_batch_size",
     "loss_micro_batch_size",
+    "offload_trajectories",
     "gradient_checkpointing",
     "free_text_encoders",
     "max_skipped_iterations",

@@ -14,6 +14,7 @@ from am_diffusers.load import encoder
 from am_diffusers.methods import Method
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.optimizers import OptimizerSettings, make_optimizer
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import WeightedRewards
@@ -51,7 +52,7 @@ def make_trainer(
             seed=config.run.seed,
             train_batch_size=optimizer.train_batch_size,
             max_train_steps=optimizer.max_train_steps,
-            loss_micro_batch_size=optimizer.loss_micro_batch_size,
+            loss_micro_batch_size=int(optimizer.loss_micro_batch_size),
             max_grad_norm=optimizer.max_grad_norm,
             validation_steps=config.evaluation.validation_steps,
             checkpointing_steps=config.checkpoint.checkpointing_steps,
@@ -71,14 +72,14 @@ def make_trainer(
 
 
 def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Parameter]) -> TrainState:
-    """AdamW over the parameters, its schedule as a function of the iteration, and the EMA."""
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=options.learning_rate,
+    """The optimizer over the parameters, its schedule as a function of the iteration, and the EMA."""
+    settings = OptimizerSettings(
+        learning_rate=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
+        epsilon=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
     )
+    optimizer = make_optimizer(options.optimizer, list(parameters.values()), settings)
     lr_schedule = get_scheduler(
         options.lr_scheduler,
         optimizer,

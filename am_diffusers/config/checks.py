@@ -11,6 +11,7 @@ from am_diffusers.config import (
     OptimizerConfig,
     TerminalConfig,
 )
+from am_diffusers.config.optimizer import MicroBatch
 
 Check = tuple[object, str, str]
 """Whether all is well, the flag, and what it must be."""
@@ -97,10 +98,14 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
         (c.max_grad_norm > 0, "max_grad_norm", "positive"),
         (0 < c.ema_decay < 1, "ema_decay", "in (0, 1)"),
         (c.max_skipped_iterations >= 0, "max_skipped_iterations", "0 or positive"),
-        ((c.rollout_micro_batch_size or 1) >= 1, "rollout_micro_batch_size", "at least 1 or null"),
-        ((c.reward_micro_batch_size or 1) >= 1, "reward_micro_batch_size", "at least 1 or null"),
-        (c.loss_micro_batch_size >= 1, "loss_micro_batch_size", "at least 1"),
+        (_is_size(c.rollout_micro_batch_size), "rollout_micro_batch_size", "at least 1, auto or null"),
+        (_is_size(c.reward_micro_batch_size), "reward_micro_batch_size", "at least 1, auto or null"),
+        (_is_size(c.loss_micro_batch_size), "loss_micro_batch_size", "at least 1 or auto"),
     ]
+
+
+def _is_size(value: MicroBatch | None) -> bool:
+    return value is None or value == "auto" or value >= 1
 
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from am_diffusers.models import lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
 from am_diffusers.models.text import PromptEncoder
+from am_diffusers.scaling import scaled_vjp
 from am_diffusers.velocity import Conditioning, Cotangent
 
 
@@ -56,8 +57,7 @@ class SD3Field:
             detached = velocity.detach()
             with torch.no_grad():
                 vector = cotangent(detached) if callable(cotangent) else cotangent
-            (gradient,) = torch.autograd.grad(velocity, x, vector)
-        return detached, gradient
+            return detached, scaled_vjp(velocity, x, vector)
 
 
 class SD3:
@@ -103,7 +103,7 @@ class SD3:
 
         Args:
             path: a folder in the Diffusers layout, or a hub id.
-            weight_dtype: of the transformer and the text encoders; float32 or bfloat16.
+            weight_dtype: of the transformer and the text encoders; float32, bfloat16 or float16.
             revision: of a hub id.
             variant: weight file variant such as `fp16`.
             t5: False leaves out the T5 text encoder: its tokens become zeros.
@@ -112,8 +112,6 @@ class SD3:
         Raises:
             ValueError: with the page to accept and the command to run, if the model cannot be loaded.
         """
-        if weight_dtype == torch.float16:
-            raise ValueError("weight_dtype float16 underflows in backward passes: use bfloat16 or float32")
         source = Pretrained(path, revision, variant)
         return cls(source.load(weight_dtype, t5=t5).to(device), source=source)
 
@@ -132,8 +130,8 @@ class SD3:
             raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
         self.before_pass()
         dtype, device = self.weight_dtype, self.device
-        # Under autocast the float32 LoRA computes in bfloat16 too.
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        # Under autocast the float32 LoRA computes in the half precision of the weights too.
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             output = module(
                 hidden_states=x.to(device, dtype),
                 timestep=1000 * sigma.to(device),
