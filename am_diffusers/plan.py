@@ -17,6 +17,7 @@ from am_diffusers.prompts import load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.rollout import generator_for
+from am_diffusers.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Plan:
         num_processes: processes of the run.
         train_prompts: all training prompts.
         eval_prompts: held-out prompts; empty = no evaluation.
-        validation_prompts: prompts of the grids.
+        validation_prompts: prompts that are scored as training goes on.
+        num_grid_prompts: the first so many of them are shown in the grids.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Plan:
     train_prompts: list[str]
     eval_prompts: list[str]
     validation_prompts: list[str]
+    num_grid_prompts: int
 
     @property
     def held_out(self) -> list[RewardConfig]:
@@ -73,10 +76,18 @@ class Plan:
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
             *(f"transformer calls a sample, {name}: {count}" for name, count in calls.items() if count),
             *self._base_pictures(),
-            f"grids: {len(self.validation_prompts)} prompts x {evaluation.num_validation_images} images",
+            self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
+
+    def _validation(self) -> str:
+        options = self.config.evaluation
+        prompts, images = len(self.validation_prompts), options.num_validation_images
+        return (
+            f"validation every {options.validation_steps} iterations: {prompts * images} pictures ({prompts} "
+            f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), once as many of the base"
+        )
 
     def _base_pictures(self) -> list[str]:
         """What the normalisers of a divergence cost before the first iteration."""
@@ -100,6 +111,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
             f"must be a multiple of their number, {num_processes}"
         )
+    check_tracker(config.run.report_to)
     config = _resolve(config)
     _check_method(config)
     model = config.model
@@ -107,10 +119,11 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(path, model.revision, model.variant)
     source.check(model.resolution, model.resolution)
     train, evaluation = _prompts(config)
-    validation = config.evaluation.validation_prompts or (evaluation or train)[:4]
+    shown = config.evaluation.validation_prompts or (evaluation or train)[:4]
+    validation = _validation_prompts(config, shown, evaluation or train)
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
-    return Plan(config, num_processes, train, evaluation, validation)
+    return Plan(config, num_processes, train, evaluation, validation, len(shown))
 
 
 def network_calls(method: MethodConfig) -> dict[str, float]:
@@ -210,6 +223,14 @@ def _prompts(config: Config) -> tuple[list[str], list[str]]:
     if len(held_out) < 2:
         raise ValueError(f"{evaluation.eval_prompts}: intervals over prompts need at least 2 prompts, got 1")
     return training, held_out
+
+
+def _validation_prompts(config: Config, shown: list[str], pool: list[str]) -> list[str]:
+    """Those shown and others at random: in files the similar ones are neighbours."""
+    others = [prompt for prompt in pool if prompt not in set(shown)]
+    order = torch.randperm(len(others), generator=generator_for(config.run.seed, "validation"))
+    missing = max(0, config.evaluation.num_validation_prompts - len(shown))
+    return [*shown, *(others[row] for row in order[:missing].tolist())]
 
 
 def _check_writable(folder: Path) -> None:

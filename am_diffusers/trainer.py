@@ -78,7 +78,8 @@ class Trainer:
         encode: B prompts to their conditioning.
         accelerator: processes and device.
         log: where metrics go.
-        show: called with the iteration before the first one, every `validation_steps` and at the end.
+        show: validates: called with the iteration before the first one, every `validation_steps` and at the
+            end, on all processes; returns its metrics.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Trainer:
         encode: Callable[[Sequence[str]], Conditioning],
         accelerator: Accelerator,
         log: MetricsLog,
-        show: Callable[[int], None],
+        show: Callable[[int], dict[str, float]],
     ) -> None:
         self.method, self.state, self.options = method, state, options
         self.prompts, self.encode = prompts, encode

@@ -101,6 +101,7 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:
     return [
+        (c.num_validation_prompts >= 1, "num_validation_prompts", "at least 1"),
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
