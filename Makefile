@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.am_diffusers-installed
 
-.PHONY: demo test check format venv clean
+.PHONY: demo test check format cli-surface venv clean
 
 # Exact versions of everything, so that a fresh machine gets what CI ran. The environment is rebuilt when they change.
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The committed list of flags, after one was added or changed on purpose.
+cli-surface: $(STAMP)
+	$(BIN)/python tests/cli_surface.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache outputs

@@ -1,7 +1,7 @@
 """The reward-hacking panel: a run's curves in one picture, drawn from what the run has written so far.
 
-A model that fools its reward shows: the trained reward rises while the held-out one stalls or falls, path KL and
-adjoint norms grow without end, diversity goes.
+A model that fools its reward shows: the trained reward rises while the held-out one stalls or falls, path KL
+and adjoint norms grow without end, diversity goes.
 """
 
 import os
@@ -71,8 +71,16 @@ def panel_figure(config: Mapping[str, object], training: Lines, validation: Line
         _diversity(figure.add_subplot(grid[0, 2]), validation)
         _noisy(figure.add_subplot(grid[1, 0]), training, "path_kl", "Path KL from the base", "path KL (nats)")
         _adjoints(figure.add_subplot(grid[1, 1]), training)
-        _noisy(figure.add_subplot(grid[1, 2]), training, "masked", "Rows left out of the loss", "share of rows")
-        _noisy(figure.add_subplot(grid[2, 0]), training, "reward", "Reward of the rollouts", "weighted sum of rewards")
+        _noisy(
+            figure.add_subplot(grid[1, 2]), training, "masked", "Rows left out of the loss", "share of rows"
+        )
+        _noisy(
+            figure.add_subplot(grid[2, 0]),
+            training,
+            "reward",
+            "Reward of the rollouts",
+            "weighted sum of rewards",
+        )
         _noisy(figure.add_subplot(grid[2, 1]), training, "loss", "Loss", "loss (squared velocity)", log=True)
         _gradients(figure.add_subplot(grid[2, 2]), training, config["max_grad_norm"])
         for axes in figure.axes:
@@ -116,7 +124,9 @@ def _interval_curve(axes: Axes, lines: Lines, name: str, label: str, colour: str
 
 
 def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
-    _start(axes, "Reward gain on validation pictures (trained up, held-out down: it is fooled)", "gain (base sd)")
+    _start(
+        axes, "Reward gain on validation pictures (trained up, held-out down: it is fooled)", "gain (base sd)"
+    )
     suffix = "_gain"
     found = {key for line in lines for key in line if key.endswith(suffix)}
     names = sorted(key.removeprefix("validation/").removesuffix(suffix) for key in found)
@@ -194,7 +204,9 @@ def _gradients(axes: Axes, lines: Lines, limit: object) -> None:
     if not len(rates):
         return
     axes.axhline(float(str(limit)), color=GREY, linewidth=0.8, linestyle=":")
-    axes.annotate("max_grad_norm", (0, float(str(limit))), (2, 3), textcoords="offset points", fontsize=9, color=GREY)
+    axes.annotate(
+        "max_grad_norm", (0, float(str(limit))), (2, 3), textcoords="offset points", fontsize=9, color=GREY
+    )
     right = axes.twinx()
     right.plot(iterations, rates, "--", color=COLOURS[1], linewidth=1.4)
     right.set_ylabel("learning rate", color=COLOURS[1])

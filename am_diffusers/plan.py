@@ -13,7 +13,7 @@ from am_diffusers.command_line import asset_path, to_yaml
 from am_diffusers.config import Config, MethodConfig, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.prompts import load_prompts, prompt_rows
+from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.rollout import generator_for
@@ -86,7 +86,7 @@ class Plan:
         prompts, images = len(self.validation_prompts), options.num_validation_images
         return (
             f"validation every {options.validation_steps} iterations: {prompts * images} pictures ({prompts} "
-            f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), once as many of the base"
+            f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), and once of the base"
         )
 
     def _base_pictures(self) -> list[str]:
@@ -120,7 +120,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source.check(model.resolution, model.resolution)
     train, evaluation = _prompts(config)
     shown = config.evaluation.validation_prompts or (evaluation or train)[:4]
-    validation = _validation_prompts(config, shown, evaluation or train)
+    number = config.evaluation.num_validation_prompts
+    validation = fill_up(shown, evaluation or train, number, config.run.seed)
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
@@ -223,14 +224,6 @@ def _prompts(config: Config) -> tuple[list[str], list[str]]:
     if len(held_out) < 2:
         raise ValueError(f"{evaluation.eval_prompts}: intervals over prompts need at least 2 prompts, got 1")
     return training, held_out
-
-
-def _validation_prompts(config: Config, shown: list[str], pool: list[str]) -> list[str]:
-    """Those shown and others at random: in files the similar ones are neighbours."""
-    others = [prompt for prompt in pool if prompt not in set(shown)]
-    order = torch.randperm(len(others), generator=generator_for(config.run.seed, "validation"))
-    missing = max(0, config.evaluation.num_validation_prompts - len(shown))
-    return [*shown, *(others[row] for row in order[:missing].tolist())]
 
 
 def _check_writable(folder: Path) -> None:

@@ -50,7 +50,9 @@ class Scorer:
         return scored
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str]) -> tuple[list[dict[str, float]], list[Array | None]]:
+    def score(
+        self, images: Tensor, prompts: Sequence[str]
+    ) -> tuple[list[dict[str, float]], list[Array | None]]:
         """Scores by reward name and image features (D,) of each picture.
 
         Args:

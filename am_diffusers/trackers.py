@@ -1,7 +1,7 @@
 """Trackers beside the files of a run: tensorboard, wandb or trackio, through accelerate.
 
-A resumed run continues where it was: tensorboard drops what a run that died had logged from the resumed iteration
-on, wandb and trackio continue the run whose id `tracker.json` keeps.
+A resumed run continues where it was: tensorboard drops what the run that died had logged from the resumed
+iteration on, wandb and trackio continue the run whose id `tracker.json` keeps.
 """
 
 import json
@@ -15,7 +15,10 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
+from am_diffusers.metrics import read_lines
+
 PROJECT = "am_diffusers"
+GRID, PANEL = "validation/samples", "validation/panel"
 Scalar = bool | int | float | str
 
 
@@ -30,7 +33,12 @@ def check_tracker(name: str) -> None:
 
 
 def start_trackers(
-    accelerator: Accelerator, *, folder: Path, logging_dir: Path, config: Mapping[str, object], resume_iteration: int
+    accelerator: Accelerator,
+    *,
+    folder: Path,
+    logging_dir: Path,
+    config: Mapping[str, object],
+    resume_iteration: int,
 ) -> None:
     """Start the accelerator's trackers, on the main process, and store the config in them.
 
@@ -59,6 +67,8 @@ def start_trackers(
             # What accelerate would call, `add_hparams`, makes a run of its own for them at every start.
             for summary in hparams(values, {"loss": 0.0}):
                 tracker.tracker.file_writer.add_summary(summary, resume_iteration)
+            if resume_iteration > 0:
+                _log_validation_again(accelerator, folder, resume_iteration)
         else:
             tracker.store_init_configuration(values)
 
@@ -91,6 +101,15 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]
         else:
             flat[name] = "null" if value is None else str(value)
     return flat
+
+
+def _log_validation_again(accelerator: Accelerator, folder: Path, iteration: int) -> None:
+    """The model of a checkpoint was validated under its iteration, which the purge has dropped as well."""
+    for line in read_lines(folder / "validation.jsonl"):
+        if line.pop("iteration") == iteration:
+            accelerator.log(line, iteration)
+            with Image.open(folder / f"samples/iteration-{iteration:06d}.png") as grid:
+                log_images(accelerator, {GRID: grid}, iteration)
 
 
 def _run_id(path: Path, tracker: str, *, resumed: bool) -> str:

@@ -11,12 +11,19 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
+from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation import Array, Interval, PairScore, by_prompt, diversity, pairwise_distance, reward_gain
+from am_diffusers.evaluation import (
+    Array,
+    Interval,
+    PairScore,
+    by_prompt,
+    diversity,
+    pairwise_distance,
+    reward_gain,
+)
 from am_diffusers.grids import comparison_grid, to_pil
 from am_diffusers.samples import Picture, pictures_of
 from am_diffusers.scoring import Scorer
@@ -32,6 +39,10 @@ class Made(NamedTuple):
     image: Image.Image | None
 
 
+Pair = tuple[Made, Made]
+"""A base picture and the tuned one from the same noise."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Scores fixed pictures of the tuned model against those of the base, which are made and scored once.
@@ -42,8 +53,9 @@ class Validation:
         num_in_grid: the first so many prompts are shown.
         images_per_prompt: pictures a prompt, each with its own fixed noise.
         roles: trained or held-out, by reward name.
-        accelerator: processes of the run, which share the pictures.
-        log: receives (iteration, metrics, grid) on the main process.
+        process: index of this process and their number; they share the pictures.
+        gather: lists of all processes in one, on each of them.
+        log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
     """
 
     scorer: Scorer
@@ -51,8 +63,9 @@ class Validation:
     num_in_grid: int
     images_per_prompt: int
     roles: Mapping[str, str]
-    accelerator: Accelerator
-    log: Callable[[int, dict[str, float], Image.Image], None]
+    process: tuple[int, int]
+    gather: Callable[[list[Pair]], list[Pair]]
+    log: Callable[[int, dict[str, float], Image.Image, dict[str, object]], None] | None
 
     def __call__(self, iteration: int) -> dict[str, float]:
         """Validate the model after `iteration` optimizer steps.
@@ -61,19 +74,20 @@ class Validation:
             The metrics of `validation_metrics`, the same on all processes.
 
         Raises:
-            ValueError: a score is NaN or infinite; names iteration, reward, model and prompt.
+            ValueError: a picture or score is NaN or infinite; names iteration, model and prompts.
         """
-        tuned = self._make(self.scorer.tuned, "tuned")
-        pairs: list[tuple[Made, Made]] = gather_object(list(zip(self._base, tuned, strict=True)))
-        pairs.sort(key=lambda pair: pair[0].picture)
-        self._check(iteration, pairs)
+        try:
+            mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
+        except ValueError as error:
+            raise ValueError(f"iteration {iteration}: validation: {error}") from error
+        pairs = sorted(self.gather(mine), key=lambda pair: pair[0].picture)
         scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
-        if self.accelerator.is_main_process:
-            self.log(iteration, metrics, self._grid(pairs))
+        if self.log is not None:
+            self.log(iteration, metrics, self._grid(pairs), self._shown())
         return metrics
 
-    def seeds(self) -> dict[str, object]:
+    def _shown(self) -> dict[str, object]:
         """Prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
         pictures = [
             {**picture._asdict(), "seed": self.scorer.sampler.generator(picture).initial_seed()}
@@ -87,15 +101,15 @@ class Validation:
 
     def _make(self, field: VelocityField, name: str) -> list[Made]:
         """This process's share of the pictures."""
-        processes, size = self.accelerator.num_processes, self.scorer.sampler.batch_size
-        which = pictures_of(len(self.prompts), self.images_per_prompt)
-        mine = which[self.accelerator.process_index :: processes]
+        (index, number), size = self.process, self.scorer.sampler.batch_size
+        mine = pictures_of(len(self.prompts), self.images_per_prompt)[index::number]
         made: list[Made] = []
-        quiet = None if self.accelerator.is_main_process else True
+        quiet = True if self.log is None else None
         for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):
             batch = mine[start : start + size]
+            texts = [self.prompts[picture.prompt] for picture in batch]
             images = self.scorer.sampler.pictures(field, self.prompts, batch)
-            scores, features = self.scorer.score(images, [self.prompts[p.prompt] for p in batch])
+            scores, features = self._score(images, texts, name)
             shown = [
                 to_pil(image) if picture.prompt < self.num_in_grid else None
                 for picture, image in zip(batch, images, strict=True)
@@ -103,21 +117,25 @@ class Validation:
             made.extend(map(Made, batch, scores, features, shown))
         return made
 
-    def _check(self, iteration: int, pairs: Sequence[tuple[Made, Made]]) -> None:
-        """Where a grid is NaN, its score is: nothing else would notice a model that is broken from the start."""
-        for pair in pairs:
-            for name, made in zip(("base", "tuned"), pair, strict=True):
-                wrong = [f"{reward} is {s}" for reward, s in made.scores.items() if not math.isfinite(s)]
-                if wrong:
-                    raise ValueError(
-                        f"iteration {iteration}: validation of the {name} model: {', '.join(wrong)} for the "
-                        f"prompt {self.prompts[made.picture.prompt]!r}"
-                    )
+    def _score(
+        self, images: Tensor, prompts: list[str], name: str
+    ) -> tuple[list[dict[str, float]], list[Array | None]]:
+        try:
+            scores, features = self.scorer.score(images, prompts)
+        except ValueError as error:
+            raise ValueError(f"{name} pictures of {prompts}: {error}") from error
+        for prompt, own in zip(prompts, scores, strict=True):
+            for reward, value in own.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"{reward} is {value} for the {name} picture of {prompt!r}")
+        return scores, features
 
-    def _grid(self, pairs: Sequence[tuple[Made, Made]]) -> Image.Image:
+    def _grid(self, pairs: Sequence[Pair]) -> Image.Image:
         sides = [[made for made in side if made.image is not None] for side in zip(*pairs, strict=True)]
         images = [[made.image for made in side if made.image is not None] for side in sides]
-        base, tuned = (["  ".join(f"{s:.4g}" for s in made.scores.values()) for made in side] for side in sides)
+        base, tuned = (
+            ["  ".join(f"{s:.4g}" for s in made.scores.values()) for made in side] for side in sides
+        )
         return comparison_grid(
             self.prompts[: self.num_in_grid],
             *images,

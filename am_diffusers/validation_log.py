@@ -10,6 +10,7 @@ from PIL import Image
 
 from am_diffusers.metrics import read_lines
 from am_diffusers.panel import draw_panel
+from am_diffusers.trackers import GRID, PANEL
 
 
 @dataclass(frozen=True)
@@ -18,27 +19,34 @@ class ValidationLog:
 
     Attributes:
         folder: output folder of the run.
-        seeds: prompts and seeds of the grid, written beside it.
         track: receives (metrics, iteration), e.g. `accelerator.log`.
         track_images: receives (pictures by name, iteration).
     """
 
     folder: Path
-    seeds: Mapping[str, object]
     track: Callable[[dict[str, float], int], None]
     track_images: Callable[[Mapping[str, Image.Image], int], None]
 
-    def write(self, iteration: int, metrics: dict[str, float], grid: Image.Image) -> None:
-        """Write the validation of the model after `iteration` optimizer steps."""
+    def write(
+        self, iteration: int, metrics: dict[str, float], grid: Image.Image, shown: Mapping[str, object]
+    ) -> None:
+        """Write the validation of the model after `iteration` optimizer steps.
+
+        Args:
+            iteration: optimizer steps taken.
+            metrics: by the names they're logged by.
+            grid: the pictures.
+            shown: prompts and seeds of the grid, for pictures.json beside it.
+        """
         samples = self.folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        (samples / "pictures.json").write_text(json.dumps(self.seeds, indent=1, ensure_ascii=False), "utf-8")
+        (samples / "pictures.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False), "utf-8")
         grid.save(samples / f"iteration-{iteration:06d}.png")
         self._append(iteration, metrics)
         panel = draw_panel(self.folder)
         self.track(metrics, iteration)
         with Image.open(panel) as picture:
-            self.track_images({"validation/samples": grid, "validation/panel": picture.convert("RGB")}, iteration)
+            self.track_images({GRID: grid, PANEL: picture.convert("RGB")}, iteration)
 
     def _append(self, iteration: int, metrics: dict[str, float]) -> None:
         """A run that was resumed validates again: its line replaces those from there on."""

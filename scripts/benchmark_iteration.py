@@ -137,7 +137,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         reward = weighted(rewards, plan.config)
-        trainer = make_trainer(plan, model, rewards, accelerator)
+        trainer = make_trainer(plan, model, rewards, accelerator, validate=lambda iteration: {})
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()
 

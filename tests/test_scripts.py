@@ -88,6 +88,8 @@ def test_finetune_ends_with_the_three_headlines(finished, folder):
     scalars = EventAccumulator(str(events)).Reload()
     logged = [event.value for event in scalars.Scalars("loss")]
     assert logged == pytest.approx([line["loss"] for line in read_metrics(folder / "out")])
+    assert [image.step for image in scalars.Images("validation/panel")][-1] == 10
+    assert [event.step for event in scalars.Scalars("validation/hpsv2_gain")] == [0, 2, 4, 6, 8, 10]
 
 
 def test_two_processes_give_the_losses_of_one(folder, tiny_sd3_dir, tmp_path):
@@ -266,6 +268,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_pa
         "# samples an iteration: 4 = 1 processes x 4",
         "# training prompts: 3 (5.33 epochs)",
         "# transformer calls a sample, base, forward and backward: 3",
+        "# validation every 2 iterations: 6 pictures (3 prompts x 2 images, 3 prompts in the grid), and once "
+        "of the base",
         "# evaluation: 3 prompts, 6 images of base and tuned each",
     ):
         assert line in printed.splitlines()

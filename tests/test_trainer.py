@@ -51,7 +51,7 @@ class Regression(Method):
         pass
 
 
-def make_trainer(tmp_path, *, broken=None, show=lambda iteration: None, **changes):
+def make_trainer(tmp_path, *, broken=None, show=lambda iteration: {}, **changes):
     weight = torch.nn.Parameter(torch.zeros(3))
     method = Regression(weight, broken)
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -119,7 +119,7 @@ def test_prompts_and_noise_are_functions_of_seed_and_iteration(tmp_path):
 
 def test_metrics_schedule_and_pictures_follow_the_iterations(tmp_path):
     shown = []
-    trainer, *_ = make_trainer(tmp_path, show=shown.append)
+    trainer, *_ = make_trainer(tmp_path, show=lambda iteration: shown.append(iteration) or {})
     trainer.train()
     lines = read_metrics(tmp_path)
     assert [line["iteration"] for line in lines] == list(range(6))

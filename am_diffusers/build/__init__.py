@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.build.showing import make_grids, make_held_out, make_verifier
-from am_diffusers.build.training import TRACKER_PROJECT, make_trainer
+from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
+from am_diffusers.build.training import make_trainer
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.load import load_model, load_rewards
 from am_diffusers.plan import Plan
 from am_diffusers.run import Run
+from am_diffusers.trackers import PROJECT
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -48,11 +49,13 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     trained, held_out = load_rewards(plan, accelerator.device)
+    scorer, roles = make_scorer(plan, model, trained, held_out)
+    validation = make_validation(plan, scorer, roles, accelerator)
     return Run(
-        trainer=make_trainer(plan, model, trained, accelerator),
+        trainer=make_trainer(plan, model, trained, accelerator, validate=validation),
         save_lora=partial(model.save_lora, folder),
         verify_lora=make_verifier(plan, model),
-        held_out=make_held_out(plan, model, trained, held_out) if plan.eval_prompts else None,
+        held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
         accelerator=accelerator,
         folder=folder,
     )
@@ -60,9 +63,11 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
 
 def start_folder(config: Config, folder: Path) -> None:
     """Write the resolved config and remove an earlier run's results; its LoRA stays until it is replaced."""
-    logs = folder / config.run.logging_dir / TRACKER_PROJECT
+    logs = folder / config.run.logging_dir / PROJECT
     results = [
         folder / "evaluation.json",
+        folder / "validation.jsonl",
+        folder / "samples/panel.png",
         folder / "error.txt",
         *(folder / "samples").glob("iteration-*.png"),
     ]

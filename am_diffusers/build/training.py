@@ -4,25 +4,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from am_diffusers.build.method import METHOD_BUILDERS
-from am_diffusers.build.showing import make_grids
+from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.load import encoder, weighted
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.trackers import start_trackers
 from am_diffusers.trainer import Trainer, TrainOptions, TrainState
 
-TRACKER_PROJECT = "am_diffusers"
 
-
-def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator: Accelerator) -> Trainer:
-    """The training loop with its log and its grids."""
+def make_trainer(
+    plan: Plan,
+    model: SD3,
+    rewards: Sequence[Reward],
+    accelerator: Accelerator,
+    *,
+    validate: Callable[[int], dict[str, float]],
+) -> Trainer:
+    """The training loop with its log and its validation."""
     config = plan.config
     reward = weighted(rewards, config)
 
@@ -49,7 +56,7 @@ def make_trainer(plan: Plan, model: SD3, rewards: Sequence[Reward], accelerator:
         encode=encoder(config, model, config.method.rollout_guidance_scale),
         accelerator=accelerator,
         log=make_log(config, accelerator, raw_rewards),
-        show=make_grids(plan, model) if accelerator.is_main_process else lambda iteration: None,
+        show=validate,
     )
 
 
@@ -75,9 +82,16 @@ def make_log(
     config: Config, accelerator: Accelerator, raw_rewards: Callable[[], dict[str, float]]
 ) -> MetricsLog:
     """metrics.jsonl, the progress bar and the tracker, on the main process."""
-    accelerator.init_trackers(TRACKER_PROJECT)
+    folder = Path(config.run.output_dir)
+    start_trackers(
+        accelerator,
+        folder=folder,
+        logging_dir=folder / config.run.logging_dir,
+        config=yaml.safe_load(to_yaml(config)),
+        resume_iteration=0,
+    )
     return MetricsLog(
-        Path(config.run.output_dir) / "metrics.jsonl",
+        folder / "metrics.jsonl",
         total=config.optimizer.max_train_steps,
         enabled=accelerator.is_main_process,
         bar={
