@@ -39,13 +39,13 @@ def comparison_grid(
     """
     scale = max(1, CELL // base[0].width)
     width, height = base[0].width * scale, base[0].height * scale
-    font = ImageFont.load_default(size=max(12, width // 32))
-    line = int(font.size) * 4 // 3
+    size = max(12, width // 32)
+    font, line = ImageFont.load_default(size=size), size * 4 // 3
     columns = 2 * (len(base) // len(prompts))
     row_height = line + height + (line if captions else 0) + MARGIN
     footer = line if captions else 0
-    size = (columns * (width + MARGIN) + MARGIN, line + MARGIN + len(prompts) * row_height + footer)
-    canvas = Image.new("RGB", size, "white")
+    area = (columns * (width + MARGIN) + MARGIN, line + MARGIN + len(prompts) * row_height + footer)
+    canvas = Image.new("RGB", area, "white")
     pen = ImageDraw.Draw(canvas)
 
     def write(left: int, top: int, text: str, room: int) -> None:
@@ -59,10 +59,10 @@ def comparison_grid(
             cell = (base, tuned)[side][index].resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(cell, (left, top + line))
             if column == 0:
-                write(left, top, prompt, size[0] - 2 * MARGIN)
+                write(left, top, prompt, area[0] - 2 * MARGIN)
             if captions:
                 write(left, top + line + height + 1, captions[side][index], width)
-    write(MARGIN, size[1] - footer, legend, size[0] - 2 * MARGIN)
+    write(MARGIN, area[1] - footer, legend, area[0] - 2 * MARGIN)
     return canvas
 
 

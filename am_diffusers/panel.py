@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from am_diffusers.metrics import read_lines
 
@@ -125,7 +125,9 @@ def _interval_curve(axes: Axes, lines: Lines, name: str, label: str, colour: str
 
 def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
     _start(
-        axes, "Reward gain on validation pictures (trained up, held-out down: it is fooled)", "gain (base sd)"
+        axes,
+        "Reward gain on validation pictures (trained up but held-out down: the reward is fooled)",
+        "gain (base sd)",
     )
     suffix = "_gain"
     found = {key for line in lines for key in line if key.endswith(suffix)}
@@ -138,7 +140,7 @@ def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
         role, style = ("trained", "-") if name in trained else ("held-out", "--")
         colour = COLOURS[place % len(COLOURS)]
         _interval_curve(axes, lines, f"validation/{name}{suffix}", f"{name} ({role})", colour, style)
-    axes.legend(loc="upper left", ncols=2)
+    axes.legend(loc="best", ncols=2)
 
 
 def _diversity(axes: Axes, lines: Lines) -> None:
@@ -148,7 +150,7 @@ def _diversity(axes: Axes, lines: Lines) -> None:
         return
     axes.axhline(1, color=GREY, linewidth=0.8)
     _interval_curve(axes, lines, "validation/diversity_kept", "", COLOURS[0], "-")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=None))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
 
 
 def _noisy(axes: Axes, lines: Lines, name: str, title: str, unit: str, *, log: bool = False) -> None:
@@ -164,17 +166,29 @@ def _noisy(axes: Axes, lines: Lines, name: str, title: str, unit: str, *, log: b
         _log_scale(axes)
 
 
+class PlainLog(LogFormatter):
+    """Numbers as `{:g}`, at the ticks that matplotlib labels: some of those between few powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick at `x`; empty for most of the minor ones."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _log_scale(axes: Axes) -> None:
-    """Plain numbers at the ticks, also between the powers of ten where there are few of those."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axes.yaxis.set_major_formatter(PlainLog())
+    axes.yaxis.set_minor_formatter(PlainLog(minor_thresholds=(1, 0.4)))
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Median of each value and its neighbours, a tenth of all values: single outliers don't bend it."""
+    """Median of each value and its neighbours, a tenth of all values: single outliers don't bend it.
+
+    It starts at the first value, as many metrics rise fast from there.
+    """
     reach = len(values) // 20
-    return np.array([np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
+    return np.array(
+        [np.median(values[max(0, i - reach) : i + min(i, reach) + 1]) for i in range(len(values))]
+    )
 
 
 def _adjoints(axes: Axes, lines: Lines) -> None:

@@ -1,12 +1,14 @@
 """Trackers beside the files of a run: tensorboard, wandb or trackio, through accelerate.
 
-A resumed run continues where it was: tensorboard drops what the run that died had logged from the resumed
-iteration on, wandb and trackio continue the run whose id `tracker.json` keeps.
+A resumed run continues where it was and shows no iteration twice: tensorboard drops what the run that died
+had logged from the resumed iteration on; wandb and trackio continue the run whose id `tracker.json` keeps
+and, as they can't drop anything, don't get again what they have.
 """
 
 import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,37 @@ def check_tracker(name: str) -> None:
         raise ValueError(f'--report_to {name} needs a package: pip install "am_diffusers[{name}]"')
 
 
+@dataclass(frozen=True)
+class Trackers:
+    """The trackers of a run; on processes other than the main one they do nothing.
+
+    Attributes:
+        accelerator: has the trackers.
+        first: iterations before this one are not logged: the trackers have them.
+    """
+
+    accelerator: Accelerator
+    first: int = 0
+
+    def log(self, metrics: dict[str, float], iteration: int) -> None:
+        """Log the metrics of an iteration."""
+        if iteration >= self.first:
+            self.accelerator.log(metrics, iteration)
+
+    def log_images(self, images: Mapping[str, Image.Image], iteration: int) -> None:
+        """Log pictures by name."""
+        for tracker in self.accelerator.trackers if iteration >= self.first else []:
+            if tracker.name == "tensorboard":
+                for name, image in images.items():
+                    tracker.tracker.add_image(name, np.asarray(image), iteration, dataformats="HWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [image] for name, image in images.items()}, step=iteration)
+            elif tracker.name == "trackio":
+                import trackio  # an extra  # pyright: ignore[reportMissingImports]
+
+                tracker.log({name: trackio.Image(image) for name, image in images.items()}, step=iteration)
+
+
 def start_trackers(
     accelerator: Accelerator,
     *,
@@ -39,8 +72,10 @@ def start_trackers(
     logging_dir: Path,
     config: Mapping[str, object],
     resume_iteration: int,
-) -> None:
-    """Start the accelerator's trackers, on the main process, and store the config in them.
+) -> Trackers:
+    """Start the accelerator's trackers and store the config in them.
+
+    To be called before metrics.jsonl is cut to the iterations that are resumed from: it says what was logged.
 
     Args:
         accelerator: made with `log_with`, and with `logging_dir` as its `project_dir`.
@@ -50,8 +85,9 @@ def start_trackers(
         resume_iteration: iterations that were done when this run starts; 0 = a new run.
     """
     if not accelerator.is_main_process or not accelerator.log_with:
-        return
-    run_id = _run_id(folder / "tracker.json", str(accelerator.log_with[0]), resumed=resume_iteration > 0)
+        return Trackers(accelerator)
+    name, resumed = str(accelerator.log_with[0]), resume_iteration > 0
+    run_id = _run_id(folder / "tracker.json", name, resumed=resumed)
     logging_dir.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers(
         PROJECT,
@@ -61,30 +97,18 @@ def start_trackers(
             "trackio": {"name": f"{folder.name}-{run_id}", "resume": "allow"},
         },
     )
-    values = flatten(config)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            # What accelerate would call, `add_hparams`, makes a run of its own for them at every start.
-            for summary in hparams(values, {"loss": 0.0}):
-                tracker.tracker.file_writer.add_summary(summary, resume_iteration)
-            if resume_iteration > 0:
-                _log_validation_again(accelerator, folder, resume_iteration)
-        else:
-            tracker.store_init_configuration(values)
-
-
-def log_images(accelerator: Accelerator, images: Mapping[str, Image.Image], iteration: int) -> None:
-    """Log pictures by name to every tracker of the main process."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for name, image in images.items():
-                tracker.tracker.add_image(name, np.asarray(image), iteration, dataformats="HWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({name: [image] for name, image in images.items()}, step=iteration)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({name: trackio.Image(image) for name, image in images.items()}, step=iteration)
+    (tracker,) = accelerator.trackers
+    if name != "tensorboard":
+        tracker.store_init_configuration(flatten(config))
+        done = read_lines(folder / "metrics.jsonl") if resumed else []
+        return Trackers(accelerator, first=int(done[-1]["iteration"]) + 1 if done else 0)
+    # What accelerate would call, `add_hparams`, makes a run of its own for them at every start.
+    for summary in hparams(flatten(config), {"loss": 0.0}):
+        tracker.tracker.file_writer.add_summary(summary, resume_iteration)
+    trackers = Trackers(accelerator)
+    if resumed:
+        _log_validation_again(trackers, folder, resume_iteration)
+    return trackers
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]:
@@ -103,13 +127,13 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]
     return flat
 
 
-def _log_validation_again(accelerator: Accelerator, folder: Path, iteration: int) -> None:
+def _log_validation_again(trackers: Trackers, folder: Path, iteration: int) -> None:
     """The model of a checkpoint was validated under its iteration, which the purge has dropped as well."""
     for line in read_lines(folder / "validation.jsonl"):
         if line.pop("iteration") == iteration:
-            accelerator.log(line, iteration)
+            trackers.log(line, iteration)
             with Image.open(folder / f"samples/iteration-{iteration:06d}.png") as grid:
-                log_images(accelerator, {GRID: grid}, iteration)
+                trackers.log_images({GRID: grid}, iteration)
 
 
 def _run_id(path: Path, tracker: str, *, resumed: bool) -> str:

@@ -134,7 +134,7 @@ class Validation:
         sides = [[made for made in side if made.image is not None] for side in zip(*pairs, strict=True)]
         images = [[made.image for made in side if made.image is not None] for side in sides]
         base, tuned = (
-            ["  ".join(f"{s:.4g}" for s in made.scores.values()) for made in side] for side in sides
+            ["  ".join(f"{s:#.4g}" for s in made.scores.values()) for made in side] for side in sides
         )
         return comparison_grid(
             self.prompts[: self.num_in_grid],

@@ -22,6 +22,7 @@ from am_diffusers.models.lora import adapters
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
 from am_diffusers.rewards import Reward
+from am_diffusers.trackers import Trackers
 from am_diffusers.trainer import Trainer
 from am_diffusers.velocity import Conditioning
 
@@ -137,7 +138,9 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         reward = weighted(rewards, plan.config)
-        trainer = make_trainer(plan, model, rewards, accelerator, validate=lambda iteration: {})
+        trainer = make_trainer(
+            plan, model, rewards, accelerator, trackers=Trackers(accelerator), validate=lambda iteration: {}
+        )
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()
 

@@ -133,6 +133,7 @@ def test_running_median_follows_a_line_and_ignores_an_outlier():
     values[50] = 1e9
     assert running_median(values).max() < 100
     assert list(running_median(np.array([3.0, 1.0]))) == [3.0, 1.0]
+    assert running_median(np.arange(100.0))[0] == 0
 
 
 def write_run(folder, training, validation):

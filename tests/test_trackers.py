@@ -9,26 +9,24 @@ from finetune_runs import tiny_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from am_diffusers import trackers
+import am_diffusers.trackers
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
-from am_diffusers.trackers import flatten, log_images, start_trackers
+from am_diffusers.trackers import flatten, start_trackers
 
 
 def start_tensorboard(folder, resume_iteration):
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder / "logs")
-    start_trackers(
-        accelerator,
+    return start_trackers(
+        Accelerator(cpu=True, log_with="tensorboard", project_dir=folder / "logs"),
         folder=folder,
         logging_dir=folder / "logs",
         config={"rank": 4, "rewards": [{"name": "pickscore", "revision": None}]},
         resume_iteration=resume_iteration,
     )
-    return accelerator
 
 
-def stop(accelerator):
-    for tracker in accelerator.trackers:
+def stop(trackers):
+    for tracker in trackers.accelerator.trackers:
         tracker.finish()
 
 
@@ -47,7 +45,7 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     for iteration in range(6):
         if iteration in (0, 3):
             died.log({"validation/hpsv2_gain": iteration / 10}, iteration)
-            log_images(died, {"validation/samples": Image.new("RGB", (8, 8))}, iteration)
+            died.log_images({"validation/samples": Image.new("RGB", (8, 8))}, iteration)
         died.log({"loss": float(iteration)}, iteration)
     stop(died)
     resumed = start_tensorboard(tmp_path, 3)
@@ -61,9 +59,9 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 
 
 def test_a_new_tensorboard_run_has_its_config_in_one_folder(tmp_path):
-    accelerator = start_tensorboard(tmp_path, 0)
-    accelerator.log({"loss": 1.0}, 0)
-    stop(accelerator)
+    trackers = start_tensorboard(tmp_path, 0)
+    trackers.log({"loss": 1.0}, 0)
+    stop(trackers)
     assert len(list((tmp_path / "logs").rglob("events*"))) == 1
     events = EventAccumulator(str(tmp_path / "logs/am_diffusers")).Reload()
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
@@ -72,9 +70,9 @@ def test_a_new_tensorboard_run_has_its_config_in_one_folder(tmp_path):
 
 
 def test_pictures_are_logged_as_they_are(tmp_path):
-    accelerator = start_tensorboard(tmp_path, 0)
-    log_images(accelerator, {"panel": Image.new("RGB", (30, 20), "red")}, 4)
-    stop(accelerator)
+    trackers = start_tensorboard(tmp_path, 0)
+    trackers.log_images({"panel": Image.new("RGB", (30, 20), "red")}, 4)
+    stop(trackers)
     (image,) = EventAccumulator(str(tmp_path / "logs/am_diffusers")).Reload().Images("panel")
     assert (image.step, image.width, image.height) == (4, 30, 20)
 
@@ -83,58 +81,73 @@ class FakeTracker:
     """What accelerate's trackers have."""
 
     def __init__(self, name):
-        self.name, self.config, self.images = name, None, []
+        self.name, self.config, self.logged = name, None, []
 
     def store_init_configuration(self, values):
         self.config = values
 
     def log_images(self, values, step):
-        self.images.append((values, step))
+        self.logged.append((step, values))
 
 
 def start_fake(folder, name, resume_iteration, *, is_main=True):
-    """Arguments of the tracker's start, and the tracker."""
-    started = []
+    """Arguments of the tracker's start (none = not started), the tracker and the trackers."""
+    started, tracker = [], FakeTracker(name)
     accelerator = SimpleNamespace(
         is_main_process=is_main,
         log_with=[name],
-        trackers=[FakeTracker(name)],
-        init_trackers=lambda project, init_kwargs: started.append(init_kwargs),
+        trackers=[tracker] if is_main else [],
+        init_trackers=lambda project, init_kwargs: started.append(init_kwargs[name]),
+        log=lambda values, step: tracker.logged.append((step, values)),
     )
-    start_trackers(
+    trackers = start_trackers(
         accelerator,  # pyright: ignore[reportArgumentType]
         folder=folder,
         logging_dir=folder / "logs",
         config={"rank": 4},
         resume_iteration=resume_iteration,
     )
-    return [arguments[name] for arguments in started], accelerator
+    return started, tracker, trackers
 
 
 @pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
 def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_path, name, key):
-    (first,), accelerator = start_fake(tmp_path, name, 0)
-    (again,), _ = start_fake(tmp_path, name, 7)
-    (new,), _ = start_fake(tmp_path, name, 0)
+    (first,), tracker, _ = start_fake(tmp_path, name, 0)
+    (again,), *_ = start_fake(tmp_path, name, 7)
+    (new,), *_ = start_fake(tmp_path, name, 0)
     assert first == again
     assert first["resume"] == "allow"
     assert new[key] != first[key]
-    assert accelerator.trackers[0].config == {"rank": 4}
-    assert start_fake(tmp_path, name, 0, is_main=False)[0] == []
+    assert tracker.config == {"rank": 4}
+
+
+def test_only_the_main_process_starts_a_tracker(tmp_path):
+    started, tracker, trackers = start_fake(tmp_path, "wandb", 0, is_main=False)
+    trackers.log_images({"panel": Image.new("RGB", (8, 8))}, 0)
+    assert (started, tracker.logged, list(tmp_path.iterdir())) == ([], [], [])
 
 
 def test_a_run_may_be_resumed_with_another_tracker(tmp_path):
     start_fake(tmp_path, "wandb", 0)
-    (other,), _ = start_fake(tmp_path, "trackio", 5)
+    (other,), *_ = start_fake(tmp_path, "trackio", 5)
     assert json.loads((tmp_path / "tracker.json").read_text()).keys() == {"wandb", "trackio"}
     assert other["name"].startswith(tmp_path.name)
 
 
-def test_wandb_gets_pictures_at_their_step(tmp_path):
-    _, accelerator = start_fake(tmp_path, "wandb", 0)
+def test_a_resumed_tracker_does_not_get_again_what_it_has(tmp_path):
+    """The run died after iterations 0 .. 5 and goes on at 3."""
+    lines = "".join(f'{{"iteration": {i}}}\n' for i in range(6))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    _, tracker, trackers = start_fake(tmp_path, "wandb", 3)
     picture = Image.new("RGB", (8, 8))
-    log_images(accelerator, {"panel": picture}, 4)  # pyright: ignore[reportArgumentType]
-    assert accelerator.trackers[0].images == [({"panel": [picture]}, 4)]
+    for iteration in range(3, 8):
+        trackers.log_images({"panel": picture}, iteration)
+        trackers.log({"loss": 1.0}, iteration)
+    images, losses = {"panel": [picture]}, {"loss": 1.0}
+    assert tracker.logged == [(6, images), (6, losses), (7, images), (7, losses)]
+    _, tracker, trackers = start_fake(tmp_path, "wandb", 0)
+    trackers.log({"loss": 1.0}, 0)
+    assert tracker.logged == [(0, losses)]
 
 
 def test_flat_values_keep_their_types():
@@ -145,7 +158,7 @@ def test_flat_values_keep_their_types():
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_tracker_is_an_error_that_says_how_to_install_it(tiny_sd3_dir, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(am_diffusers.trackers, "get_available_trackers", lambda: ["tensorboard"])
     own = {"rewards": [{"name": "brightness"}], "eval_rewards": [{"name": "symmetry"}]}
     path = tiny_config(tiny_sd3_dir, tmp_path, **own)
     with pytest.raises(ValueError, match=rf'--report_to {name} .*pip install "am_diffusers\[{name}\]"'):

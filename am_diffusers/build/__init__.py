@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
@@ -14,7 +15,7 @@ from am_diffusers.config import Config
 from am_diffusers.load import load_model, load_rewards
 from am_diffusers.plan import Plan
 from am_diffusers.run import Run
-from am_diffusers.trackers import PROJECT
+from am_diffusers.trackers import PROJECT, start_trackers
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -46,13 +47,20 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     if accelerator.is_main_process:
         start_folder(config, folder)
+    trackers = start_trackers(
+        accelerator,
+        folder=folder,
+        logging_dir=folder / config.run.logging_dir,
+        config=yaml.safe_load(to_yaml(config)),
+        resume_iteration=0,
+    )
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     trained, held_out = load_rewards(plan, accelerator.device)
     scorer, roles = make_scorer(plan, model, trained, held_out)
-    validation = make_validation(plan, scorer, roles, accelerator)
+    validation = make_validation(plan, scorer, roles, accelerator, trackers)
     return Run(
-        trainer=make_trainer(plan, model, trained, accelerator, validate=validation),
+        trainer=make_trainer(plan, model, trained, accelerator, trackers=trackers, validate=validation),
         save_lora=partial(model.save_lora, folder),
         verify_lora=make_verifier(plan, model),
         held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,

@@ -1,7 +1,6 @@
 """What a run shows of its model: validations, the exported LoRA's check, the evaluation at the end."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from am_diffusers.plan import Plan
 from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run import HeldOut
 from am_diffusers.scoring import Scorer, official
-from am_diffusers.trackers import log_images
+from am_diffusers.trackers import Trackers
 from am_diffusers.validation import Validation
 from am_diffusers.validation_log import ValidationLog
 
@@ -41,13 +40,11 @@ def make_scorer(
 
 
 def make_validation(
-    plan: Plan, scorer: Scorer, roles: dict[str, str], accelerator: Accelerator
+    plan: Plan, scorer: Scorer, roles: dict[str, str], accelerator: Accelerator, trackers: Trackers
 ) -> Validation:
     """Scores and grids as training goes on."""
     log = ValidationLog(
-        Path(plan.config.run.output_dir),
-        track=accelerator.log,
-        track_images=partial(log_images, accelerator),
+        Path(plan.config.run.output_dir), track=trackers.log, track_images=trackers.log_images
     )
     return Validation(
         scorer,

@@ -4,20 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from am_diffusers.build.method import METHOD_BUILDERS
-from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.load import encoder, weighted
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
-from am_diffusers.trackers import start_trackers
+from am_diffusers.trackers import Trackers
 from am_diffusers.trainer import Trainer, TrainOptions, TrainState
 
 
@@ -27,6 +25,7 @@ def make_trainer(
     rewards: Sequence[Reward],
     accelerator: Accelerator,
     *,
+    trackers: Trackers,
     validate: Callable[[int], dict[str, float]],
 ) -> Trainer:
     """The training loop with its log and its validation."""
@@ -55,7 +54,7 @@ def make_trainer(
         prompts=plan.train_prompts,
         encode=encoder(config, model, config.method.rollout_guidance_scale),
         accelerator=accelerator,
-        log=make_log(config, accelerator, raw_rewards),
+        log=make_log(config, accelerator, trackers, raw_rewards),
         show=validate,
     )
 
@@ -79,19 +78,14 @@ def make_state(options: OptimizerConfig, parameters: list[torch.nn.Parameter]) -
 
 
 def make_log(
-    config: Config, accelerator: Accelerator, raw_rewards: Callable[[], dict[str, float]]
+    config: Config,
+    accelerator: Accelerator,
+    trackers: Trackers,
+    raw_rewards: Callable[[], dict[str, float]],
 ) -> MetricsLog:
     """metrics.jsonl, the progress bar and the tracker, on the main process."""
-    folder = Path(config.run.output_dir)
-    start_trackers(
-        accelerator,
-        folder=folder,
-        logging_dir=folder / config.run.logging_dir,
-        config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=0,
-    )
     return MetricsLog(
-        folder / "metrics.jsonl",
+        Path(config.run.output_dir) / "metrics.jsonl",
         total=config.optimizer.max_train_steps,
         enabled=accelerator.is_main_process,
         bar={
@@ -100,6 +94,6 @@ def make_log(
             "path KL": "path_kl",
             "adjoint": f"adjoint_norm/{config.method.num_inference_steps:02d}",
         },
-        track=accelerator.log,
+        track=trackers.log,
         more=raw_rewards,
     )
