@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.grids import to_pil
+from am_diffusers.metrics import read_lines
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
 from am_diffusers.samples import pictures_of
@@ -106,6 +107,9 @@ def test_two_processes_give_the_losses_of_one(folder, tiny_sd3_dir, tmp_path):
     # `accelerate launch --cpu --num_processes 2` starts one process: the count is part of the test.
     assert "processes: 2, device: cpu" in done.stdout
     two = read_metrics(tmp_path / "two")
+    shared, alone = (read_lines(tmp_path / out / "validation.jsonl") for out in ("two", "out"))
+    for of_two, of_one in zip(shared, alone, strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-3)
     assert len(one) == len(two) == 10
     assert len({line["masked"] for line in one}) > 2
     for name in ("loss", "reward", "reward_std", "path_kl", "masked"):
@@ -147,7 +151,7 @@ def test_lora_in_plain_diffusers_gives_the_grid_picture(finished, folder, tiny_s
 
 def cut_cell(grid, row, column):
     """A 64-pixel picture of a grid, where it is drawn at twice the size."""
-    top, left = 16 + 6 + row * (16 + 128 + 6) + 16, 6 + column * (128 + 6)
+    top, left = 16 + 6 + row * (16 + 128 + 16 + 6) + 16, 6 + column * (128 + 6)
     return grid[top : top + 128 : 2, left : left + 128 : 2]
 
 
