@@ -6,7 +6,7 @@ STAMP := $(VENV)/.am_diffusers-installed
 PARITY_VENV ?= .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.parity-installed
 
-.PHONY: demo test test-slow check format parity venv clean
+.PHONY: demo test test-slow check format cli-surface parity venv clean
 
 # Exact versions of everything, so that a fresh machine gets what CI ran. The environment is rebuilt when they change.
 $(STAMP): pyproject.toml constraints.txt
@@ -49,6 +49,10 @@ parity: $(STAMP) $(PARITY_STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The committed list of flags, after one was added or changed on purpose.
+cli-surface: $(STAMP)
+	$(BIN)/python tests/cli_surface.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache outputs

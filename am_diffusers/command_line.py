@@ -6,6 +6,7 @@ All sections of `config.Config` share one flat name space, so that flags read as
 import dataclasses
 import difflib
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,60 @@ FIELDS = {
     for name, annotation in typing.get_type_hints(section).items()
 }
 
+# What users of the Diffusers training scripts and of accelerate may type, and what does it here.
+TRAINING_PICTURES = "no training pictures are used: rewards judge what the model makes of train_prompts"
+TOKEN = "log in once with `hf auth login` or set HF_TOKEN: what stands in a command line ends up in logs"
+BEFORE_THE_SCRIPT = (
+    "it belongs to accelerate, before the script: accelerate launch --{name} ... scripts/finetune.py"
+)
+HINTS = {
+    "instance_data_dir": TRAINING_PICTURES,
+    "instance_prompt": TRAINING_PICTURES,
+    "class_data_dir": TRAINING_PICTURES,
+    "class_prompt": TRAINING_PICTURES,
+    "with_prior_preservation": TRAINING_PICTURES,
+    "prior_loss_weight": TRAINING_PICTURES,
+    "num_class_images": TRAINING_PICTURES,
+    "train_data_dir": TRAINING_PICTURES,
+    "image_column": TRAINING_PICTURES,
+    "center_crop": TRAINING_PICTURES,
+    "random_flip": TRAINING_PICTURES,
+    "dataloader_num_workers": TRAINING_PICTURES,
+    "token": TOKEN,
+    "hub_token": TOKEN,
+    "use_auth_token": TOKEN,
+    "num_processes": BEFORE_THE_SCRIPT,
+    "num_machines": BEFORE_THE_SCRIPT,
+    "machine_rank": BEFORE_THE_SCRIPT,
+    "main_process_ip": BEFORE_THE_SCRIPT,
+    "main_process_port": BEFORE_THE_SCRIPT,
+    "multi_gpu": BEFORE_THE_SCRIPT,
+    "gpu_ids": BEFORE_THE_SCRIPT,
+    "config_file": BEFORE_THE_SCRIPT,
+    "gradient_accumulation_steps": "train_batch_size is the total of an iteration, accumulated for you: "
+    "for less memory lower loss_micro_batch_size",
+    "num_train_epochs": "set max_train_steps; --dry_run says how many epochs that is",
+    "dataset_name": "train_prompts takes a hub data set, train_prompts_column names its column",
+    "caption_column": "train_prompts_column names the column of the prompts",
+    "validation_prompt": """validation_prompts takes a list: --validation_prompts '["a fox", "an owl"]'""",
+    "validation_epochs": "validation_steps counts iterations",
+    "sample_batch_size": "eval_batch_size is that of the pictures shown and evaluated",
+    "scale_lr": "learning_rate is used as it is, train_batch_size being the total",
+    "use_8bit_adam": "AdamW's state of a LoRA is small: to save memory lower loss_micro_batch_size or set "
+    "gradient_checkpointing",
+    "train_text_encoder": "the text encoders stay as they are: the LoRA is the transformer's",
+    "text_encoder_lr": "the text encoders stay as they are; learning_rate is that of the transformer",
+    "lora_blocks": "lora_layers names layers, those of all blocks",
+    "guidance_scale": "rollout_guidance_scale is that of training, eval_guidance_scale that of validation",
+    "weighting_scheme": "the method weighs its own loss; transitions and loss_steps choose its steps",
+    "cache_dir": "set HF_HOME to move the cache of models and data sets",
+    "local_rank": "accelerate sets it: accelerate launch scripts/finetune.py",
+    "enable_xformers_memory_efficient_attention": "attention is PyTorch's own, fast and small without a flag",
+}
+
 
 def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config:
-    """Config of `--config FILE.yaml --flag value ...`.
+    """Config of `--config FILE.yaml --flag value ...`; with `--print_config` it is printed instead.
 
     Args:
         argv: command line without the program's name.
@@ -34,6 +86,7 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     Raises:
         ValueError: unknown key (with the nearest known one), missing key, wrong type or value; the
             message fits one screen.
+        SystemExit: after `--print_config` or `--help`.
     """
     parser = _parser(program)
     try:
@@ -46,6 +99,9 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     }
     config = Config(**sections)
     check_values(config)
+    if parsed.print_config:
+        sys.stdout.write(to_yaml(config))
+        sys.exit()
     return config
 
 
@@ -78,8 +134,12 @@ def _parser(program: str) -> ArgumentParser:
         description="Fine-tune a Stable Diffusion 3 model on differentiable rewards by Adjoint Matching.",
         exit_on_error=False,
         allow_abbrev=False,
+        print_config=None,  # jsonargparse's own would print values that are refused
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below; may be repeated.")
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the config as YAML for --config, and exit."
+    )
     for section in SECTIONS.values():
         parser.add_class_arguments(section, None)
     return parser
@@ -101,6 +161,8 @@ def _explain(message: str) -> str:
     if unknown is None:
         return message
     name = unknown[1] or unknown[2]
+    if name in HINTS:
+        return f"there is no '{name}' here: {HINTS[name].format(name=name)}"
     known = [*FIELDS, "config", *(f.name for f in dataclasses.fields(RewardConfig))]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"unknown key '{name}': did you mean '{nearest}'? (all keys: --help)"

@@ -178,6 +178,39 @@ class PairScore:
     scores: dict[str, tuple[float, float]]
     features: Array | None
 
+    @classmethod
+    def of(
+        cls,
+        picture: tuple[int, int],
+        scores: Sequence[dict[str, float]],
+        features: Sequence[Array | None],
+    ) -> "PairScore":
+        """From (base, tuned) scores and features of the picture (prompt, image)."""
+        base, tuned = scores
+        known = [feature for feature in features if feature is not None]
+        paired = {name: (base[name], tuned[name]) for name in base}
+        return cls(*picture, paired, np.stack(known) if known else None)
+
+
+def by_prompt(pairs: Sequence[PairScore]) -> tuple[dict[str, Array], Array | None]:
+    """Scores and features of all pairs, whatever order and processes they come from.
+
+    Args:
+        pairs: one for every (prompt, image).
+
+    Returns:
+        Scores by reward name, (P prompts, S pictures a prompt, 2: base and tuned), and features
+        (P, S, 2, D) if there are any.
+    """
+    ordered = sorted(pairs, key=lambda pair: (pair.prompt, pair.image))
+    num_images = 1 + max(pair.image for pair in ordered)
+    shape = (len(ordered) // num_images, num_images, 2)
+    scores = {
+        name: np.array([pair.scores[name] for pair in ordered]).reshape(shape) for name in ordered[0].scores
+    }
+    known = [pair.features for pair in ordered if pair.features is not None]
+    return scores, np.stack(known).reshape(*shape, -1) if known else None
+
 
 def summarise(pairs: Sequence[PairScore], roles: dict[str, str], features: str | None) -> Evaluation:
     """Evaluation of all pairs, whatever order and processes they come from.
@@ -187,16 +220,12 @@ def summarise(pairs: Sequence[PairScore], roles: dict[str, str], features: str |
         roles: trained or held-out, by reward name, in the order of the report.
         features: name of the reward the features belong to; None if there are none.
     """
-    ordered = sorted(pairs, key=lambda pair: (pair.prompt, pair.image))
-    num_images = 1 + max(pair.image for pair in ordered)
-    num_prompts = len(ordered) // num_images
-    rewards = {}
-    for name, role in roles.items():
-        scores = np.array([pair.scores[name] for pair in ordered]).reshape(num_prompts, num_images, 2)
-        rewards[name] = reward_gain(scores[..., 0], scores[..., 1], role)
+    scores, shaped = by_prompt(pairs)
+    rewards = {
+        name: reward_gain(scores[name][..., 0], scores[name][..., 1], role) for name, role in roles.items()
+    }
     kept = None
-    if features is not None:
-        stacked = np.stack([pair.features for pair in ordered if pair.features is not None])
-        shaped = stacked.reshape(num_prompts, num_images, 2, -1)
+    if features is not None and shaped is not None:
         kept = diversity(features, shaped[:, :, 0], shaped[:, :, 1])
+    num_prompts, num_images = next(iter(scores.values())).shape[:2]
     return Evaluation(num_prompts, num_images, rewards, kept)

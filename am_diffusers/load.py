@@ -53,7 +53,7 @@ def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[R
     held_out = [load_reward(reward, plan.config, device) for reward in plan.held_out]
     for rewards, prompts in (
         (trained, plan.used_train_prompts()),
-        ([*trained, *held_out], plan.eval_prompts),
+        ([*trained, *held_out], [*plan.validation_prompts, *plan.eval_prompts]),
     ):
         for reward in rewards:
             if isinstance(reward, LearnedReward):
@@ -116,7 +116,7 @@ def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:
 
 
 def make_sampler(config: Config, model: SD3, *, purpose: str = "picture") -> Sampler:
-    """The ODE sampler of grids and evaluation; other noise for each other `purpose`."""
+    """The ODE sampler of validation and evaluation; other noise for each other `purpose`."""
     evaluation = config.evaluation
     return Sampler(
         transitions=ode_euler(model.ode_sigmas(evaluation.eval_inference_steps)),

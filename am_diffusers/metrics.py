@@ -75,3 +75,14 @@ def keep_lines(path: Path, before: int) -> None:
     part = path.with_suffix(".part")
     part.write_text("".join(kept), "utf-8")
     os.replace(part, path)
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl or validation.jsonl, each with its iteration; none without the file.
+
+    A last line that a running or killed process hasn't finished is left out.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -14,10 +14,11 @@ from am_diffusers.config import Config, MethodConfig, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.optimizers import check_optimizer
-from am_diffusers.prompts import load_prompts, prompt_rows
+from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.rollout import generator_for
+from am_diffusers.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Plan:
         num_processes: processes of the run.
         train_prompts: all training prompts.
         eval_prompts: held-out prompts; empty = no evaluation.
-        validation_prompts: prompts of the grids.
+        validation_prompts: prompts that are scored as training goes on.
+        num_grid_prompts: the first so many of them are shown in the grids.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Plan:
     train_prompts: list[str]
     eval_prompts: list[str]
     validation_prompts: list[str]
+    num_grid_prompts: int
 
     @property
     def held_out(self) -> list[RewardConfig]:
@@ -74,10 +77,18 @@ class Plan:
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
             *(f"transformer calls a sample, {name}: {count}" for name, count in calls.items() if count),
             *self._base_pictures(),
-            f"grids: {len(self.validation_prompts)} prompts x {evaluation.num_validation_images} images",
+            self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
+
+    def _validation(self) -> str:
+        options = self.config.evaluation
+        prompts, images = len(self.validation_prompts), options.num_validation_images
+        return (
+            f"validation every {options.validation_steps} iterations: {prompts * images} pictures ({prompts} "
+            f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), and once of the base"
+        )
 
     def _base_pictures(self) -> list[str]:
         """What the normalisers of a divergence cost before the first iteration."""
@@ -101,6 +112,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
             f"must be a multiple of their number, {num_processes}"
         )
+    check_tracker(config.run.report_to)
     config = _resolve(config)
     _check_method(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
@@ -109,10 +121,12 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(path, model.revision, model.variant)
     source.check(model.resolution, model.resolution)
     train, evaluation = _prompts(config)
-    validation = config.evaluation.validation_prompts or (evaluation or train)[:4]
+    shown = config.evaluation.validation_prompts or (evaluation or train)[:4]
+    number = config.evaluation.num_validation_prompts
+    validation = fill_up(shown, evaluation or train, number, config.run.seed)
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
-    return Plan(config, num_processes, train, evaluation, validation)
+    return Plan(config, num_processes, train, evaluation, validation, len(shown))
 
 
 def network_calls(method: MethodConfig) -> dict[str, float]:

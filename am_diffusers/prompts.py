@@ -70,6 +70,14 @@ def prompt_rows(seed: int, iteration: int, batch_size: int, num_prompts: int) ->
     return order[offset : offset + batch_size]
 
 
+def fill_up(prompts: Sequence[str], pool: Sequence[str], number: int, seed: int) -> list[str]:
+    """`prompts`, then others of `pool` up to `number`, drawn at random: neighbours in files are alike."""
+    own = set(prompts)
+    others = [prompt for prompt in pool if prompt not in own]
+    missing = max(0, number - len(prompts))
+    return [*prompts, *(others[row] for row in _permutation(seed, 0, len(others))[:missing])]
+
+
 def _permutation(seed: int, epoch: int, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(((seed << 24) + epoch) % 2**63)
     return torch.randperm(length, generator=generator).tolist()

@@ -39,7 +39,7 @@ class Sampler:
         latents: shape and device of the latents.
         seed: seed of the run.
         batch_size: pictures at a time.
-        purpose: names the stream of noise; grids and evaluation share one.
+        purpose: names the stream of noise; validation and evaluation share one.
     """
 
     transitions: Transitions

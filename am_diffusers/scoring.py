@@ -5,9 +5,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation import PairScore
+from am_diffusers.evaluation import Array, PairScore
 from am_diffusers.rewards import ImageFeatures, LearnedReward, Reward
 from am_diffusers.samples import Picture, Sampler
 from am_diffusers.velocity import VelocityField
@@ -48,15 +49,27 @@ class Scorer:
             scored.extend(self._batch(prompts, which[start : start + self.sampler.batch_size]))
         return scored
 
+    @torch.no_grad()
+    def score(
+        self, images: Tensor, prompts: Sequence[str]
+    ) -> tuple[list[dict[str, float]], list[Array | None]]:
+        """Scores by reward name and image features (D,) of each picture.
+
+        Args:
+            images: pictures (N, 3, H, W) in [0, 1].
+            prompts: their N prompts.
+        """
+        columns = {reward.name: reward(images, prompts).tolist() for reward in self.rewards}
+        scores = [{name: column[row] for name, column in columns.items()} for row in range(len(images))]
+        if self.features is None:
+            return scores, [None] * len(images)
+        return scores, list(self.features.image_features(images).double().cpu().numpy())
+
     def _batch(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
         images = torch.stack([self.sampler.pictures(f, prompts, which) for f in (self.base, self.tuned)], 1)
         texts = [prompts[picture.prompt] for picture in which for _ in range(2)]
-        scores = {r.name: r(images.flatten(0, 1), texts).view(-1, 2).tolist() for r in self.rewards}
-        features = [None] * len(which)
-        if self.features is not None:
-            flat = self.features.image_features(images.flatten(0, 1))
-            features = list(flat.view(len(which), 2, -1).double().cpu().numpy())
+        scores, features = self.score(images.flatten(0, 1), texts)
         return [
-            PairScore(*picture, {name: tuple(score[row]) for name, score in scores.items()}, features[row])
+            PairScore.of(picture, scores[2 * row : 2 * row + 2], features[2 * row : 2 * row + 2])
             for row, picture in enumerate(which)
         ]

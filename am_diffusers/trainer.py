@@ -11,9 +11,8 @@ were, so a checkpoint can be written at any time.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +52,7 @@ class TrainOptions:
         checkpointing_steps: iterations between two checkpoints; None = at the end and when stopped.
         max_skipped_iterations: iterations in a row that are skipped because something isn't finite.
         early_stopping_patience: validations in a row without a new best score that end a run; None = all.
+        early_stopping_metric: the score, a metric of validations.
     """
 
     seed: int
@@ -64,6 +64,7 @@ class TrainOptions:
     checkpointing_steps: int | None = None
     max_skipped_iterations: int = 0
     early_stopping_patience: int | None = None
+    early_stopping_metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Hooks:
     Attributes:
         encode: B prompts to their conditioning.
         validate: shows the model after so many iterations, before the first one, every `validation_steps`
-            and at the end; called on the main process; returns the score that early stopping looks at.
+            and at the end; returns its metrics, the same on all processes.
         save: writes a checkpoint; called on all processes.
         forget: drops what an unfinished iteration left in the rewards' records.
     """
 
     encode: Callable[[Sequence[str]], Conditioning]
-    validate: Callable[[int], float | None] = lambda iteration: None
+    validate: Callable[[int], Mapping[str, float]] = lambda iteration: {}
     save: Callable[[], None] = lambda: None
     forget: Callable[[], object] = lambda: None
 
@@ -194,11 +195,10 @@ class Trainer:
         """Show the averaged model; keep count of validations without a new best score."""
         iteration = self.state.iteration
         with self.processes.together(), self.state.ema_weights():
-            value = self.hooks.validate(iteration) if self.processes.is_main else 0.0
-            score = self.processes.sum(torch.tensor([math.nan if value is None else value])).item()
+            score = self.hooks.validate(iteration).get(self.options.early_stopping_metric)
         progress = self.state.progress
         progress.validated = iteration
-        if math.isnan(score):
+        if score is None:
             return
         better = progress.best_score is None or score > progress.best_score
         progress.best_score = score if better else progress.best_score

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from am_diffusers.build import make_accelerator
 from am_diffusers.build.method import METHOD_BUILDERS
-from am_diffusers.build.training import make_state, make_trainer
+from am_diffusers.build.training import make_log, make_state, make_trainer
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted
@@ -24,7 +24,8 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
-from am_diffusers.trainer import Trainer
+from am_diffusers.trackers import Trackers
+from am_diffusers.trainer import Hooks, Trainer
 from am_diffusers.velocity import Conditioning
 
 WARM_UP, ROUNDS = 2, 7
@@ -142,7 +143,9 @@ def main() -> None:
         processes = Processes(accelerator)
         method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
         state = make_state(config.optimizer, model.lora_parameters())
-        trainer = make_trainer(plan, model, reward, method, state, processes=processes)
+        hooks = Hooks(encoder(plan.config, model, plan.config.method.rollout_guidance_scale))
+        log = make_log(plan.config, Trackers(accelerator), reward, processes, start=0)
+        trainer = make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log)
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()
 

@@ -4,9 +4,10 @@ import typing
 from pathlib import Path
 
 import pytest
+from cli_surface import FILE, cli_surface
 from diffusers.optimization import SchedulerType
 
-from am_diffusers.command_line import FIELDS, SECTIONS, asset_path, parse_config, to_yaml
+from am_diffusers.command_line import FIELDS, HINTS, SECTIONS, asset_path, parse_config, to_yaml
 from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
 from am_diffusers.transitions import TRANSITIONS
 
@@ -39,6 +40,51 @@ def test_resolved_yaml_reads_back_to_the_same_config(minimal, tmp_path):
     assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
 
 
+def test_printed_config_reads_back_to_the_same_config(minimal, tmp_path, capsys):
+    flags = ["--validation_prompts", '["a: b", "Bär # 1", "no"]', "--adam_epsilon", "1e-9", "--allow_tf32"]
+    with pytest.raises(SystemExit) as stopped:
+        parse_config([*minimal, "--print_config", *flags])
+    assert not stopped.value.code
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_config(["--config", str(tmp_path / "printed.yaml")]) == parse_config([*minimal, *flags])
+
+
+def test_a_config_that_would_be_refused_is_not_printed(minimal, capsys):
+    with pytest.raises(ValueError, match="--rank must be positive"):
+        parse_config([*minimal, "--print_config", "--rank", "0"])
+    assert capsys.readouterr().out == ""
+
+
+def test_flags_are_those_of_the_committed_list():
+    """A changed flag, type or default changes runs of other people: it is to be seen in a review."""
+    assert FILE.read_text().splitlines() == cli_surface(), "run `make cli-surface` if that is on purpose"
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--gradient_accumulation_steps", "4"], "loss_micro_batch_size"),
+        (["--instance_prompt=a photo of sks dog"], "train_prompts"),
+        (["--with_prior_preservation"], "train_prompts"),
+        (["--num_train_epochs", "3", "--seed", "1"], "max_train_steps"),
+        (["--hub_token", "hf_secret"], "HF_TOKEN"),
+        (["--num_processes", "2"], "accelerate launch --num_processes"),
+    ],
+)
+def test_flags_of_other_scripts_get_a_hint(minimal, flags, hint):
+    name = flags[0].removeprefix("--").split("=")[0]
+    with pytest.raises(ValueError, match=f"there is no '{name}' here: .*{hint}") as caught:
+        parse_config([*minimal, *flags])
+    assert "secret" not in str(caught.value)
+
+
+def test_hints_name_flags_that_exist_for_flags_that_do_not():
+    assert not set(HINTS) & set(FIELDS)
+    for name, hint in HINTS.items():
+        named = set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", hint))
+        assert named <= set(FIELDS), name
+
+
 @pytest.mark.parametrize("switch", [["--dry_run"], ["--dry_run", "true"], ["--dry_run", "--seed", "3"]])
 def test_boolean_flags_may_stand_alone(minimal, switch):
     assert parse_config([*minimal, *switch]).run.dry_run
@@ -58,6 +104,7 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
         (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
         (["--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--num_validation_prompts", "0"], "--num_validation_prompts must be at least 1"),
         (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["stray"], "stray"),

@@ -3,18 +3,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from analytic_pictures import PROMPTS, field, make_sampler, make_scorer
 from PIL import Image, ImageFont
 from reward_models import save_pickscore
 from scipy import stats
 
 from am_diffusers.evaluation import PairScore, bootstrap, diversity, pairwise_distance, reward_gain, summarise
-from am_diffusers.grids import GridWriter, comparison_grid, shorten, to_pil
+from am_diffusers.grids import comparison_grid, shorten, to_pil
 from am_diffusers.rewards import OFFICIAL, Brightness, PickScore
-from am_diffusers.rollout import LatentSpec
-from am_diffusers.samples import Picture, Sampler, pictures_of
-from am_diffusers.scoring import Scorer, official
-from am_diffusers.transitions import ode_euler, uniform_sigmas
-from am_diffusers.velocity import CallableField, Conditioning
+from am_diffusers.samples import Picture, pictures_of
+from am_diffusers.scoring import official
 
 RNG = np.random.default_rng
 
@@ -95,35 +93,9 @@ def test_headline_names_reward_interval_and_diversity():
 
 # From here on: pictures, pairs and grids of analytic fields.
 
-PROMPTS = ["dark", "bright", "a third prompt"]
 
-
-def encode(prompts):
-    levels = torch.tensor([[len(prompt) / 10] for prompt in prompts])
-    return Conditioning(tuple(prompts), pooled=levels)
-
-
-def field(shift):
-    """Straight to 0.5 + `shift`, plus a little of the prompt and of the noise that `shift` doesn't change."""
-
-    def velocity(x, sigma, cond):
-        level = sigma.view(-1, 1, 1, 1)
-        middle = 0.5 + shift + 0.02 * cond.pooled.view(-1, 1, 1, 1)
-        noise = (x - (1 - level) * middle) / level
-        return (x - middle - 0.05 * noise.tanh()) / level
-
-    return CallableField(velocity)
-
-
-def make_sampler(batch_size=4, seed=3):
-    return Sampler(
-        ode_euler(uniform_sigmas(5)),
-        encode=encode,
-        decode=lambda latents: latents.clamp(0, 1),
-        latents=LatentSpec((3, 40, 40)),
-        seed=seed,
-        batch_size=batch_size,
-    )
+def to_pils(images):
+    return [to_pil(image) for image in images]
 
 
 def test_pictures_do_not_depend_on_the_batch_they_are_made_in():
@@ -141,10 +113,6 @@ def test_every_picture_has_noise_of_its_own_that_is_a_function_of_the_seed():
 
     assert len({*seeds(3), *seeds(4)}) == 18
     assert seeds(3) == seeds(3)
-
-
-def make_scorer(batch_size, rewards, features=None, shift=0.1):
-    return Scorer(make_sampler(batch_size), field(0.0), field(shift), rewards, features)
 
 
 def test_pairs_are_scored_for_their_prompt_whatever_the_batch(tmp_path):
@@ -196,7 +164,7 @@ def cell(grid, row, column):
 
 def test_grid_has_base_beside_tuned_of_the_same_noise():
     base, tuned = torch.rand(6, 3, 40, 40), torch.rand(6, 3, 40, 40)
-    grid = comparison_grid(PROMPTS, base, tuned)
+    grid = comparison_grid(PROMPTS, to_pils(base), to_pils(tuned))
     assert grid.size == (4 * 126 + 6, 16 + 6 + 3 * 142)
     for row in range(3):
         for image in range(2):
@@ -207,7 +175,7 @@ def test_grid_has_base_beside_tuned_of_the_same_noise():
 
 def test_grid_names_its_columns_and_rows():
     """Text is where it should be: dark pixels on white above columns and rows, none in the margins."""
-    white = torch.ones(2, 3, 40, 40)
+    white = to_pils(torch.ones(2, 3, 40, 40))
     grid = np.asarray(comparison_grid(["a prompt"], white, white).convert("L"))
     assert (grid[:16, 6:60] < 100).any()
     assert (grid[:16, 132:190] < 100).any()
@@ -225,20 +193,21 @@ def test_long_prompts_are_cut_to_the_width():
     assert font.getlength(cut) <= 200
 
 
-def test_grid_writer_makes_the_base_pictures_once(tmp_path):
-    calls = []
-    base = CallableField(lambda x, sigma, cond: calls.append(0) or field(0.0)(x, sigma, cond))
-    shift = [0.0]
-    tuned = CallableField(lambda x, sigma, cond: field(shift[0])(x, sigma, cond))
-    writer = GridWriter(make_sampler(16), base, tuned, PROMPTS, 2, tmp_path / "samples")
-    writer(0)
-    shift[0] = 0.2
-    writer(50)
-    assert len(calls) == 5
-    first, later = (Image.open(tmp_path / f"samples/iteration-{i:06d}.png") for i in (0, 50))
-    assert np.array_equal(cell(first, 1, 0), cell(first, 1, 1))
-    assert np.array_equal(cell(first, 1, 0), cell(later, 1, 0))
-    assert (cell(later, 1, 1) - cell(later, 1, 0)).mean() == pytest.approx(51, abs=0.1)
-    listed = json.loads((tmp_path / "samples/pictures.json").read_text())
-    assert listed["prompts"] == PROMPTS
-    assert [(p["prompt"], p["image"]) for p in listed["pictures"]] == pictures_of(3, 2)
+def test_captions_stand_under_their_pictures_and_the_legend_at_the_end():
+    white = to_pils(torch.ones(2, 3, 40, 40))
+    captions = (["", "19.1"], ["", ""])
+    grid = comparison_grid(["a prompt"], white, white, captions=captions, legend="score")
+    plain = comparison_grid(["a prompt"], white, white)
+    assert grid.size == (plain.width, plain.height + 2 * 16)
+    pixels = np.asarray(grid.convert("L"))
+    under = [(pixels[158:174, 6 + 126 * i : 126 * (i + 1)] < 100).any() for i in range(4)]
+    assert under == [False, False, True, False]
+    assert (pixels[-16:, 6:60] < 100).any()
+
+
+def test_text_grows_with_the_pictures():
+    small, large = (comparison_grid(["p"], [i], [i]) for i in (Image.new("RGB", (s, s)) for s in (128, 1024)))
+    heights = [np.flatnonzero(~(np.asarray(g.convert("L")) > 250).all(1))[0] for g in (small, large)]
+    assert small.height - 128 == 16 + 6 + 16 + 6
+    assert large.height - 1024 == 42 + 6 + 42 + 6
+    assert heights[1] > heights[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from am_diffusers.prompts import load_prompts, prompt_rows
+from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 
 PROMPTS = ["a red apple, 3d style", 'a "quoted" cat', "ein Bär"]
 SHARED = Path(__file__).parents[2] / "shared/prompts"
@@ -110,3 +110,15 @@ def test_every_prompt_once_an_epoch_in_a_new_order():
 
 def test_a_batch_larger_than_the_list_takes_several_epochs():
     assert sorted(prompt_rows(0, 1, 6, 2)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_prompts_are_filled_up_at_random_without_repetition():
+    pool = [f"prompt {i}" for i in range(20)]
+    filled = fill_up(pool[3:5], pool, 10, seed=0)
+    assert filled[:2] == pool[3:5]
+    assert len(set(filled)) == len(filled) == 10
+    assert filled == fill_up(pool[3:5], pool, 10, seed=0) != fill_up(pool[3:5], pool, 10, seed=1)
+    assert filled[2:] != sorted(filled[2:], key=pool.index)
+    assert fill_up(pool[:4], pool[:6], 16, seed=0)[:4] == pool[:4]
+    assert sorted(fill_up(pool[:4], pool[:6], 16, seed=0)) == sorted(pool[:6])
+    assert fill_up(["mine", "mine"], pool, 1, seed=0) == ["mine", "mine"]

@@ -56,7 +56,7 @@ class Buffered(Method):
         self.buffer, self.count = list(state["buffer"]), state["count"]
 
 
-def make_trainer(folder, *, wanted="latest", validate=lambda iteration: None, use_ema=True, **changes):
+def make_trainer(folder, *, wanted="latest", validate=lambda iteration: {}, use_ema=True, **changes):
     """A trainer as `build` puts it together: restored from the newest checkpoint in `folder`."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(3))
@@ -97,7 +97,7 @@ def everything(trainer):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("whole"), []
-    trainer = make_trainer(folder, validate=lambda iteration: seen.append(iteration))
+    trainer = make_trainer(folder, validate=lambda iteration: seen.append(iteration) or {})
     trainer.train()
     assert seen == [0, 4, 8, 12]
     return everything(trainer), read_metrics(folder)
@@ -181,6 +181,7 @@ def test_a_signal_while_validating_validates_again(tmp_path, uninterrupted):
         if seen == [0, 4]:
             trainer.processes.stop.number = signal.SIGTERM
             trainer.processes.poll()
+        return {}
 
     trainer = make_trainer(tmp_path, validate=validate)
     with pytest.raises(Interrupted):
@@ -194,7 +195,7 @@ def test_a_signal_while_validating_validates_again(tmp_path, uninterrupted):
 def test_a_finished_run_does_nothing_more(tmp_path, uninterrupted):
     make_trainer(tmp_path).train()
     seen = []
-    again = make_trainer(tmp_path, validate=seen.append)
+    again = make_trainer(tmp_path, validate=lambda iteration: seen.append(iteration) or {})
     again.train()
     assert seen == []
     assert_as_uninterrupted(again, tmp_path, uninterrupted)
@@ -236,12 +237,16 @@ def test_a_failure_leaves_a_checkpoint_of_the_last_finished_iteration(tmp_path):
 
 def test_early_stopping_counts_validations_over_restarts(tmp_path):
     scores = {0: 1.0, 4: 2.0, 8: 1.5, 12: 1.9, 16: 1.0}
-    changes = {"early_stopping_patience": 2, "max_train_steps": 20}
-    trainer = make_trainer(tmp_path, validate=scores.get, **changes)
+    changes = {"early_stopping_patience": 2, "early_stopping_metric": "score", "max_train_steps": 20}
+
+    def validate(iteration):
+        return {"score": scores[iteration]}
+
+    trainer = make_trainer(tmp_path, validate=validate, **changes)
     trainer.method.trouble = lambda method, where: signal_at(trainer, 10)
     with pytest.raises(Interrupted):
         trainer.train()
-    again = make_trainer(tmp_path, validate=scores.get, **changes)
+    again = make_trainer(tmp_path, validate=validate, **changes)
     again.train()
     assert (again.state.iteration, again.state.progress.best_score) == (12, 2.0)
     assert again.state.progress.worse_validations == 2

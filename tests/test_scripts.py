@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.grids import to_pil
+from am_diffusers.metrics import read_lines
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
 from am_diffusers.samples import pictures_of
@@ -88,6 +89,8 @@ def test_finetune_ends_with_the_three_headlines(finished, folder):
     scalars = EventAccumulator(str(events)).Reload()
     logged = [event.value for event in scalars.Scalars("loss")]
     assert logged == pytest.approx([line["loss"] for line in read_metrics(folder / "out")])
+    assert [image.step for image in scalars.Images("validation/panel")][-1] == 10
+    assert [event.step for event in scalars.Scalars("validation/hpsv2_gain")] == [0, 2, 4, 6, 8, 10]
 
 
 def test_two_processes_give_the_losses_of_one(folder, tiny_sd3_dir, tmp_path):
@@ -104,6 +107,14 @@ def test_two_processes_give_the_losses_of_one(folder, tiny_sd3_dir, tmp_path):
     # `accelerate launch --cpu --num_processes 2` starts one process: the count is part of the test.
     assert "processes: 2, device: cpu" in done.stdout
     two = read_metrics(tmp_path / "two")
+    shared, alone = (read_lines(tmp_path / out / "validation.jsonl") for out in ("two", "out"))
+    for of_two, of_one in zip(shared, alone, strict=True):
+        # The ends of an interval over three prompts are order statistics: they jump.
+        of_one, of_two = (
+            {name: value for name, value in line.items() if not name.endswith(("_low", "_high"))}
+            for line in (of_one, of_two)
+        )
+        assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-3)
     assert len(one) == len(two) == 10
     assert len({line["masked"] for line in one}) > 2
     for name in ("loss", "reward", "reward_std", "path_kl", "masked"):
@@ -145,7 +156,7 @@ def test_lora_in_plain_diffusers_gives_the_grid_picture(finished, folder, tiny_s
 
 def cut_cell(grid, row, column):
     """A 64-pixel picture of a grid, where it is drawn at twice the size."""
-    top, left = 16 + 6 + row * (16 + 128 + 6) + 16, 6 + column * (128 + 6)
+    top, left = 16 + 6 + row * (16 + 128 + 16 + 6) + 16, 6 + column * (128 + 6)
     return grid[top : top + 128 : 2, left : left + 128 : 2]
 
 
@@ -266,6 +277,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_pa
         "# samples an iteration: 4 = 1 processes x 4",
         "# training prompts: 3 (5.33 epochs)",
         "# transformer calls a sample, base, forward and backward: 3",
+        "# validation every 2 iterations: 6 pictures (3 prompts x 2 images, 3 prompts in the grid), and once "
+        "of the base",
         "# evaluation: 3 prompts, 6 images of base and tuned each",
     ):
         assert line in printed.splitlines()

@@ -54,7 +54,7 @@ class Regression(Method):
 
 
 def make_trainer(
-    tmp_path, *, broken=None, show=lambda iteration: None, hooks=(), stop=None, start=0, **changes
+    tmp_path, *, broken=None, show=lambda iteration: {}, hooks=(), stop=None, start=0, **changes
 ):
     hooks = dict(hooks)
     weight = torch.nn.Parameter(torch.zeros(3))
@@ -123,7 +123,7 @@ def test_prompts_and_noise_are_functions_of_seed_and_iteration(tmp_path):
 
 def test_metrics_schedule_and_pictures_follow_the_iterations(tmp_path):
     shown = []
-    trainer, *_ = make_trainer(tmp_path, show=shown.append)
+    trainer, *_ = make_trainer(tmp_path, show=lambda iteration: shown.append(iteration) or {})
     trainer.train()
     lines = read_metrics(tmp_path)
     assert [line["iteration"] for line in lines] == list(range(6))

@@ -85,7 +85,7 @@ def test_settings_for_memory_do_not_change_a_run(
 def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, changes, reference_losses):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **changes)
     losses = run_losses(run, 2)
-    run.trainer.hooks.validate(2)
+    assert run.trainer.hooks.validate(2)["validation/hpsv2_gain"] != 0
     assert losses != pytest.approx(reference_losses[:2], rel=1e-5)
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -177,9 +177,20 @@ def test_execute_writes_what_it_announces(tiny_sd3_dir, rewards_dir, tmp_path):
     assert max(value.abs().max() for key, value in weights.items() if "lora_B" in key) > 0
     assert sorted(p.name for p in (out / "samples").iterdir()) == [
         *(f"iteration-{i:06d}.png" for i in (0, 2, 4)),
+        "panel.png",
         "pictures.json",
     ]
     assert len(read_metrics(out)) == 4
+    validations = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in validations] == [0, 2, 4]
+    for name in ("pickscore", "hpsv2"):
+        assert [line[f"validation/{name}_gain"] == 0 for line in validations] == [True, False, False]
+        assert validations[0][f"validation/{name}"] == validations[0][f"validation/{name}_base"]
+        # Few evaluation prompts: validation has them all, with the pictures of the evaluation.
+        final, last = evaluation.rewards[name], validations[-1]
+        assert last[f"validation/{name}"] == pytest.approx(final.tuned_mean, rel=1e-4)
+        assert last[f"validation/{name}_gain"] == pytest.approx(final.gain.value, rel=1e-2)
+    assert last["validation/diversity_kept"] == pytest.approx(evaluation.diversity.kept.value, rel=1e-2)
     assert parse_config(["--config", str(out / "config.yaml")]).optimizer.train_batch_size == 4
 
 
@@ -188,11 +199,12 @@ def test_a_new_run_removes_the_results_of_an_earlier_one(tiny_sd3_dir, rewards_d
     samples.mkdir(parents=True)
     logs.mkdir(parents=True)
     own = [tmp_path / "out/evaluation.json", samples / "iteration-000900.png", logs / "events.out.tfevents.1"]
+    own += [tmp_path / "out/validation.jsonl", samples / "panel.png"]
     others = [tmp_path / "out/notes.txt", samples / "mine.png", logs / "mine"]
     for path in [*own, *others]:
         path.write_text("earlier")
     make_run(tiny_sd3_dir, rewards_dir, tmp_path)
-    assert [path.exists() for path in [*own, *others]] == [False] * 3 + [True] * 3
+    assert [path.exists() for path in [*own, *others]] == [False] * 5 + [True] * 3
 
 
 def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewards_dir, tmp_path):

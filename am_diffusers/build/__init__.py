@@ -5,23 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.method import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
-from am_diffusers.build.showing import make_grids, make_held_out, make_verifier
-from am_diffusers.build.training import TRACKER_PROJECT, make_state, make_trainer
+from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
+from am_diffusers.build.training import make_log, make_state, make_trainer
+from am_diffusers.checkpoint import iteration_of
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
-from am_diffusers.load import load_model, load_rewards, weighted
+from am_diffusers.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes, StopSignal
 from am_diffusers.run import Run
 from am_diffusers.saver import Saver, lock_folder
+from am_diffusers.trackers import PROJECT, start_trackers
 from am_diffusers.train_state import TrainState
+from am_diffusers.trainer import Hooks
 
 EMA_FOLDER = "ema"
 
@@ -65,6 +69,13 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     if processes.is_main:
         start_folder(config, folder, fresh=found is None)
+    trackers = start_trackers(
+        accelerator,
+        folder=folder,
+        logging_dir=folder / config.run.logging_dir,
+        config=yaml.safe_load(to_yaml(config)),
+        resume_iteration=0 if found is None else iteration_of(found),
+    )
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
@@ -80,21 +91,19 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     )
     if found is not None:
         saver.restore(found)
-    grids = make_grids(plan, model) if processes.is_main else None
+    scorer, roles = make_scorer(plan, model, trained, held_out)
+    hooks = Hooks(
+        encode=encoder(config, model, config.method.rollout_guidance_scale),
+        validate=make_validation(plan, scorer, roles, processes, trackers),
+        save=saver.save,
+        forget=reward.drain,
+    )
+    log = make_log(config, trackers, reward, processes, start=state.iteration)
     return Run(
-        trainer=make_trainer(
-            plan,
-            model,
-            reward,
-            method,
-            state,
-            processes=processes,
-            validate=grids or (lambda iteration: None),
-            save=saver.save,
-        ),
+        trainer=make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log),
         save_lora=save_lora,
         verify_lora=make_verifier(plan, model),
-        held_out=make_held_out(plan, model, trained, held_out) if plan.eval_prompts else None,
+        held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
         processes=processes,
         folder=folder,
         lock=lock,
@@ -116,10 +125,10 @@ def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
 
 def start_folder(config: Config, folder: Path, *, fresh: bool) -> None:
     """Write the resolved config; an earlier run's results go if this one starts afresh."""
-    logs = folder / config.run.logging_dir / TRACKER_PROJECT
+    logs = folder / config.run.logging_dir / PROJECT
     results = [folder / "evaluation.json", folder / "error.txt"]
     if fresh:
-        results += [folder / BASE_REWARDS_FILE]
+        results += [folder / BASE_REWARDS_FILE, folder / "validation.jsonl", folder / "samples/panel.png"]
         results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]
     for path in results:
         path.unlink(missing_ok=True)

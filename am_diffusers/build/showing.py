@@ -1,30 +1,65 @@
-"""What a run shows of its model: grids, the exported LoRA's check, the evaluation at the end."""
+"""What a run shows of its model: validations, the exported LoRA's check, the evaluation at the end."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from diffusers.utils import logging as diffusers_logging
 
-from am_diffusers.grids import GridWriter
 from am_diffusers.load import encoder, guided, make_sampler
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
 from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run import HeldOut
 from am_diffusers.scoring import Scorer, official
+from am_diffusers.trackers import Trackers
+from am_diffusers.validation import Pair, Validation
+from am_diffusers.validation_log import ValidationLog
 
 
-def make_grids(plan: Plan, model: SD3) -> GridWriter:
-    """The base-vs-tuned grids."""
-    config = plan.config
-    scale = config.evaluation.eval_guidance_scale
-    return GridWriter(
-        make_sampler(config, model),
+def make_scorer(
+    plan: Plan, model: SD3, trained: Sequence[Reward], held_out: Sequence[Reward]
+) -> tuple[Scorer, dict[str, str]]:
+    """Pairs of pictures and their scores with published preprocessing, and each reward's role.
+
+    Diversity is that of the last reward with image features: a held-out one where there is one.
+    """
+    rewards = [official(reward) for reward in [*trained, *held_out]]
+    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ImageFeatures)]
+    scale = plan.config.evaluation.eval_guidance_scale
+    scorer = Scorer(
+        make_sampler(plan.config, model),
         base=guided(model.base, scale),
         tuned=guided(model.policy, scale),
+        rewards=rewards,
+        features=with_features[0] if with_features else None,
+    )
+    roles = {reward.name: "trained" if i < len(trained) else "held-out" for i, reward in enumerate(rewards)}
+    return scorer, roles
+
+
+def make_validation(
+    plan: Plan, scorer: Scorer, roles: dict[str, str], processes: Processes, trackers: Trackers
+) -> Validation:
+    """Scores and grids as training goes on."""
+    log = ValidationLog(
+        Path(plan.config.run.output_dir), track=trackers.log, track_images=trackers.log_images
+    )
+
+    def gather(pairs: list[Pair]) -> list[Pair]:
+        processes.agree()  # one that failed or was stopped doesn't come
+        return gather_object(pairs)
+
+    return Validation(
+        scorer,
         prompts=plan.validation_prompts,
-        images_per_prompt=config.evaluation.num_validation_images,
-        folder=Path(config.run.output_dir) / "samples",
+        num_in_grid=plan.num_grid_prompts,
+        images_per_prompt=plan.config.evaluation.num_validation_images,
+        roles=roles,
+        process=(processes.index, processes.number),
+        gather=gather,
+        log=log.write if processes.is_main else None,
     )
 
 
@@ -45,18 +80,6 @@ def make_verifier(plan: Plan, model: SD3) -> Callable[[Path], dict[str, float]]:
     return verify
 
 
-def make_held_out(plan: Plan, model: SD3, trained: Sequence[Reward], held_out: Sequence[Reward]) -> HeldOut:
-    """The evaluation at the end: published preprocessing, diversity by the first held-out image features."""
-    config = plan.config
-    rewards = [official(reward) for reward in [*trained, *held_out]]
-    with_features = [reward for reward in rewards[::-1] if isinstance(reward, ImageFeatures)]
-    scale = config.evaluation.eval_guidance_scale
-    scorer = Scorer(
-        make_sampler(config, model),
-        base=guided(model.base, scale),
-        tuned=guided(model.policy, scale),
-        rewards=rewards,
-        features=with_features[0] if with_features else None,
-    )
-    roles = {reward.name: "trained" if i < len(trained) else "held-out" for i, reward in enumerate(rewards)}
-    return HeldOut(scorer, plan.eval_prompts, config.evaluation.eval_images_per_prompt, roles)
+def make_held_out(plan: Plan, scorer: Scorer, roles: dict[str, str]) -> HeldOut:
+    """The evaluation at the end."""
+    return HeldOut(scorer, plan.eval_prompts, plan.config.evaluation.eval_images_per_prompt, roles)

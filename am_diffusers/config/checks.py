@@ -110,6 +110,7 @@ def _is_size(value: MicroBatch | None) -> bool:
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:
     return [
+        (c.num_validation_prompts >= 1, "num_validation_prompts", "at least 1"),
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),
         ((c.early_stopping_patience or 1) >= 1, "early_stopping_patience", "at least 1 or null"),

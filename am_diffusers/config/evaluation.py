@@ -1,4 +1,4 @@
-"""Grids and held-out evaluation."""
+"""Validation as training goes on, and held-out evaluation at the end."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,16 @@ from am_diffusers.config.rewards import RewardConfig
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Grids and held-out evaluation (ODE sampling, the same noise for base and tuned).
+    """Validation and held-out evaluation (ODE sampling, the same noise for base and tuned).
 
     Attributes:
         validation_prompts: prompts of the base-vs-tuned grids; empty = the first four evaluation (else
             training) prompts.
-        num_validation_images: pictures a prompt in the grids, each with its own fixed noise.
-        validation_steps: iterations between two grids.
-        early_stopping_patience: end the run after so many grids in a row without a new best score of the
+        num_validation_prompts: prompts whose pictures are scored at each validation: those of the grids,
+            then evaluation (else training) prompts drawn at random up to this number.
+        num_validation_images: pictures a prompt at each validation, each with its own fixed noise.
+        validation_steps: iterations between two validations.
+        early_stopping_patience: end the run after so many validations in a row without a new best gain of the
             first held-out reward; null = never.
         eval_prompts: held-out prompts, a source like `train_prompts`; null = no evaluation at the end.
         eval_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
@@ -22,12 +24,14 @@ class EvaluationConfig:
         max_eval_prompts: use only the first so many evaluation prompts; null = all.
         eval_images_per_prompt: pictures a prompt for base and tuned each, at least 2 for diversity.
         eval_rewards: held-out rewards; null = pickscore when hpsv2 is trained, hpsv2 otherwise.
-        eval_inference_steps: denoising steps of the ODE sampler in grids and evaluation.
-        eval_guidance_scale: classifier-free guidance of base and tuned in grids and evaluation; 1.0 = off.
+        eval_inference_steps: denoising steps of the ODE sampler in validation and evaluation.
+        eval_guidance_scale: classifier-free guidance of base and tuned in validation and evaluation;
+            1.0 = off.
         eval_batch_size: pictures sampled, decoded and scored at a time on each process.
     """
 
     validation_prompts: list[str] = field(default_factory=list)
+    num_validation_prompts: int = 16
     num_validation_images: int = 2
     validation_steps: int = 50
     early_stopping_patience: int | None = None

@@ -20,7 +20,7 @@ class RunConfig:
 
     output_dir: str
     seed: int = 0
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     logging_dir: str = "logs"
     allow_tf32: bool = False
     dry_run: bool = False

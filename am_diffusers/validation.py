@@ -1,0 +1,176 @@
+"""Validation as training goes on: the same pictures of base and tuned model each time, scored and shown.
+
+Every process makes its share of the pictures, all of them learn the scores, so that all stop together when a
+score says so. `evaluation.py` defines gain (in base standard deviations) and diversity kept.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from tqdm import trange
+
+from am_diffusers.evaluation import (
+    Array,
+    Interval,
+    PairScore,
+    by_prompt,
+    diversity,
+    pairwise_distance,
+    reward_gain,
+)
+from am_diffusers.grids import comparison_grid, to_pil
+from am_diffusers.samples import Picture, pictures_of
+from am_diffusers.scoring import Scorer
+from am_diffusers.velocity import VelocityField
+
+
+class Made(NamedTuple):
+    """A picture of one model with its scores; the picture itself is kept if the grid shows it."""
+
+    picture: Picture
+    scores: dict[str, float]
+    features: Array | None
+    image: Image.Image | None
+
+
+Pair = tuple[Made, Made]
+"""A base picture and the tuned one from the same noise."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores fixed pictures of the tuned model against those of the base, which are made and scored once.
+
+    Attributes:
+        scorer: makes and scores the pictures.
+        prompts: what the pictures show.
+        num_in_grid: the first so many prompts are shown.
+        images_per_prompt: pictures a prompt, each with its own fixed noise.
+        roles: trained or held-out, by reward name.
+        process: index of this process and their number; they share the pictures.
+        gather: lists of all processes in one, on each of them.
+        log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
+    """
+
+    scorer: Scorer
+    prompts: Sequence[str]
+    num_in_grid: int
+    images_per_prompt: int
+    roles: Mapping[str, str]
+    process: tuple[int, int]
+    gather: Callable[[list[Pair]], list[Pair]]
+    log: Callable[[int, dict[str, float], Image.Image, dict[str, object]], None] | None
+
+    def __call__(self, iteration: int) -> dict[str, float]:
+        """Validate the model after `iteration` optimizer steps.
+
+        Returns:
+            The metrics of `validation_metrics`, the same on all processes.
+
+        Raises:
+            ValueError: a picture or score is NaN or infinite; names iteration, model and prompts.
+        """
+        try:
+            mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
+        except ValueError as error:
+            raise ValueError(f"iteration {iteration}: validation: {error}") from error
+        pairs = sorted(self.gather(mine), key=lambda pair: pair[0].picture)
+        scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
+        metrics = validation_metrics(scores, self.roles)
+        if self.log is not None:
+            self.log(iteration, metrics, self._grid(pairs), self._shown())
+        return metrics
+
+    def _shown(self) -> dict[str, object]:
+        """Prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
+        pictures = [
+            {**picture._asdict(), "seed": self.scorer.sampler.generator(picture).initial_seed()}
+            for picture in pictures_of(self.num_in_grid, self.images_per_prompt)
+        ]
+        return {"prompts": list(self.prompts[: self.num_in_grid]), "pictures": pictures}
+
+    @cached_property
+    def _base(self) -> list[Made]:
+        return self._make(self.scorer.base, "base")
+
+    def _make(self, field: VelocityField, name: str) -> list[Made]:
+        """This process's share of the pictures."""
+        (index, number), size = self.process, self.scorer.sampler.batch_size
+        mine = pictures_of(len(self.prompts), self.images_per_prompt)[index::number]
+        made: list[Made] = []
+        quiet = True if self.log is None else None
+        for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):
+            batch = mine[start : start + size]
+            texts = [self.prompts[picture.prompt] for picture in batch]
+            images = self.scorer.sampler.pictures(field, self.prompts, batch)
+            scores, features = self._score(images, texts, name)
+            shown = [
+                to_pil(image) if picture.prompt < self.num_in_grid else None
+                for picture, image in zip(batch, images, strict=True)
+            ]
+            made.extend(map(Made, batch, scores, features, shown))
+        return made
+
+    def _score(
+        self, images: Tensor, prompts: list[str], name: str
+    ) -> tuple[list[dict[str, float]], list[Array | None]]:
+        try:
+            scores, features = self.scorer.score(images, prompts)
+        except ValueError as error:
+            raise ValueError(f"{name} pictures of {prompts}: {error}") from error
+        for prompt, own in zip(prompts, scores, strict=True):
+            for reward, value in own.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"{reward} is {value} for the {name} picture of {prompt!r}")
+        return scores, features
+
+    def _grid(self, pairs: Sequence[Pair]) -> Image.Image:
+        sides = [[made for made in side if made.image is not None] for side in zip(*pairs, strict=True)]
+        images = [[made.image for made in side if made.image is not None] for side in sides]
+        base, tuned = (
+            ["  ".join(f"{s:#.4g}" for s in made.scores.values()) for made in side] for side in sides
+        )
+        return comparison_grid(
+            self.prompts[: self.num_in_grid],
+            *images,
+            captions=(base, tuned),
+            legend=f"under each picture: {', '.join(self.roles)} (higher is better)",
+        )
+
+
+def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> dict[str, float]:
+    """Means, gains and diversity under the names they're logged by.
+
+    Args:
+        pairs: one for every (prompt, image).
+        roles: trained or held-out, by reward name.
+
+    Returns:
+        For each reward `validation/NAME` and `validation/NAME_base`, the mean scores of tuned and base, and
+        `validation/NAME_gain`, `_gain_low` and `_gain_high`, the paired gain in base standard deviations with
+        its 95 % interval over prompts; `validation/diversity_kept`, `_low` and `_high`. What can't be
+        measured is left out: a gain with one prompt or where all base pictures score the same, diversity
+        with one picture a prompt, or where those of the base are all the same.
+    """
+    scores, features = by_prompt(pairs)
+    metrics: dict[str, float] = {}
+    for name, role in roles.items():
+        base, tuned = scores[name][..., 0], scores[name][..., 1]
+        metrics |= {f"validation/{name}": float(tuned.mean()), f"validation/{name}_base": float(base.mean())}
+        if len(base) > 1 and np.ptp(base) > 0:
+            metrics |= _interval(f"validation/{name}_gain", reward_gain(base, tuned, role).gain)
+    if features is not None and features.shape[0] > 1 and features.shape[1] > 1:
+        base, tuned = features[:, :, 0], features[:, :, 1]
+        if pairwise_distance(base).mean() > 0:
+            metrics |= _interval("validation/diversity_kept", diversity("", base, tuned).kept)
+    return metrics
+
+
+def _interval(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -1,0 +1,20 @@
+"""Draw the curves of a running or finished run again: `python scripts/plot_run.py outputs/mine`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from am_diffusers.panel import draw_panel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_dir", type=Path, help="output folder of scripts/finetune.py")
+    try:
+        print(draw_panel(parser.parse_args().output_dir))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
