@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import trange
 
+from am_diffusers.redact import redact_values
 from am_diffusers.rewards import Reward
 from am_diffusers.samples import Sampler, pictures_of
 from am_diffusers.velocity import VelocityField
@@ -51,5 +52,5 @@ def base_rewards(
 
 def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, Tensor]) -> None:
     """Write prompts and scores as JSON."""
-    document = {"prompts": list(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
+    document = {"prompts": redact_values(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
     file.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from am_diffusers.redact import redact_values
 from am_diffusers.samples import Picture, Sampler, pictures_of
 from am_diffusers.velocity import VelocityField
 
@@ -102,6 +103,6 @@ class GridWriter:
             {**picture._asdict(), "seed": self.sampler.generator(picture).initial_seed()}
             for picture in self._which
         ]
-        rows = {"prompts": list(self.prompts), "pictures": seeds}
+        rows = redact_values({"prompts": list(self.prompts), "pictures": seeds})
         (self.folder / "pictures.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
         return self.sampler.pictures(self.base, self.prompts, self._which)

@@ -44,6 +44,7 @@ class Run:
         save_lora: writes the LoRA into the output folder and returns its path.
         verify_lora: loads the written file into a fresh model and compares.
         held_out: None = no evaluation.
+        share: what the main process does with the result at the end: model card, upload.
         accelerator: processes of the run.
         folder: output folder.
     """
@@ -52,11 +53,12 @@ class Run:
     save_lora: Callable[[], Path]
     verify_lora: Callable[[Path], dict[str, float]]
     held_out: HeldOut | None
+    share: Callable[[Evaluation | None], None]
     accelerator: Accelerator
     folder: Path
 
     def execute(self) -> Evaluation | None:
-        """Train, export, evaluate.
+        """Train, export, evaluate, share.
 
         Returns:
             The evaluation, the same on all processes; None without held-out prompts.
@@ -69,6 +71,8 @@ class Run:
         if self.accelerator.is_main_process:
             self._export()
         evaluation = None if self.held_out is None else self._evaluate(self.held_out)
+        if self.accelerator.is_main_process:
+            self.share(evaluation)
         self.accelerator.end_training()
         return evaluation
 

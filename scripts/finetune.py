@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
+from am_diffusers.redact import guard_output, redact
 
 
 def main() -> None:
+    guard_output()
     # Their bars for loading files would bury the plan and the one bar that matters.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -28,18 +30,19 @@ def main() -> None:
         accelerator = make_accelerator(config)
         plan = make_plan(config, accelerator.num_processes)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redact(f"error: {error}"))
     if config.run.dry_run:
         accelerator.print(plan.describe())
         return
     processes, folder = accelerator.num_processes, Path(config.run.output_dir)
-    accelerator.print(f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}")
+    line = f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}"
+    accelerator.print(redact(line))
     try:
         evaluation = build(plan, accelerator).execute()
     except ValueError as error:
-        (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
-        sys.exit(f"error: {error}\n(details: {folder / 'error.txt'})")
-    accelerator.print(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}")
+        (folder / "error.txt").write_text(redact(traceback.format_exc()), "utf-8")
+        sys.exit(redact(f"error: {error}\n(details: {folder / 'error.txt'})"))
+    accelerator.print(redact(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}"))
     for line in evaluation.headline() if evaluation else []:
         accelerator.print(line)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from am_diffusers.build.sharing import hub_target, make_sharing
 from am_diffusers.build.showing import make_grids, make_held_out, make_verifier
 from am_diffusers.build.training import TRACKER_PROJECT, make_trainer
 from am_diffusers.command_line import to_yaml
@@ -42,6 +43,8 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
         ValueError: a model or reward cannot be loaded; the message says what to do.
     """
     config, folder = plan.config, Path(plan.config.run.output_dir)
+    # Before anything of an earlier run is removed: it fails without a token or a network.
+    target = hub_target(config) if accelerator.is_main_process else None
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     if accelerator.is_main_process:
         start_folder(config, folder)
@@ -53,6 +56,7 @@ def build(plan: Plan, accelerator: Accelerator) -> Run:
         save_lora=partial(model.save_lora, folder),
         verify_lora=make_verifier(plan, model),
         held_out=make_held_out(plan, model, trained, held_out) if plan.eval_prompts else None,
+        share=make_sharing(plan, accelerator, target),
         accelerator=accelerator,
         folder=folder,
     )
@@ -64,6 +68,7 @@ def start_folder(config: Config, folder: Path) -> None:
     results = [
         folder / "evaluation.json",
         folder / "error.txt",
+        folder / "README.md",
         *(folder / "samples").glob("iteration-*.png"),
     ]
     for path in [*results, *logs.glob("events.out.tfevents*")]:
