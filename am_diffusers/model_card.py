@@ -5,6 +5,7 @@ user, and asks the hub whether there is a card already.
 """
 
 import html
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +57,10 @@ class Loading:
                 "import torch",
                 "from diffusers import StableDiffusion3Pipeline",
                 "",
-                f"pipe = StableDiffusion3Pipeline.from_pretrained({self.base!r}{options})",
-                f"pipe.load_lora_weights({self.load_from!r})",
+                f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(self.base)}{options})",
+                f"pipe.load_lora_weights({json.dumps(self.load_from)})",
                 "pipe(",
-                f"    {self.prompt!r},",
+                f"    {json.dumps(self.prompt)},",
                 *(f"    {name}={value}," for name, value in self.call.items()),
                 "    generator=torch.Generator().manual_seed(0),",
                 ').images[0].save("picture.png")',
@@ -134,7 +135,9 @@ def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) ->
 def escape_markdown(text: str) -> str:
     """`text` on one line that Markdown and HTML show as it is."""
     plain = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~>:@])", r"\\\1", plain)
+    inline = re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
+    # Headings, lists, rules and quotes start a line.
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", inline))
 
 
 def _texts(facts: CardFacts) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _texts(facts: CardFacts) -> dict[str, Any]:
         "rewards": ", ".join(escape_markdown(reward) for reward in facts.rewards),
         "law": facts.law,
         "snippet": facts.loading.snippet(),
-        "load_from": repr(facts.loading.load_from),
+        "load_from": json.dumps(facts.loading.load_from),
         "num_train": len(facts.prompts),
         "source": escape_markdown(facts.source),
         "examples": [escape_markdown(_shorten(prompt)) for prompt in facts.prompts[:EXAMPLES]],

@@ -1,7 +1,10 @@
 """Uploading by the real client of huggingface_hub, to a hub on localhost."""
 
+import logging
 import os
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,8 +159,11 @@ def test_a_run_is_shared_and_keeps_its_secrets(tiny_sd3_dir, tmp_path):
     folder = tmp_path / f"run_{planted}"
     folder.mkdir()
     write_rewards(folder)
+    shutil.copytree(
+        tiny_sd3_dir, folder / "model"
+    )  # its path goes into the file of the LoRA, if anything does
     config = tiny_config(
-        tiny_sd3_dir,
+        folder / "model",
         folder,
         max_train_steps=2,
         learning_rate=0.01,
@@ -173,6 +179,7 @@ def test_a_run_is_shared_and_keeps_its_secrets(tiny_sd3_dir, tmp_path):
         "DOOR_PASSWORD": secrets[2],
         "HF_HUB_OFFLINE": "0",
         "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(FINETUNE), "--config", str(config)]
     with running_hub() as hub:
@@ -187,7 +194,7 @@ def test_a_run_is_shared_and_keeps_its_secrets(tiny_sd3_dir, tmp_path):
     ) - set(sent)
     assert all(written[name] == content for name, content in sent.items())
     assert f"uploaded to {hub.address}/tester/my-lora" in done.stdout
-    assert "pipe.load_lora_weights('tester/my-lora')" in written["README.md"].decode()
+    assert 'pipe.load_lora_weights("tester/my-lora")' in written["README.md"].decode()
     found = {
         name: secret
         for secret in secrets
@@ -203,31 +210,50 @@ def test_a_run_is_shared_and_keeps_its_secrets(tiny_sd3_dir, tmp_path):
     assert b"***" in written["config.yaml"]
 
 
-def test_errors_and_plans_keep_secrets(tiny_sd3_dir, tmp_path):
-    planted = "hf_" + "Pl4nt3d" * 5
+@pytest.fixture
+def output_guard_restored(monkeypatch):
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+@pytest.mark.usefixtures("output_guard_restored")
+@pytest.mark.parametrize(
+    ("changes", "flags", "expected"),
+    [
+        ({"pretrained_model_name_or_path": "URL"}, [], "error: cannot load the model https://***@host/model"),
+        ({"output_dir": "outputs/SECRET"}, ["--dry_run"], "output_dir: outputs/***"),
+        ({}, ["--learning_rate", "SECRET"], "error: "),
+    ],
+)
+def test_errors_and_plans_keep_secrets(tiny_sd3_dir, tmp_path, monkeypatch, capsys, changes, flags, expected):
+    secret = "hf_" + "Pl4nt3d" * 5
+    real = {"URL": f"https://me:{secret}@host/model", "outputs/SECRET": f"outputs/{secret}", "SECRET": secret}
     write_rewards(tmp_path)
-    url = f"https://me:{planted}@host/model"
-    config = tiny_config(url, tmp_path)
-    plan = tiny_config(tiny_sd3_dir, tmp_path, output_dir=str(tmp_path / planted)).rename(
-        tmp_path / "plan.yaml"
-    )
-    config = tiny_config(url, tmp_path)
+    config = tiny_config(tiny_sd3_dir, tmp_path, **{key: real[value] for key, value in changes.items()})
+    command = [str(FINETUNE), "--config", str(config), *(real.get(flag, flag) for flag in flags)]
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        runpy.run_path(str(FINETUNE), run_name="__main__")
+        said = ""
+    except SystemExit as stopped:
+        said = str(stopped.code)
+    captured = capsys.readouterr()
+    said += captured.out + captured.err
+    assert expected in said
+    assert secret not in said
+
+
+def test_logs_and_crashes_keep_secrets():
+    secret = "hf_" + "Pl4nt3d" * 5
     crash = (
-        "from am_diffusers.redact import guard_output; import logging; guard_output();"
-        f"logging.warning('%s', '{planted}'); raise RuntimeError('{planted}')"
+        "import logging; from am_diffusers.redact import guard_output; guard_output();"
+        f"logging.warning('read %s', '{secret}'); raise RuntimeError('{secret}')"
     )
-    python = [sys.executable]
-    for command, status, expected in (
-        (
-            [*python, str(FINETUNE), "--config", str(config)],
-            1,
-            "error: cannot load the model https://***@host/model",
-        ),
-        ([*python, str(FINETUNE), "--config", str(plan), "--dry_run"], 0, f"output_dir: {tmp_path}/***"),
-        ([*python, str(FINETUNE), "--config", str(plan), "--learning_rate", planted], 1, "error: "),
-        ([*python, "-c", crash], 1, "RuntimeError: ***"),
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        assert expected in done.stdout + done.stderr
-        assert planted not in done.stdout + done.stderr, command
+    done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert secret not in done.stderr
+    assert "WARNING:root:read ***" in done.stderr
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("RuntimeError: ***\n")

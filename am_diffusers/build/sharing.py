@@ -1,5 +1,6 @@
 """What becomes of a finished run: its model card, and the upload if that is wanted."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def _law(config: Config) -> str:
 def _loading(plan: Plan, load_from: str) -> Loading:
     model, evaluation = plan.config.model, plan.config.evaluation
     options = {"revision": model.revision, "variant": model.variant}
-    source = {name: repr(value) for name, value in options.items() if value is not None}
+    source = {name: json.dumps(value) for name, value in options.items() if value is not None}
     if model.mixed_precision == "bf16":
         source["torch_dtype"] = "torch.bfloat16"
     return Loading(
