@@ -257,3 +257,21 @@ def test_logs_and_crashes_keep_secrets():
     assert "WARNING:root:read ***" in done.stderr
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("RuntimeError: ***\n")
+
+
+@pytest.mark.usefixtures("output_guard_restored")
+def test_the_file_of_an_error_keeps_secrets(tiny_sd3_dir, tmp_path, monkeypatch):
+    secret = "hf_" + "Pl4nt3d" * 5
+
+    def build(*_):
+        raise ValueError(f"no file {secret}")
+
+    write_rewards(tmp_path)
+    config = tiny_config(tiny_sd3_dir, tmp_path)
+    monkeypatch.setattr("am_diffusers.build.build", build)
+    monkeypatch.setattr(sys, "argv", [str(FINETUNE), "--config", str(config)])
+    with pytest.raises(SystemExit, match=r"error: no file \*\*\*\n\(details: .*error.txt"):
+        runpy.run_path(str(FINETUNE), run_name="__main__")
+    written = (tmp_path / "out/error.txt").read_text()
+    assert "ValueError: no file ***" in written
+    assert secret not in written
