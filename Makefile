@@ -3,13 +3,15 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.am_diffusers-installed
+PARITY_VENV ?= .venv-parity
+PARITY_STAMP := $(PARITY_VENV)/.parity-installed
 
-.PHONY: demo test check format venv clean
+.PHONY: demo test test-slow check format parity venv clean
 
 # Exact versions of everything, so that a fresh machine gets what CI ran. The environment is rebuilt when they change.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ocr,imagenet]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ocr,imagenet,prodigy]"
 	touch $@
 
 venv: $(STAMP)
@@ -29,6 +31,20 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The original packages hpsv2 and image-reward, which can't be installed beside ours, in an environment of their own
+# (6 GB; PARITY_VENV=path chooses where).
+$(PARITY_STAMP): requirements/parity.txt requirements/parity-originals.txt
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/parity.txt
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements/parity-originals.txt
+	touch $@
+
+# Scores and gradients against those packages, on equal random weights; writes docs/parity.json and its table.
+# Needs 10 GB of memory for the full-size ViT-H/14.
+parity: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python scripts/check_parity.py --python $(PARITY_VENV)/bin/python --output docs/parity.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -39,6 +39,7 @@ class Loading:
         base: hub id or folder of the base model.
         base_options: further arguments of its `from_pretrained`, as Python source by name.
         load_from: hub id or folder of the LoRA.
+        subfolder: of it that holds what the pictures and the evaluation are of; None = itself.
         prompt: an example.
         call: numbers of the pipeline call, by argument.
     """
@@ -46,19 +47,21 @@ class Loading:
     base: str
     base_options: dict[str, str]
     load_from: str
+    subfolder: str | None
     prompt: str
     call: dict[str, float]
 
     def snippet(self) -> str:
         """Python source that renders one picture."""
         options = "".join(f", {name}={value}" for name, value in self.base_options.items())
+        inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
         return "\n".join(
             [
                 "import torch",
                 "from diffusers import StableDiffusion3Pipeline",
                 "",
                 f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(self.base)}{options})",
-                f"pipe.load_lora_weights({json.dumps(self.load_from)})",
+                f"pipe.load_lora_weights({json.dumps(self.load_from)}{inside})",
                 "pipe(",
                 f"    {json.dumps(self.prompt)},",
                 *(f"    {name}={value}," for name, value in self.call.items()),
@@ -149,7 +152,7 @@ def _texts(facts: CardFacts) -> dict[str, Any]:
         "rewards": ", ".join(escape_markdown(reward) for reward in facts.rewards),
         "law": facts.law,
         "snippet": facts.loading.snippet(),
-        "load_from": json.dumps(facts.loading.load_from),
+        "averaged": facts.loading.subfolder is not None,
         "num_train": len(facts.prompts),
         "source": escape_markdown(facts.source),
         "examples": [escape_markdown(_shorten(prompt)) for prompt in facts.prompts[:EXAMPLES]],
@@ -166,7 +169,6 @@ def _files(folder: Path) -> dict[str, Any]:
     return {
         "seeds": present("samples/pictures.json"),
         "panel": present("samples/panel.png"),
-        "ema": present("ema/pytorch_lora_weights.safetensors"),
     }
 
 

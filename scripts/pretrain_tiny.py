@@ -1,7 +1,8 @@
 """Train the embedded pipeline and its rewards from emoji art, stage by stage, each resumable.
 
     python scripts/pretrain_tiny.py pictures vae decoder text transformer --work_dir outputs/pretrain
-    python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 export measure
+    python scripts/pretrain_tiny.py pickscore_towers hpsv2_towers generated pickscore hpsv2 image_reward
+    python scripts/pretrain_tiny.py export measure
 
 Each stage reads what the stages before it left in `work_dir` and takes up to an hour on two cores. `export`
 copies the results into `am_diffusers/assets`; `measure` writes the figures of the model cards there. Seeds

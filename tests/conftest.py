@@ -5,6 +5,8 @@ import string
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tensors of tests are tiny: threads only wait for each other, for minutes on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

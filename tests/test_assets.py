@@ -8,9 +8,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from am_diffusers.prompts import load_prompts
-from am_diffusers.rewards import HPSv2, PickScore
+from am_diffusers.rewards import HPSv2, ImageReward, PickScore
 
 ASSETS = Path(__file__).parent.parent / "am_diffusers" / "assets"
+JUDGES = {"pickscore": PickScore, "hpsv2": HPSv2, "image_reward": ImageReward}
 COLOURS = {"white": (245, 245, 245), "black": (25, 25, 25), "red": (210, 45, 45), "blue": (55, 105, 215)}
 
 
@@ -68,10 +69,10 @@ def test_prompt_lists_do_not_overlap() -> None:
     assert not set(train) & set(evaluation)
 
 
-@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+@pytest.mark.parametrize("name", JUDGES)
 def test_rewards_prefer_the_right_background(name: str) -> None:
     """The pictures are plain colours: nothing but the background can be judged."""
-    reward = {"pickscore": PickScore, "hpsv2": HPSv2}[name].from_pretrained(ASSETS / f"tiny_{name}")
+    reward = JUDGES[name].from_pretrained(ASSETS / f"tiny_{name}")
     images = torch.stack([torch.tensor(c)[:, None, None].expand(3, 64, 64) / 255 for c in COLOURS.values()])
     for row, colour in enumerate(COLOURS):
         with torch.no_grad():
@@ -82,7 +83,7 @@ def test_rewards_prefer_the_right_background(name: str) -> None:
 def test_measured_figures_are_those_of_the_issue() -> None:
     """The committed figures (`scripts/pretrain_tiny.py measure`) against what the cards promise."""
     figures = json.loads((ASSETS / "measured.json").read_text())
-    for name in ("pickscore", "hpsv2"):
+    for name in JUDGES:
         assert figures[f"preference accuracy, {name}"]["mean"] >= 0.9
     for guidance in ("guidance 1.0", "guidance 2.5"):
         assert figures[guidance]["background"] >= 0.9

@@ -28,6 +28,7 @@ FACTS = CardFacts(
         base="owner/base-model",
         base_options={"revision": "'abc'"},
         load_from="out",
+        subfolder="ema",
         prompt="a red fox",
         call={
             "height": 64,
@@ -64,8 +65,6 @@ def test_a_card_says_everything(tmp_path):
     for name in ("iteration-000000.png", "iteration-000010.png", "panel.png", "pictures.json"):
         (tmp_path / "samples").mkdir(exist_ok=True)
         (tmp_path / "samples" / name).touch()
-    (tmp_path / "ema").mkdir()
-    (tmp_path / "ema/pytorch_lora_weights.safetensors").touch()
     card = make_card(tmp_path)
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("owner/base-model", "adapter")
@@ -84,7 +83,8 @@ def test_a_card_says_everything(tmp_path):
         "16 held-out prompts, 4 pictures",
         "Prompts: 40 from prompts/train.txt",
         "<li>prompt 4</li>",
-        "subfolder=&quot;ema&quot;",
+        "pipe.load_lora_weights(&quot;out&quot;, subfolder=&quot;ema&quot;)",
+        "averaged weights (EMA)",
         "64 x 64 pixels",
     ):
         assert text in html, text
@@ -94,15 +94,15 @@ def test_a_card_says_everything(tmp_path):
 
 
 def test_a_card_without_pictures_evaluation_and_hub_model(tmp_path):
-    facts = replace(FACTS, base_model="asset:tiny_sd3", hub_base=None)
+    loading = replace(FACTS.loading, subfolder=None)
+    facts = replace(FACTS, base_model="asset:tiny_sd3", hub_base=None, loading=loading)
     card = make_card(tmp_path, facts, None)
     assert not {"base_model", "base_model_relation", "widget"} & set(card.data.to_dict())
     html = rendered(card)
     assert "A LoRA for asset:tiny_sd3, fine-tuned" in html
     assert "Not evaluated on held-out prompts." in html
-    assert not {"<img", "EMA", "None", "held-out prompts, "} & {
-        w for w in ("<img", "EMA", "None") if w in html
-    }
+    for text in ("<img", "EMA", "subfolder", "None", "bootstrap"):
+        assert text not in html
 
 
 @pytest.mark.parametrize(
@@ -174,17 +174,17 @@ def test_secrets_stay_out(tmp_path, monkeypatch):
     assert text.count("\\*\\*\\*") >= 4
 
 
-def test_the_lines_of_the_card_make_the_tuned_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("subfolder", [None, "ema"])
+def test_the_lines_of_the_card_make_the_tuned_picture(tmp_path, monkeypatch, subfolder):
     """A base model with all its text encoders, as the released ones: they load by one plain line."""
     tiny_pipeline(t5=True).save_pretrained(tmp_path / "base")
     model = SD3.from_pretrained(str(tmp_path / "base"))
     model.attach_lora(rank=4)
-    for parameter in model.lora_parameters():
+    for parameter in model.lora_parameters().values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    model.save_lora(tmp_path / "out")
-    loading = replace(
-        FACTS.loading, base=str(tmp_path / "base"), base_options={}, load_from=str(tmp_path / "out")
-    )
+    model.save_lora(tmp_path / "out" / (subfolder or ""))
+    paths = {"base": str(tmp_path / "base"), "load_from": str(tmp_path / "out"), "subfolder": subfolder}
+    loading = replace(FACTS.loading, base_options={}, **paths)
     card = make_card(tmp_path / "out", replace(FACTS, loading=loading))
     monkeypatch.chdir(tmp_path)
     exec(code_block(card, "python"), {})

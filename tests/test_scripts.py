@@ -277,7 +277,7 @@ def test_shipped_configs_parse(path):
     assert config.run.output_dir == f"outputs/{path.stem}"
     assert config.evaluation.eval_rewards
     text = path.read_text()
-    assert path.stem == "tiny_sd3" or "Never run here" in text
+    assert path.stem.startswith("tiny_sd3") or "Never run here" in text
     for line in text.splitlines():
         assert len(line) <= 110
 

@@ -5,14 +5,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.evaluation import Evaluation
 from am_diffusers.hub import HubTarget, check_hub, upload
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,8 +28,19 @@ def hub_target(config: Config) -> HubTarget | None:
     return check_hub(run.hub_model_id or Path(run.output_dir).resolve().name, private=run.hub_private_repo)
 
 
+def find_target(config: Config, processes: Processes) -> HubTarget | None:
+    """`hub_target` on the main process, None on the others; its failure is theirs."""
+    found: list[HubTarget | None] = [None]
+
+    def look() -> None:
+        found[0] = hub_target(config)
+
+    processes.on_main(look)
+    return found[0]
+
+
 def make_sharing(
-    plan: Plan, accelerator: Accelerator, target: HubTarget | None
+    plan: Plan, processes: Processes, target: HubTarget | None
 ) -> Callable[[Evaluation | None], None]:
     """Writes the model card, then uploads; for the main process."""
     folder = Path(plan.config.run.output_dir)
@@ -39,7 +49,7 @@ def make_sharing(
         write_card(folder, card_facts(plan, target), evaluation)
         address = None if target is None else upload(target, folder)
         if address is not None:
-            accelerator.print(f"uploaded to {address}")
+            processes.accelerator.print(f"uploaded to {address}")
 
     return share
 
@@ -76,13 +86,14 @@ def _loading(plan: Plan, load_from: str) -> Loading:
     model, evaluation = plan.config.model, plan.config.evaluation
     options = {"revision": model.revision, "variant": model.variant}
     source = {name: json.dumps(value) for name, value in options.items() if value is not None}
-    if model.mixed_precision == "bf16":
-        source["torch_dtype"] = "torch.bfloat16"
+    if model.mixed_precision != "no":
+        source["torch_dtype"] = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[model.mixed_precision]
     return Loading(
         # As in the README: a path in a checkout of this project.
         base=re.sub("^asset:", "am_diffusers/assets/", model.pretrained_model_name_or_path),
         base_options=source,
         load_from=load_from,
+        subfolder="ema" if plan.config.optimizer.use_ema else None,
         prompt=plan.validation_prompts[0],
         call={
             "height": model.resolution,

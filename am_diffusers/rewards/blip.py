@@ -106,8 +106,12 @@ class BlipScorer(nn.Module):
         super().__init__()
         try:
             vision = BlipVisionConfig(**config.vision_config)
+            # No text is generated, so none begins: the default token would be outside of a small vocabulary.
             text = BlipTextConfig(
-                **config.text_config, encoder_hidden_size=vision.hidden_size, is_decoder=True
+                **config.text_config,
+                encoder_hidden_size=vision.hidden_size,
+                is_decoder=True,
+                bos_token_id=None,
             )
             self.vision_model = BlipVisionModel(vision)
             self.text_encoder = BlipTextModel(text, add_pooling_layer=False)

@@ -79,7 +79,7 @@ def evaluation_combinations(data: PictureSet) -> torch.Tensor:
 def export(data: PictureSet, work: Path, assets: Path) -> None:
     """Write pipeline, rewards and prompt lists; existing folders keep their README."""
     export_pipeline(work, assets / "tiny_sd3")
-    for name in ("tiny_pickscore", "tiny_hpsv2"):
+    for name in ("tiny_pickscore", "tiny_hpsv2", "tiny_image_reward"):
         shutil.copytree(work / name, assets / name, dirs_exist_ok=True)
     (assets / "prompts").mkdir(exist_ok=True)
     for name, combinations in (("train", data.train), ("eval", evaluation_combinations(data))):

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from am_diffusers.rewards import HPSv2, PickScore
+from am_diffusers.rewards import HPSv2, ImageReward, PickScore
 
 from .data import PictureSet, background_of
 from .export import evaluation_combinations
@@ -61,7 +61,8 @@ def measure(data: PictureSet, work: Path, assets: Path) -> dict[str, object]:
                 row[f"right caption first, {name}"] = (ranked.argmax(1) == own).float().mean().item()
                 row[f"mean {name}"] = reward(pictures, data.captions(repeated)).mean().item()
             figures[source] = row
-        for name, reward in rewards.items():
+        judges = rewards | {"image_reward": ImageReward.from_pretrained(assets / "tiny_image_reward")}
+        for name, reward in judges.items():
             figures[f"preference accuracy, {name}"] = pair_accuracy(reward, data, work, name)
     (assets / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
