@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import trange
 
+from am_diffusers.redact import redact_values
 from am_diffusers.rewards import Reward
 from am_diffusers.samples import Sampler, pictures_of
 from am_diffusers.velocity import VelocityField
@@ -54,7 +55,7 @@ def base_rewards(
 
 def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, Tensor]) -> None:
     """Write prompts and scores as JSON, whole or not at all."""
-    document = {"prompts": list(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
+    document = {"prompts": redact_values(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
     part = file.with_suffix(".part")
     part.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")
     os.replace(part, file)
@@ -71,6 +72,6 @@ def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
         scores = {name: torch.tensor(s, dtype=torch.float64) for name, s in document["scores"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): remove it to score base pictures again") from error
-    if document["prompts"] != list(prompts):
+    if document["prompts"] != redact_values(prompts):
         raise ValueError(f"{file} is about other prompts: remove it to score base pictures again")
     return scores

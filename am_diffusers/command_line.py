@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.checks import check_values
+from am_diffusers.redact import redact_values
 
 SECTIONS = typing.get_type_hints(Config)
 FIELDS = {
@@ -106,10 +107,13 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `--config` reads back to an equal Config (`dry_run` left out)."""
+    """The resolved config as YAML that `--config` reads back to an equal Config (`dry_run` left out).
+
+    Secrets in it are redacted (`redact.py`): it is printed, stored and shared.
+    """
     flat = {key: value for section in dataclasses.asdict(config).values() for key, value in section.items()}
     del flat["dry_run"]
-    return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(redact_values(flat), sort_keys=False, allow_unicode=True, width=110)
 
 
 def asset_path(path: str) -> str:

@@ -45,6 +45,7 @@ class Run:
         save_lora: writes the LoRA into a folder, averaged too if there is an EMA, and returns the files.
         verify_lora: loads a written file into a fresh model and compares.
         held_out: None = no evaluation.
+        share: what the main process does with the result at the end: model card, upload.
         processes: those of the run.
         folder: output folder.
         lock: that of the folder, on the main process; held until the run is over.
@@ -54,12 +55,13 @@ class Run:
     save_lora: Callable[[Path], list[Path]]
     verify_lora: Callable[[Path], dict[str, float]]
     held_out: HeldOut | None
+    share: Callable[[Evaluation | None], None]
     processes: Processes
     folder: Path
     lock: BaseFileLock | None
 
     def execute(self) -> Evaluation | None:
-        """Train, export, evaluate. Interrupted anywhere, the same command goes on where it was.
+        """Train, export, evaluate, share. Interrupted anywhere, the same command goes on where it was.
 
         Returns:
             The evaluation, the same on all processes; None without held-out prompts.
@@ -74,6 +76,7 @@ class Run:
             self.trainer.train()
             self.processes.on_main(self._export)
             evaluation = None if self.held_out is None else self._evaluate(self.held_out)
+            self.processes.on_main(lambda: self.share(evaluation))
             self.processes.accelerator.end_training()
         finally:
             if self.lock is not None:

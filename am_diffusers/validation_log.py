@@ -10,6 +10,7 @@ from PIL import Image
 
 from am_diffusers.metrics import read_lines
 from am_diffusers.panel import draw_panel
+from am_diffusers.redact import redact_values
 from am_diffusers.trackers import GRID, PANEL
 
 
@@ -40,7 +41,9 @@ class ValidationLog:
         """
         samples = self.folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        (samples / "pictures.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False), "utf-8")
+        (samples / "pictures.json").write_text(
+            json.dumps(redact_values(shown), indent=1, ensure_ascii=False), "utf-8"
+        )
         grid.save(samples / f"iteration-{iteration:06d}.png")
         self._append(iteration, metrics)
         panel = draw_panel(self.folder)

@@ -21,9 +21,11 @@ from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
 from am_diffusers.processes import Interrupted, StopSignal
+from am_diffusers.redact import guard_output, redact
 
 
 def main() -> None:
+    guard_output()
     # Their bars for loading files would bury the plan and the one bar that matters.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -32,13 +34,14 @@ def main() -> None:
         accelerator = make_accelerator(config)
         plan = make_plan(config, accelerator.num_processes)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redact(f"error: {error}"))
     if config.run.dry_run:
         accelerator.print(plan.describe())
         return
     processes, folder = accelerator.num_processes, Path(config.run.output_dir)
     stop = StopSignal()
-    accelerator.print(f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}")
+    line = f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}"
+    accelerator.print(redact(line))
     try:
         run = build(plan, accelerator, stop)
         with stop.listening():
@@ -47,13 +50,13 @@ def main() -> None:
         accelerator.print(f"\n{interrupted}: run the same command again to go on")
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
     except (ValueError, OSError) as error:
-        details = traceback.format_exc()
+        details = redact(traceback.format_exc())
         try:
             (folder / "error.txt").write_text(details, "utf-8")
         except OSError:  # the disk may be what is wrong
-            sys.exit(f"{details}\nerror: {error}")
-        sys.exit(f"error: {error}\n(details: {folder / 'error.txt'})")
-    accelerator.print(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}")
+            sys.exit(redact(f"{details}\nerror: {error}"))
+        sys.exit(redact(f"error: {error}\n(details: {folder / 'error.txt'})"))
+    accelerator.print(redact(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}"))
     for line in evaluation.headline() if evaluation else []:
         accelerator.print(line)
 

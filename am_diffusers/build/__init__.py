@@ -7,23 +7,26 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from filelock import BaseFileLock
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.method import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
+from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.build.training import make_log, make_state, make_trainer
-from am_diffusers.checkpoint import iteration_of
+from am_diffusers.checkpoint import Checkpoints, iteration_of
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
+from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes, StopSignal
 from am_diffusers.run import Run
 from am_diffusers.saver import Saver, lock_folder
-from am_diffusers.trackers import PROJECT, start_trackers
+from am_diffusers.trackers import PROJECT, Trackers, start_trackers
 from am_diffusers.train_state import TrainState
 from am_diffusers.trainer import Hooks
 
@@ -59,23 +62,14 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
 
     Raises:
         CheckpointError: the checkpoint can't be gone on from; no model is loaded then.
-        ValueError: a model or reward cannot be loaded, or another run has the folder; says what to do.
+        ValueError: a model or reward cannot be loaded, another run has the folder, or the result couldn't
+            be uploaded; says what to do.
     """
-    config, folder = plan.config, Path(plan.config.run.output_dir)
-    processes = Processes(accelerator, stop)
-    lock = lock_folder(folder) if processes.is_main else None
-    checkpoints = make_checkpoints(config)
-    found = resume_point(plan, checkpoints, processes)
+    config, processes = plan.config, Processes(accelerator, stop)
+    target = find_target(config, processes)
+    folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
+    lock, found, trackers = open_folder(plan, checkpoints, processes)
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
-    if processes.is_main:
-        start_folder(config, folder, fresh=found is None)
-    trackers = start_trackers(
-        accelerator,
-        folder=folder,
-        logging_dir=folder / config.run.logging_dir,
-        config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=0 if found is None else iteration_of(found),
-    )
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
@@ -104,10 +98,30 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         save_lora=save_lora,
         verify_lora=make_verifier(plan, model),
         held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
+        share=make_sharing(plan, processes, target),
         processes=processes,
         folder=folder,
         lock=lock,
     )
+
+
+def open_folder(
+    plan: Plan, checkpoints: Checkpoints, processes: Processes
+) -> tuple[BaseFileLock | None, Path | None, Trackers]:
+    """Take the output folder: its lock, the checkpoint to go on from, and trackers that go on there too."""
+    config, folder = plan.config, Path(plan.config.run.output_dir)
+    lock = lock_folder(folder) if processes.is_main else None
+    found = resume_point(plan, checkpoints, processes)
+    if processes.is_main:
+        start_folder(config, folder, fresh=found is None)
+    trackers = start_trackers(
+        processes.accelerator,
+        folder=folder,
+        logging_dir=folder / config.run.logging_dir,
+        config=yaml.safe_load(to_yaml(config)),
+        resume_iteration=0 if found is None else iteration_of(found),
+    )
+    return lock, found, trackers
 
 
 def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
@@ -126,7 +140,9 @@ def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
 def start_folder(config: Config, folder: Path, *, fresh: bool) -> None:
     """Write the resolved config; an earlier run's results go if this one starts afresh."""
     logs = folder / config.run.logging_dir / PROJECT
-    results = [folder / "evaluation.json", folder / "error.txt"]
+    results = [folder / name for name in ("evaluation.json", "error.txt", "README.md")]
+    if not config.optimizer.use_ema:
+        results.append(folder / EMA_FOLDER / LORA_FILE)
     if fresh:
         results += [folder / BASE_REWARDS_FILE, folder / "validation.jsonl", folder / "samples/panel.png"]
         results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]

@@ -10,6 +10,7 @@ from am_diffusers.checkpoint import CheckpointError, Checkpoints, iteration_of
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
+from am_diffusers.redact import redact, redact_values
 from am_diffusers.saver import changes, digest, find_checkpoint, load_settings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
     decisive = {name: value for name, value in flat.items() if name not in free}
-    return decisive | {"rewards": rewards, "prompts of train_prompts": digest(plan.train_prompts)}
+    decisive |= {"rewards": rewards, "prompts of train_prompts": digest(plan.train_prompts)}
+    # They are written into every checkpoint; compared redacted with redacted.
+    return {name: redact_values(value) for name, value in decisive.items()}
 
 
 def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> Path | None:
@@ -60,7 +63,7 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
     if found is None:
         processes.accelerator.print("no checkpoint yet: starting from the base model")
         return None
-    processes.accelerator.print(f"going on from {found} after {iteration_of(found)} iterations")
+    processes.accelerator.print(redact(f"going on from {found} after {iteration_of(found)} iterations"))
     check_settings(
         found, settings_of(plan), allow=plan.config.checkpoint.allow_config_change, processes=processes
     )

@@ -9,6 +9,7 @@ from am_diffusers.config import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    RunConfig,
     TerminalConfig,
 )
 from am_diffusers.config.optimizer import MicroBatch
@@ -24,6 +25,7 @@ def check_values(config: Config) -> None:
         ValueError: naming every flag out of range, what it must be and what it is.
     """
     checks = [
+        *_run(config.run),
         *_model(config.model),
         *_method(config.method),
         *_terminal(config.terminal),
@@ -35,6 +37,13 @@ def check_values(config: Config) -> None:
     wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def _run(c: RunConfig) -> list[Check]:
+    return [
+        (c.push_to_hub or c.hub_model_id is None, "hub_model_id", "null without --push_to_hub"),
+        (c.push_to_hub or not c.hub_private_repo, "hub_private_repo", "false without --push_to_hub"),
+    ]
 
 
 def _model(c: ModelConfig) -> list[Check]:

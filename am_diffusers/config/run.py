@@ -15,6 +15,10 @@ class RunConfig:
         report_to: tracker beside metrics.jsonl, which is always written.
         logging_dir: folder of the tracker's files, inside output_dir.
         allow_tf32: let CUDA multiply float32 matrices in TF32.
+        push_to_hub: upload LoRA, model card, pictures and settings to the Hugging Face hub after the run; the
+            token is that of `hf auth login` or HF_TOKEN, checked before the run.
+        hub_model_id: where to upload, owner/name, or name in one's own namespace; null = name of output_dir.
+        hub_private_repo: make the repository private, if it isn't there yet.
         dry_run: print the resolved plan and exit.
     """
 
@@ -23,4 +27,7 @@ class RunConfig:
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     logging_dir: str = "logs"
     allow_tf32: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
     dry_run: bool = False

@@ -227,13 +227,14 @@ def _weight_error(trained: torch.nn.Module, reloaded: torch.nn.Module) -> float:
     for name, layer in lora_layers(trained).items():
         if name not in others:
             return float("inf")
-        for ours, theirs in zip(_scaled(layer), _scaled(others[name]), strict=True):
+        for ours, theirs in zip(scaled_weights(layer), scaled_weights(others[name]), strict=True):
             difference = (ours - theirs.to(ours)).norm() / ours.norm().clamp_min(1e-30)
             worst = max(worst, difference.item())
     return worst
 
 
-def _scaled(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+def scaled_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) of a layer in float32, the scaling multiplied into B."""
     (name,) = layer.active_adapters
     a, b = (part[name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
     return a.detach().float(), b.detach().float() * layer.scaling[name]

@@ -1,0 +1,186 @@
+"""README.md of an output folder: what the LoRA is, how to load it, how it was made and what it is worth.
+
+By `huggingface_hub`'s card classes and a template of our own: that of Diffusers' helper leaves TODOs to the
+user, and asks the hub whether there is a card already.
+"""
+
+import html
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+
+from am_diffusers.evaluation import Evaluation
+from am_diffusers.redact import redact_values
+
+TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
+TAGS = (
+    "text-to-image",
+    "diffusers-training",
+    "diffusers",
+    "lora",
+    "template:sd-lora",
+    "adjoint-matching",
+    "reward-fine-tuning",
+)
+EXAMPLES = 5
+LONGEST_EXAMPLE = 160
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the pictures of a run are made with Diffusers.
+
+    Attributes:
+        base: hub id or folder of the base model.
+        base_options: further arguments of its `from_pretrained`, as Python source by name.
+        load_from: hub id or folder of the LoRA.
+        subfolder: of it that holds what the pictures and the evaluation are of; None = itself.
+        prompt: an example.
+        call: numbers of the pipeline call, by argument.
+    """
+
+    base: str
+    base_options: dict[str, str]
+    load_from: str
+    subfolder: str | None
+    prompt: str
+    call: dict[str, float]
+
+    def snippet(self) -> str:
+        """Python source that renders one picture."""
+        options = "".join(f", {name}={value}" for name, value in self.base_options.items())
+        inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
+        return "\n".join(
+            [
+                "import torch",
+                "from diffusers import StableDiffusion3Pipeline",
+                "",
+                f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(self.base)}{options})",
+                f"pipe.load_lora_weights({json.dumps(self.load_from)}{inside})",
+                "pipe(",
+                f"    {json.dumps(self.prompt)},",
+                *(f"    {name}={value}," for name, value in self.call.items()),
+                "    generator=torch.Generator().manual_seed(0),",
+                ').images[0].save("picture.png")',
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says, besides what lies in the output folder.
+
+    Attributes:
+        title: heading.
+        base_model: the base model as the user named it.
+        hub_base: its hub id; None for a folder, which the metadata of a card can't name.
+        rewards: what was trained, one text each.
+        law: what the training aims at, a sentence.
+        source: where the training prompts come from.
+        prompts: the training prompts.
+        settings: the resolved config as YAML.
+        resolution: side of the pictures in pixels.
+        loading: how to make a picture.
+    """
+
+    title: str
+    base_model: str
+    hub_base: str | None
+    rewards: list[str]
+    law: str
+    source: str
+    prompts: list[str]
+    settings: str
+    resolution: int
+    loading: Loading
+
+
+def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) -> Path:
+    """Write `folder/README.md`, with the newest grid and the training curves that lie in `folder/samples`.
+
+    Args:
+        folder: output folder of the run.
+        facts: of the run; secrets in them are redacted.
+        evaluation: None if there was none.
+    """
+    # Before anything is quoted or escaped: afterwards a secret might not be recognised.
+    clean = cast(dict[str, Any], redact_values(asdict(facts)))
+    clean["loading"] = Loading(**clean["loading"])
+    facts = CardFacts(**clean)
+    grids = sorted((folder / "samples").glob("iteration-*.png"))
+    grid = f"samples/{grids[-1].name}" if grids else None
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=facts.hub_base,
+        base_model_relation="adapter" if facts.hub_base else None,
+        widget=[{"text": facts.loading.prompt, "output": {"url": grid}}] if grid else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        grid=grid,
+        **_texts(facts),
+        **_files(folder),
+        **_results(evaluation),
+    )
+    populate_model_card(card, list(TAGS))
+    file = folder / "README.md"
+    file.write_text(str(card), "utf-8")
+    return file
+
+
+def escape_markdown(text: str) -> str:
+    """`text` on one line that Markdown and HTML show as it is."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    inline = re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
+    # Headings, lists, rules and quotes start a line.
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", inline))
+
+
+def _texts(facts: CardFacts) -> dict[str, Any]:
+    named = escape_markdown(facts.base_model)
+    backticks = max((len(run) for run in re.findall("`+", facts.settings)), default=0)
+    return {
+        "title": escape_markdown(facts.title),
+        "base": f"[{named}](https://huggingface.co/{facts.hub_base})" if facts.hub_base else named,
+        "rewards": ", ".join(escape_markdown(reward) for reward in facts.rewards),
+        "law": facts.law,
+        "snippet": facts.loading.snippet(),
+        "averaged": facts.loading.subfolder is not None,
+        "num_train": len(facts.prompts),
+        "source": escape_markdown(facts.source),
+        "examples": [escape_markdown(_shorten(prompt)) for prompt in facts.prompts[:EXAMPLES]],
+        "settings": facts.settings.rstrip("\n"),
+        "fence": "`" * max(3, backticks + 1),
+        "resolution": facts.resolution,
+    }
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    def present(name: str) -> str | None:
+        return name if (folder / name).exists() else None
+
+    return {
+        "seeds": present("samples/pictures.json"),
+        "panel": present("samples/panel.png"),
+    }
+
+
+def _results(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {"headline": []}
+    return {
+        "headline": [escape_markdown(line) for line in evaluation.headline()],
+        "num_prompts": evaluation.num_prompts,
+        "images_per_prompt": evaluation.images_per_prompt,
+    }
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_EXAMPLE else text[:LONGEST_EXAMPLE].rstrip() + " ..."
