@@ -4,8 +4,8 @@
 
 The released architectures run at full size with random weights (costs don't depend on them); text features of
 CLIP-type rewards are remembered per prompt and not counted. Every reward is measured in a process of its own,
-so that peak memory is its alone. "CPU s" sums over threads and is what to compare when the machine is busy with other
-work too, of which it counts nothing. The GPU column is arithmetic, not a measurement.
+so that peak memory is its alone. "CPU s" sums over threads and counts nothing of what else the machine does.
+The GPU column is arithmetic, not a measurement.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
 
 REPEATS = 3
 GPU, GPU_FLOPS = "H100, bf16 at 40 %", 0.4 * 989e12
-PROMPT = 'a fox with the sign "FOX"'
+PROMPT = 'a red fox with the sign "FOX"'  # an ImageNet class, and a quoted text
 
 
 def vit_h() -> LearnedReward:
@@ -119,8 +119,9 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"| {name} | {row['seconds']:.3g} | {row['cpu_seconds']:.3g} "
-            f"| {row['weights_and_runtime_mb']:.0f} | {row['passes_mb']:.0f} | {row['flops'] / 1e9:.3g} | {1e3 * row['flops'] / GPU_FLOPS:.2g} |",
+            f"| {name} | {row['seconds']:.3g} | {row['cpu_seconds']:.3g}"
+            f" | {row['weights_and_runtime_mb']:.0f} | {row['passes_mb']:.0f}"
+            f" | {row['flops'] / 1e9:.3g} | {1e3 * row['flops'] / GPU_FLOPS:.2g} |",
             flush=True,
         )
 
