@@ -11,7 +11,7 @@ PARITY_STAMP := $(PARITY_VENV)/.parity-installed
 # Exact versions of everything, so that a fresh machine gets what CI ran. The environment is rebuilt when they change.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ocr,imagenet]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ocr,imagenet,prodigy]"
 	touch $@
 
 venv: $(STAMP)

@@ -1,6 +1,7 @@
 """Rewards of base pictures: what rewards are calibrated with, and divergences normalised."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tqdm import trange
 from am_diffusers.rewards import Reward
 from am_diffusers.samples import Sampler, pictures_of
 from am_diffusers.velocity import VelocityField
+
+BASE_REWARDS_FILE = "base_rewards.json"
 
 
 @torch.no_grad()
@@ -50,6 +53,24 @@ def base_rewards(
 
 
 def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, Tensor]) -> None:
-    """Write prompts and scores as JSON."""
+    """Write prompts and scores as JSON, whole or not at all."""
     document = {"prompts": list(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
-    file.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, file)
+
+
+def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What `save_base_rewards` wrote for these prompts, (P, S) each.
+
+    Raises:
+        ValueError: if the file can't be read or is about other prompts.
+    """
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        scores = {name: torch.tensor(s, dtype=torch.float64) for name, s in document["scores"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): remove it to score base pictures again") from error
+    if document["prompts"] != list(prompts):
+        raise ValueError(f"{file} is about other prompts: remove it to score base pictures again")
+    return scores

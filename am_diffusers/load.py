@@ -7,6 +7,7 @@ import torch
 
 from am_diffusers.command_line import asset_path
 from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -16,8 +17,13 @@ from am_diffusers.samples import Sampler
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODE_CHUNK = 64
+
+
+def micro_batch(size: MicroBatch | None) -> int | None:
+    """A micro-batch size as a number; None = all, also for an `auto` that isn't found yet."""
+    return None if size == "auto" else size
 
 
 def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
@@ -30,7 +36,7 @@ def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> R
     options = RewardOptions(
         device=reward.device or device,
         dtype=DTYPES[reward.mixed_precision],
-        batch_size=reward.batch_size or config.optimizer.reward_micro_batch_size,
+        batch_size=reward.batch_size or micro_batch(config.optimizer.reward_micro_batch_size),
         checkpointing=config.model.gradient_checkpointing,
     )
     path = asset_path(reward.model)

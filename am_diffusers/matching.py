@@ -24,6 +24,7 @@ from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 
 Pairing = Literal["right", "left", "trapezoid"]
+_TENSORS = ("latents", "sigmas", "target", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +64,36 @@ class MatchingBatch:
 
     def index(self, rows: Tensor) -> "MatchingBatch":
         """Rows `rows` (n,) int64 as a batch of their own."""
-        names = ("latents", "sigmas", "target", "weight")
-        picked = {name: (value := getattr(self, name))[rows.to(value.device)] for name in names}
+        picked = {name: (value := getattr(self, name))[rows.to(value.device)] for name in _TENSORS}
         return replace(self, samples=self.samples[rows.cpu()], **picked)
 
     def split(self, micro_batch_size: int) -> list["MatchingBatch"]:
-        """Consecutive batches of at most `micro_batch_size` rows."""
-        return [self.index(rows) for rows in torch.arange(len(self)).split(micro_batch_size)]
+        """Consecutive batches of at most `micro_batch_size` rows, which share this one's memory."""
+        parts = {name: getattr(self, name).split(micro_batch_size) for name in (*_TENSORS, "samples")}
+        return [
+            replace(self, **dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)
+        ]
+
+    def to(self, device: torch.device | str) -> "MatchingBatch":
+        """The same rows on `device`; the conditioning stays where it is."""
+        moved = {n: (v := getattr(self, n)).to(device, non_blocking=v.is_pinned()) for n in _TENSORS}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "MatchingBatch":
+        """The same rows, the latents and targets in memory of the CPU that a GPU copies from fastest."""
+        return replace(self, latents=self.latents.pin_memory(), target=self.target.pin_memory())
+
+    def describe(self) -> str:
+        """Noise levels, prompts and norms of the rows, for an error message."""
+        latents, target = (
+            [round(n, 3) for n in rows.flatten(1).norm(dim=1).tolist()]
+            for rows in (self.latents, self.target)
+        )
+        sigmas = [round(sigma, 4) for sigma in self.sigmas.tolist()]
+        prompts = sorted({self.cond.prompts[i] for i in self.samples.tolist()})
+        return (
+            f"rows with sigmas {sigmas}, prompts {prompts}, norms of latents {latents} and targets {target}"
+        )
 
 
 def select_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:

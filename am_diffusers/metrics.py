@@ -1,6 +1,7 @@
 """Where an iteration's numbers go: metrics.jsonl (always, flushed), trackers and the progress bar."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,8 +12,9 @@ class MetricsLog:
     """Writes one line an iteration; on processes other than the main one it does nothing.
 
     Args:
-        path: the metrics.jsonl to write; an earlier file is replaced.
+        path: the metrics.jsonl to write; lines from iteration `start` on are dropped: they are done again.
         total: iterations of the run, for the progress bar.
+        start: iterations that are finished; 0 = an earlier file is replaced.
         enabled: whether this process is the one that writes.
         bar: metrics in the progress bar, by the label they have there.
         track: also receives (metrics, iteration), e.g. `accelerator.log`.
@@ -24,15 +26,21 @@ class MetricsLog:
         path: Path,
         *,
         total: int,
+        start: int = 0,
         enabled: bool = True,
         bar: Mapping[str, str] | None = None,
         track: Callable[[dict[str, float], int], None] | None = None,
         more: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._in_bar = bar or {}
-        self._file = path.open("w", encoding="utf-8") if enabled else None
+        self._file = None
+        if enabled:
+            keep_lines(path, start)
+            self._file = path.open("a", encoding="utf-8")
         self._track, self._more = track, more
-        self._bar = tqdm(total=total, desc="iterations", disable=not enabled, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=start, desc="iterations", disable=not enabled, dynamic_ncols=True
+        )
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of iteration `iteration` (from 0)."""
@@ -53,3 +61,17 @@ class MetricsLog:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+
+
+def keep_lines(path: Path, before: int) -> None:
+    """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["iteration"] < before:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # cut short
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), "utf-8")
+    os.replace(part, path)

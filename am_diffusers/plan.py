@@ -13,6 +13,7 @@ from am_diffusers.command_line import asset_path, to_yaml
 from am_diffusers.config import Config, MethodConfig, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.optimizers import check_optimizer
 from am_diffusers.prompts import load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
@@ -102,6 +103,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
         )
     config = _resolve(config)
     _check_method(config)
+    check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
     model = config.model
     path = asset_path(model.pretrained_model_name_or_path)
     source = Pretrained(path, model.revision, model.variant)

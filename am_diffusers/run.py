@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import BaseFileLock
 
 from am_diffusers.evaluation import Evaluation, summarise
+from am_diffusers.processes import Processes
 from am_diffusers.samples import pictures_of
 from am_diffusers.scoring import Scorer
 from am_diffusers.trainer import Trainer
@@ -41,52 +42,67 @@ class Run:
 
     Attributes:
         trainer: the loop.
-        save_lora: writes the LoRA into the output folder and returns its path.
-        verify_lora: loads the written file into a fresh model and compares.
+        save_lora: writes the LoRA into a folder, averaged too if there is an EMA, and returns the files.
+        verify_lora: loads a written file into a fresh model and compares.
         held_out: None = no evaluation.
-        accelerator: processes of the run.
+        processes: those of the run.
         folder: output folder.
+        lock: that of the folder, on the main process; held until the run is over.
     """
 
     trainer: Trainer
-    save_lora: Callable[[], Path]
+    save_lora: Callable[[Path], list[Path]]
     verify_lora: Callable[[Path], dict[str, float]]
     held_out: HeldOut | None
-    accelerator: Accelerator
+    processes: Processes
     folder: Path
+    lock: BaseFileLock | None
 
     def execute(self) -> Evaluation | None:
-        """Train, export, evaluate.
+        """Train, export, evaluate. Interrupted anywhere, the same command goes on where it was.
 
         Returns:
             The evaluation, the same on all processes; None without held-out prompts.
 
         Raises:
+            Interrupted: a signal came; a checkpoint of the last finished iteration is written.
             IterationError: training met something that is not finite.
-            ValueError: the written LoRA doesn't reproduce the trained model.
+            ValueError: a checkpoint could not be written, or the written LoRA doesn't reproduce the
+                trained model.
         """
-        self.trainer.train()
-        if self.accelerator.is_main_process:
-            self._export()
-        evaluation = None if self.held_out is None else self._evaluate(self.held_out)
-        self.accelerator.end_training()
+        try:
+            self.trainer.train()
+            self.processes.on_main(self._export)
+            evaluation = None if self.held_out is None else self._evaluate(self.held_out)
+            self.processes.accelerator.end_training()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
         return evaluation
 
     def _export(self) -> None:
-        file = self.save_lora()
+        state = self.trainer.state
+        plain, *averaged = self.save_lora(self.folder)
         try:
-            self.verify_lora(file)
+            self.verify_lora(plain)
+            with state.ema_weights():
+                for file in averaged:
+                    self.verify_lora(file)
         except torch.OutOfMemoryError:
-            logger.warning("%s is written, but there's no memory for a second transformer to verify it", file)
+            logger.warning(
+                "%s is written, but there's no memory for a second transformer to verify it", plain
+            )
 
     def _evaluate(self, held_out: HeldOut) -> Evaluation:
-        """Every process makes and scores its share of the pictures."""
+        """Every process makes and scores its share of the pictures, of the EMA if there is one."""
         which = pictures_of(len(held_out.prompts), held_out.images_per_prompt)
-        mine = which[self.accelerator.process_index :: self.accelerator.num_processes]
-        pairs = gather_object(held_out.scorer.pairs(held_out.prompts, mine))
+        mine = which[self.processes.index :: self.processes.number]
+        with self.processes.together(), self.trainer.state.ema_weights():
+            pairs = held_out.scorer.pairs(held_out.prompts, mine)
         features = held_out.scorer.features
-        evaluation = summarise(pairs, held_out.roles, features.name if features is not None else None)
-        if self.accelerator.is_main_process:
+        name = features.name if features is not None else None
+        evaluation = summarise(gather_object(pairs), held_out.roles, name)
+        if self.processes.is_main:
             text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False)
             (self.folder / "evaluation.json").write_text(text + "\n", "utf-8")
         return evaluation

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from am_diffusers.adjoint import require_finite, terminal_adjoint
 from am_diffusers.divergences import Tilt
+from am_diffusers.out_of_memory import phase
 
 RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -145,12 +146,13 @@ def reward_gradient(
 
     Raises:
         ValueError: if the reward is not differentiable or not one number per sample.
+        PhaseMemoryError: if memory runs out.
         NonFiniteError: if a reward or gradient is not finite; names the prompts.
     """
     chunks = []
     for rows in torch.arange(len(latents)).split(batch_size or len(latents)):
         chunk_prompts = [prompts[int(i)] for i in rows]
-        with torch.enable_grad():
+        with phase("reward", len(rows)), torch.enable_grad():
             x = latents[rows].detach().requires_grad_(True)
             rewards = reward_of_latents(x, chunk_prompts)
         if rewards.shape != (len(rows),) or not rewards.requires_grad:
@@ -158,7 +160,8 @@ def reward_gradient(
                 f"expected a differentiable reward per sample, ({len(rows)},), got {tuple(rewards.shape)} "
                 f"with requires_grad={rewards.requires_grad}; use a reward with `differentiable = True`"
             )
-        (gradient,) = torch.autograd.grad(rewards, x, torch.ones_like(rewards))
+        with phase("reward", len(rows)):
+            (gradient,) = torch.autograd.grad(rewards, x, torch.ones_like(rewards))
         require_finite("reward", rewards, chunk_prompts)
         require_finite("reward gradient", gradient, chunk_prompts)
         chunks.append((rewards.detach().to(latents.dtype), gradient))

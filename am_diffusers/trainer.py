@@ -5,24 +5,34 @@ micro-batches don't change a run. Processes share the samples of an iteration; t
 over rows that is already divided by the rows of all processes, so gradients are summed over processes, not
 averaged. A LoRA's gradients are a few megabytes: one all-reduce after the last backward pass does it, and
 the passes in between need no wrapper that would synchronise them.
+
+An iteration happens as a whole or not at all: whatever ends it early leaves parameters and method as they
+were, so a checkpoint can be written at any time.
 """
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.checkpoint import CheckpointError
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected
 from am_diffusers.metrics import MetricsLog
+from am_diffusers.out_of_memory import phase
+from am_diffusers.processes import Processes, share
 from am_diffusers.prompts import prompt_rows
 from am_diffusers.rollout import generator_for, generators_for
+from am_diffusers.scaling import ScaledBackward
+from am_diffusers.train_state import TrainState
 from am_diffusers.velocity import Conditioning
+
+logger = logging.getLogger(__name__)
 
 
 class IterationError(ValueError):
@@ -39,7 +49,10 @@ class TrainOptions:
         max_train_steps: iterations.
         loss_micro_batch_size: rows a forward and backward pass.
         max_grad_norm: global gradient norm above which gradients are scaled down.
-        validation_steps: iterations between two calls of `show`.
+        validation_steps: iterations between two calls of `validate`.
+        checkpointing_steps: iterations between two checkpoints; None = at the end and when stopped.
+        max_skipped_iterations: iterations in a row that are skipped because something isn't finite.
+        early_stopping_patience: validations in a row without a new best score that end a run; None = all.
     """
 
     seed: int
@@ -48,23 +61,27 @@ class TrainOptions:
     loss_micro_batch_size: int
     max_grad_norm: float
     validation_steps: int
+    checkpointing_steps: int | None = None
+    max_skipped_iterations: int = 0
+    early_stopping_patience: int | None = None
 
 
-@dataclass
-class TrainState:
-    """What an iteration changes, besides the method's own state.
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does around its iterations.
 
     Attributes:
-        parameters: trained parameters, the same on all processes.
-        optimizer: over `parameters`.
-        lr_schedule: stepped once an iteration.
-        iteration: optimizer steps taken.
+        encode: B prompts to their conditioning.
+        validate: shows the model after so many iterations, before the first one, every `validation_steps`
+            and at the end; called on the main process; returns the score that early stopping looks at.
+        save: writes a checkpoint; called on all processes.
+        forget: drops what an unfinished iteration left in the rewards' records.
     """
 
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    lr_schedule: torch.optim.lr_scheduler.LRScheduler
-    iteration: int = 0
+    encode: Callable[[Sequence[str]], Conditioning]
+    validate: Callable[[int], float | None] = lambda iteration: None
+    save: Callable[[], None] = lambda: None
+    forget: Callable[[], object] = lambda: None
 
 
 class Trainer:
@@ -75,10 +92,9 @@ class Trainer:
         state: parameters and optimizer.
         options: sizes of the run.
         prompts: training prompts.
-        encode: B prompts to their conditioning.
-        accelerator: processes and device.
+        hooks: encoding, validation, checkpoints.
+        processes: who shares the work.
         log: where metrics go.
-        show: called with the iteration before the first one, every `validation_steps` and at the end.
     """
 
     def __init__(
@@ -88,109 +104,144 @@ class Trainer:
         options: TrainOptions,
         *,
         prompts: Sequence[str],
-        encode: Callable[[Sequence[str]], Conditioning],
-        accelerator: Accelerator,
+        hooks: Hooks,
+        processes: Processes,
         log: MetricsLog,
-        show: Callable[[int], None],
     ) -> None:
         self.method, self.state, self.options = method, state, options
-        self.prompts, self.encode = prompts, encode
-        self.accelerator, self.log, self.show = accelerator, log, show
+        self.prompts, self.hooks, self.processes, self.log = prompts, hooks, processes, log
+        self._saved = state.iteration
 
     def train(self) -> None:
-        """Run the remaining iterations.
+        """Run the remaining iterations. However it ends, the last finished iteration is saved.
 
         Raises:
+            Interrupted: a signal came.
             IterationError: as `iterate`.
+            CheckpointError: a checkpoint could not be written.
         """
-        last = self.options.max_train_steps
-        self.show(self.state.iteration)
-        while self.state.iteration < last:
-            metrics = self.iterate()
-            self.log.write(self.state.iteration, metrics)
-            self.state.iteration += 1
-            if self.state.iteration % self.options.validation_steps == 0 or self.state.iteration == last:
-                self.show(self.state.iteration)
-        self.log.close()
+        try:
+            while not self._between():
+                metrics = self.iterate()
+                self.log.write(self.state.iteration, metrics)
+                self.state.progress.iteration += 1
+        except CheckpointError:
+            raise
+        except Exception:
+            self._save()
+            raise
+        finally:
+            self.log.close()
 
     def iterate(self) -> dict[str, float]:
         """One optimizer step; its metrics, the same on all processes.
 
         Raises:
-            IterationError: a picture, reward, adjoint, loss or gradient is not finite; names the iteration
-                and what it was computed from. Parameters are left as they were.
+            Interrupted: a signal came to one of the processes.
+            IterationError: a picture, reward, adjoint, loss or gradient is not finite and no more iterations
+                may be skipped, or there is another error; names the iteration and what it was computed
+                from. Parameters and method are left as they were.
         """
-        started = time.perf_counter()
-        try:
-            collected = self._collect()
-            loss = self._backward(collected.examples)
-            grad_norm = self._step()
-        except ValueError as error:
-            raise IterationError(f"iteration {self.state.iteration}: {error}") from error
+        started, before = time.perf_counter(), self.method.state_dict()
+        progress = self.state.progress
         (learning_rate,) = set(self.state.lr_schedule.get_last_lr())
+        metrics: dict[str, float] = {}
+        try:
+            with self.processes.together():
+                collected = self._collect()
+                metrics = {"loss": self._backward(collected.examples), **collected.metrics}
+                metrics["grad_norm"] = self._gradient_norm()
+        except Exception as error:
+            self.method.load_state_dict(before)
+            self.hooks.forget()
+            if not isinstance(error, ValueError):
+                raise
+            if not isinstance(error, NonFiniteError) or not self._may_skip():
+                raise IterationError(f"iteration {self.state.iteration}: {error}") from error
+            logger.warning("iteration %d is skipped: %s", self.state.iteration, error)
+            metrics = {"skipped": float(progress.skipped)}
+        else:
+            self.state.step()
+            progress.skipped_in_a_row = 0
         self.state.lr_schedule.step()
-        seconds = time.perf_counter() - started
-        own = {"grad_norm": grad_norm, "learning_rate": learning_rate, "seconds": seconds}
-        return {"loss": loss, **collected.metrics, **own}
+        return metrics | {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
+
+    def _may_skip(self) -> bool:
+        """Count an iteration that isn't finite; whether the run may go on."""
+        progress = self.state.progress
+        if progress.skipped_in_a_row >= self.options.max_skipped_iterations:
+            return False
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        return True
+
+    def _between(self) -> bool:
+        """Validate and save if due; whether the run is over."""
+        progress, options = self.state.progress, self.options
+        last = progress.iteration >= options.max_train_steps
+        if progress.validated < progress.iteration and (last or self._due(options.validation_steps)):
+            self._validate()
+        patience = options.early_stopping_patience
+        last = last or (patience is not None and progress.worse_validations >= patience)
+        if last or (progress.iteration > 0 and self._due(options.checkpointing_steps)):
+            self._save()
+        return last
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.state.iteration % every == 0
+
+    def _validate(self) -> None:
+        """Show the averaged model; keep count of validations without a new best score."""
+        iteration = self.state.iteration
+        with self.processes.together(), self.state.ema_weights():
+            value = self.hooks.validate(iteration) if self.processes.is_main else 0.0
+            score = self.processes.sum(torch.tensor([math.nan if value is None else value])).item()
+        progress = self.state.progress
+        progress.validated = iteration
+        if math.isnan(score):
+            return
+        better = progress.best_score is None or score > progress.best_score
+        progress.best_score = score if better else progress.best_score
+        progress.worse_validations = 0 if better else progress.worse_validations + 1
+
+    def _save(self) -> None:
+        """Write a checkpoint unless that of this iteration is written or nothing was done."""
+        if self._saved != self.state.iteration:
+            self.hooks.save()
+            self._saved = self.state.iteration
 
     def _collect(self) -> Collected:
         """Training rows of this process's share of the iteration's samples."""
         seed, iteration, batch = self.options.seed, self.state.iteration, self.options.train_batch_size
-        share = batch // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        samples = range(first, first + share)
+        samples = share(batch, self.processes)
         rows = prompt_rows(seed, iteration, batch, len(self.prompts))
-        cond = self.encode([self.prompts[rows[sample]] for sample in samples])
+        cond = self.hooks.encode([self.prompts[rows[sample]] for sample in samples])
         generators = generators_for(seed, iteration, samples)
         return self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
 
     def _backward(self, examples: MatchingBatch) -> float:
         """Gradients of this process's rows; the loss over all processes."""
         self.state.optimizer.zero_grad()
-        total = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
+        scaled = ScaledBackward(list(self.state.parameters.values()))
+        total = torch.zeros((), device=self.processes.accelerator.device, dtype=torch.float64)
         for example in examples.split(self.options.loss_micro_batch_size):
-            loss, _ = self.method.loss(example)
-            if not loss.isfinite():
-                raise NonFiniteError(f"loss is {loss.item()} for {_describe(example)}")
-            loss.backward()
+            with phase("loss", len(example)):
+                loss, _ = self.method.loss(example)
+                if not loss.isfinite():
+                    raise NonFiniteError(f"loss is {loss.item()} for {example.describe()}")
+                scaled.backward(loss, example.weight)
             total += loss.detach()
-        return self.accelerator.reduce(total, "sum").item()  # pyright: ignore[reportAttributeAccessIssue]
+        scaled.finish()
+        return self.processes.sum(total).item()
 
-    def _step(self) -> float:
-        """Sum gradients over processes, clip, take the optimizer step; the norm before clipping."""
-        parameters = self.state.parameters
-        sum_gradients(self.accelerator, parameters)
+    def _gradient_norm(self) -> float:
+        """Sum gradients over processes and clip them; the norm before clipping."""
+        parameters = list(self.state.parameters.values())
+        self.processes.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm).item()
         if not norm < float("inf"):
             raise NonFiniteError(
                 f"gradient norm is {norm} though the loss is finite: lower learning_rate, or use float32 "
                 "(mixed_precision no)"
             )
-        self.state.optimizer.step()
         return norm
-
-
-def sum_gradients(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace the gradients of `parameters` by their sums over the processes; a missing one counts as 0."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    summed: Tensor = accelerator.reduce(flat, "sum")  # pyright: ignore[reportAssignmentType]
-    parts = summed.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
-def _describe(example: MatchingBatch) -> str:
-    """What a micro-batch was made of, for an error message."""
-    norms = {
-        name: [round(n, 3) for n in getattr(example, name).flatten(1).norm(dim=1).tolist()]
-        for name in ("latents", "target")
-    }
-    sigmas = [round(sigma, 4) for sigma in example.sigmas.tolist()]
-    prompts = [example.cond.prompts[i] for i in example.samples.tolist()]
-    return (
-        f"rows with sigmas {sigmas}, prompts {sorted(set(prompts))}, norms of latents {norms['latents']} "
-        f"and targets {norms['target']}"
-    )

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from am_diffusers.build import make_accelerator
-from am_diffusers.build.training import make_trainer
+from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.training import make_state, make_trainer
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted
 from am_diffusers.models.lora import adapters
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
+from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
 from am_diffusers.trainer import Trainer
 from am_diffusers.velocity import Conditioning
@@ -74,7 +76,7 @@ class BarePasses:
         """Policy calls and backward passes to the LoRA over `rows` rows."""
         for x, samples in self.chunks(rows, self.config.optimizer.loss_micro_batch_size):
             loss = self.velocity(x, self.cond.index(samples)).square().sum()
-            torch.autograd.grad(loss, self.model.lora_parameters())
+            torch.autograd.grad(loss, self.model.lora_parameters().values())
 
     def passes(self, kept: float) -> dict[str, tuple[int, Callable[[], None]]]:
         """Count and code of each kind of pass, when a share `kept` of the rows is trained on."""
@@ -105,7 +107,7 @@ def measure(trainer: Trainer, bare: BarePasses) -> None:
     for turn in range(WARM_UP + ROUNDS):
         metrics: dict[str, float] = {}
         took = {"iteration": seconds(lambda out=metrics: out.update(trainer.iterate()))}
-        trainer.state.iteration += 1
+        trainer.state.progress.iteration += 1
         for name, (count, code) in bare.passes(1 - metrics["masked"]).items():
             took[name] = seconds(lambda n=count, run=code: [run() for _ in range(n)])
         if turn >= WARM_UP:
@@ -137,7 +139,10 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         reward = weighted(rewards, plan.config)
-        trainer = make_trainer(plan, model, rewards, accelerator)
+        processes = Processes(accelerator)
+        method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
+        state = make_state(config.optimizer, model.lora_parameters())
+        trainer = make_trainer(plan, model, reward, method, state, processes=processes)
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()
 

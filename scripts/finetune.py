@@ -3,10 +3,13 @@
     accelerate launch scripts/finetune.py --config configs/tiny_sd3.yaml [--flag value ...]
 
 Plain `python scripts/finetune.py` works as well. `--help` lists every flag, `--dry_run` prints the plan.
+The same command again goes on where a run was stopped or killed. SIGTERM, SIGINT and SIGUSR1 make it write a
+checkpoint and leave with status 128 + the signal's number.
 Two processes on a CPU: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`, as
 `accelerate launch --cpu --num_processes 2` starts a single one (huggingface/accelerate issue 2741).
 """
 
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
+from am_diffusers.processes import Interrupted, StopSignal
 
 
 def main() -> None:
@@ -33,11 +37,21 @@ def main() -> None:
         accelerator.print(plan.describe())
         return
     processes, folder = accelerator.num_processes, Path(config.run.output_dir)
+    stop = StopSignal()
     accelerator.print(f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}")
     try:
-        evaluation = build(plan, accelerator).execute()
-    except ValueError as error:
-        (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
+        run = build(plan, accelerator, stop)
+        with stop.listening():
+            evaluation = run.execute()
+    except Interrupted as interrupted:
+        accelerator.print(f"\n{interrupted}: run the same command again to go on")
+        sys.exit(128 + (interrupted.number or signal.SIGTERM))
+    except (ValueError, OSError) as error:
+        details = traceback.format_exc()
+        try:
+            (folder / "error.txt").write_text(details, "utf-8")
+        except OSError:  # the disk may be what is wrong
+            sys.exit(f"{details}\nerror: {error}")
         sys.exit(f"error: {error}\n(details: {folder / 'error.txt'})")
     accelerator.print(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}")
     for line in evaluation.headline() if evaluation else []:

@@ -1,6 +1,13 @@
 """Small runs of the finetune script on random models, for the tests of the trainer and the scripts."""
 
 import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import yaml
@@ -53,3 +60,29 @@ def tiny_config(model: Path, folder: Path, **changes: object) -> Path:
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def finetune(arguments: list[str], log: Path) -> None:
+    """The script's main in this process, with both outputs appended to `log`; for processes of tests."""
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(FINETUNE), *arguments]
+    runpy.run_path(str(FINETUNE), run_name="__main__")
+
+
+def start(arguments: list[str], log: Path) -> ForkServerProcess:
+    """Start `finetune.py` in a process of its own, with the imports done already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["am_diffusers.build", "datasets"])
+    process = context.Process(target=finetune, args=(arguments, log))
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> None:
+    """Poll until `condition()`, or the process ends; the test fails after so many seconds."""
+    give_up = time.monotonic() + seconds
+    while process.is_alive() and not condition():
+        assert time.monotonic() < give_up, "waited too long"
+        time.sleep(0.005)

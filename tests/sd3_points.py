@@ -18,7 +18,7 @@ def strong_lora(model: SD3, seed: int = 0) -> SD3:
 
 def redraw_lora(model: SD3, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.lora_parameters():
+    for parameter in model.lora_parameters().values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 

@@ -10,7 +10,7 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 
 # Layers from the bottom up; a module may import its own layer's packages and everything below it.
 LAYERS = [
-    {"velocity", "transitions", "parametrization", "divergences"},
+    {"velocity", "transitions", "parametrization", "divergences", "scaling", "out_of_memory"},
     {"rollout", "adjoint", "matching", "terminal"},
     {"methods"},
 ]

@@ -21,7 +21,7 @@ def trained(model: SD3, rank: int = 4, lora_alpha: int = 8) -> SD3:
     """Attach a LoRA whose weights are as after a training that changed the pictures a lot."""
     model.attach_lora(rank=rank, lora_alpha=lora_alpha)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.lora_parameters():
+    for parameter in model.lora_parameters().values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -60,7 +60,7 @@ def test_lora_covers_the_eight_projections_of_every_block(model: SD3) -> None:
     assert sorted(layers) == sorted(blocks)
     assert {layer.scaling["default"] for layer in layers.values()} == {64 / 4}
     trainable = [p for p in model.transformer.parameters() if p.requires_grad]
-    assert {id(p) for p in trainable} == {id(p) for p in model.lora_parameters()}
+    assert {id(p) for p in trainable} == {id(p) for p in model.lora_parameters().values()}
 
 
 def test_lora_starts_as_the_identity_from_its_seed(tiny_sd3_dir: Path) -> None:
@@ -70,7 +70,7 @@ def test_lora_starts_as_the_identity_from_its_seed(tiny_sd3_dir: Path) -> None:
         before = torch.get_rng_state()
         model.attach_lora(rank=4, seed=seed)
         states.append(torch.equal(before, torch.get_rng_state()))
-        weights.append(torch.cat([p.detach().flatten() for p in model.lora_parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in model.lora_parameters().values()]))
         x, sigma = torch.randn(1, 8, 16, 16), torch.tensor([0.5])
         cond = model.encode_prompts(["a fox"], max_sequence_length=8)
         assert torch.equal(model.policy(x, sigma, cond), model.base(x, sigma, cond))
@@ -146,7 +146,7 @@ def test_load_lora_applies_its_scale(model: SD3, tiny_sd3_dir: Path, tmp_path: P
     other = SD3.from_pretrained(str(tiny_sd3_dir))
     other.load_lora(file if scale else tmp_path, scale=scale)
     assert (picture(other.pipeline()) - picture(pipe)).abs().max() < 1e-6
-    assert {p.dtype for p in other.lora_parameters()} == {torch.float32}
+    assert {p.dtype for p in other.lora_parameters().values()} == {torch.float32}
     x, sigma = torch.randn(1, 8, 16, 16), torch.tensor([0.5])
     cond = other.encode_prompts(["a fox"], max_sequence_length=8)
     assert torch.equal(
@@ -241,7 +241,7 @@ def test_verify_refuses_an_export_of_another_effect(
     tiny_sd3_dir: Path, tmp_path: Path, weight_dtype: torch.dtype, edit: dict[str, float | None]
 ) -> None:
     model = trained(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=weight_dtype))
-    for parameter in model.lora_parameters():  # weak: in bfloat16 its effect drowns in rounding
+    for parameter in model.lora_parameters().values():  # weak: in bfloat16 its effect drowns in rounding
         parameter.data *= 0.1
     cond = model.encode_prompts(["a fox"], max_sequence_length=8)
     file = model.save_lora(tmp_path)

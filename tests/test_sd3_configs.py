@@ -86,13 +86,13 @@ def test_two_iterations_of_adjoint_matching(transformer: SD3Transformer2DModel, 
     with torch.no_grad():
         before = [field(x, sigma, cond) for field in (model.policy, model.base)]
     assert before[0].std() > 0.1
-    optimizer = torch.optim.AdamW(model.lora_parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.lora_parameters().values(), lr=1e-2)
     for iteration in range(2):
         collected = method.collect(cond, generators_for(0, iteration, [0]), generator_for(0, iteration))
         loss, _ = method.loss(collected.examples)
         optimizer.zero_grad()
         loss.backward()
-        gradients = [p.grad for p in model.lora_parameters()]
+        gradients = [p.grad for p in model.lora_parameters().values()]
         assert all(g is not None and g.isfinite().all() for g in gradients)
         assert sum(g.abs().sum().item() for g in gradients if g is not None) > 0
         optimizer.step()

@@ -38,11 +38,6 @@ def test_missing_weights_are_an_error_of_one_screen(tiny_sd3_dir: Path, tmp_path
         SD3.from_pretrained(str(folder))
 
 
-def test_float16_is_refused(tiny_sd3_dir: Path) -> None:
-    with pytest.raises(ValueError, match="use bfloat16"):
-        SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.float16)
-
-
 def test_resolution_is_checked_before_and_after_loading(tiny_sd3_dir: Path, model: SD3) -> None:
     source = Pretrained(str(tiny_sd3_dir))
     source.check(64, 128)

@@ -12,8 +12,10 @@ from finetune_runs import read_metrics
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.metrics import MetricsLog
+from am_diffusers.processes import Processes
 from am_diffusers.prompts import prompt_rows
-from am_diffusers.trainer import IterationError, Trainer, TrainOptions, TrainState, sum_gradients
+from am_diffusers.train_state import TrainState
+from am_diffusers.trainer import Hooks, IterationError, Trainer, TrainOptions
 from am_diffusers.velocity import CallableField, Conditioning
 
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -51,7 +53,10 @@ class Regression(Method):
         pass
 
 
-def make_trainer(tmp_path, *, broken=None, show=lambda iteration: None, **changes):
+def make_trainer(
+    tmp_path, *, broken=None, show=lambda iteration: None, hooks=(), stop=None, start=0, **changes
+):
+    hooks = dict(hooks)
     weight = torch.nn.Parameter(torch.zeros(3))
     method = Regression(weight, broken)
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -66,13 +71,12 @@ def make_trainer(tmp_path, *, broken=None, show=lambda iteration: None, **change
     )
     trainer = Trainer(
         method,
-        TrainState([weight], optimizer, schedule),
+        TrainState({"weight": weight}, optimizer, schedule),
         dataclasses.replace(options, **changes),
         prompts=PROMPTS,
-        encode=lambda prompts: Conditioning(tuple(prompts)),
-        accelerator=Accelerator(cpu=True),
-        log=MetricsLog(tmp_path / "metrics.jsonl", total=6),
-        show=show,
+        hooks=Hooks(lambda prompts: Conditioning(tuple(prompts)), show, **hooks),
+        processes=Processes(Accelerator(cpu=True), stop),
+        log=MetricsLog(tmp_path / "metrics.jsonl", total=6, start=start),
     )
     return trainer, method, weight
 
@@ -82,7 +86,7 @@ def test_an_iteration_is_one_gradient_step_on_the_mean_over_rows(tmp_path):
     for iteration, learning_rate in enumerate((0.1, 0.05)):
         before = weight.detach().clone()
         metrics = trainer.iterate()
-        trainer.state.iteration += 1
+        trainer.state.progress.iteration += 1
         noise = [torch.Generator().manual_seed(seed) for seed in method.seen[iteration][1]]
         latents = torch.stack([torch.randn(3, generator=g) for g in noise])
         errors = latents * before - latents.roll(1, 1)
@@ -100,8 +104,8 @@ def test_micro_batches_do_not_change_the_losses(tmp_path, size):
         a, b = whole.iterate(), split.iterate()
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
-        whole.state.iteration += 1
-        split.state.iteration += 1
+        whole.state.progress.iteration += 1
+        split.state.progress.iteration += 1
 
 
 def test_prompts_and_noise_are_functions_of_seed_and_iteration(tmp_path):
@@ -144,7 +148,7 @@ def test_not_finite_stops_before_the_parameters_change(tmp_path, broken, message
     trainer, method, weight = make_trainer(tmp_path)
     for _ in range(2):
         trainer.log.write(trainer.state.iteration, trainer.iterate())
-        trainer.state.iteration += 1
+        trainer.state.progress.iteration += 1
     before, method.broken = weight.detach().clone(), broken
     with pytest.raises(IterationError, match=message):
         trainer.train()
@@ -155,8 +159,15 @@ def test_not_finite_stops_before_the_parameters_change(tmp_path, broken, message
 def test_gradients_are_summed_over_processes_and_missing_ones_count_as_zero():
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     parameters[0].grad = torch.ones(2, 3)
-    two = SimpleNamespace(num_processes=2, reduce=lambda values, how: {"sum": values + 1}[how])
-    sum_gradients(two, parameters)  # pyright: ignore[reportArgumentType]
+    two = SimpleNamespace(
+        num_processes=2,
+        process_index=0,
+        is_main_process=True,
+        device=torch.device("cpu"),
+        reduce=lambda values, how: {"sum": values + 1}[how],
+        gather=lambda values: values,
+    )
+    Processes(two).sum_gradients(parameters)  # pyright: ignore[reportArgumentType]
     assert torch.equal(parameters[0].grad, torch.full((2, 3), 2.0))
     assert parameters[1].grad is not None
     assert torch.equal(parameters[1].grad, torch.ones(4))

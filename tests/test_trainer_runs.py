@@ -42,7 +42,7 @@ def run_losses(run, iterations=3):
     losses = []
     for _ in range(iterations):
         losses.append(run.trainer.iterate()["loss"])
-        run.trainer.state.iteration += 1
+        run.trainer.state.progress.iteration += 1
     return losses
 
 
@@ -59,6 +59,7 @@ def reference_losses(tiny_sd3_dir, rewards_dir, tmp_path_factory):
         {"rollout_micro_batch_size": 3, "reward_micro_batch_size": 1},
         {"gradient_checkpointing": True},
         {"free_text_encoders": False},
+        {"offload_trajectories": True, "rollout_micro_batch_size": 2},
     ],
 )
 def test_settings_for_memory_do_not_change_a_run(
@@ -72,6 +73,7 @@ def test_settings_for_memory_do_not_change_a_run(
     "changes",
     [
         {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16", "gradient_checkpointing": True},
         {"transitions": "ancestral", "pairing": "trapezoid", "sigma_jitter": 0.3},
         {"adjoint": "full", "loss_steps": 2, "mask_quantile": None},
         {"rollout_guidance_scale": 2.0, "eval_guidance_scale": 2.0},
@@ -83,7 +85,7 @@ def test_settings_for_memory_do_not_change_a_run(
 def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, changes, reference_losses):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **changes)
     losses = run_losses(run, 2)
-    run.trainer.show(2)
+    run.trainer.hooks.validate(2)
     assert losses != pytest.approx(reference_losses[:2], rel=1e-5)
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -132,6 +134,19 @@ def test_a_divergence_is_normalised_on_base_pictures(tiny_sd3_dir, rewards_dir, 
     run.trainer.log.write(0, metrics)
     (logged,) = read_metrics(tmp_path / "out")
     assert logged["reward/pickscore"] == pytest.approx(metrics["reward"], rel=1e-5)
+
+
+def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_dir, tmp_path, monkeypatch):
+    changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
+    run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
+    run.execute()
+    monkeypatch.setattr("am_diffusers.build.method.base_rewards", None)  # would be an error to call
+    again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
+    assert again.trainer.method.settings.tilt == run.trainer.method.settings.tilt
+    again.lock.release()
+    (tmp_path / "out/base_rewards.json").write_text('{"prompts": ["other"], "scores": {}}')
+    with pytest.raises(ValueError, match=r"base_rewards\.json is about other prompts"):
+        make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
 
 
 def test_calibrated_rewards_are_logged_raw_and_scaled(tiny_sd3_dir, rewards_dir, tmp_path):
@@ -183,7 +198,7 @@ def test_a_new_run_removes_the_results_of_an_earlier_one(tiny_sd3_dir, rewards_d
 def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewards_dir, tmp_path):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path)
     run.trainer.iterate()
-    run.trainer.state.iteration = 1
+    run.trainer.state.progress.iteration = 1
     good = run.trainer.method.terminal.reward
     run.trainer.method.terminal.reward = lambda latents, prompts: good(latents, prompts) * math.nan
     with pytest.raises(IterationError, match=r"iteration 1: reward is NaN or infinite .*'"):
@@ -193,7 +208,7 @@ def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewar
 def test_every_method_has_a_builder_and_the_schedule_is_a_function_of_the_iteration():
     assert set(METHOD_BUILDERS) == set(METHODS)
     options = OptimizerConfig(learning_rate=1.0, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=4)
-    state = make_state(options, [torch.nn.Parameter(torch.zeros(1))])
+    state = make_state(options, {"weight": torch.nn.Parameter(torch.zeros(1))})
     rates = []
     for _ in range(4):
         rates.extend(state.lr_schedule.get_last_lr())

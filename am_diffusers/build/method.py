@@ -4,24 +4,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from am_diffusers.base_rewards import base_rewards, save_base_rewards
+from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.load import latent_spec, make_sampler
+from am_diffusers.load import latent_spec, make_sampler, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import GuidedField
 
 
-def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) -> Method:
+def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
     """Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
     options = config.method
@@ -32,9 +32,6 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accele
 
     def reward_of_latents(latents: Tensor, prompts: Sequence[str]) -> Tensor:
         return reward(model.decode(latents), prompts)
-
-    def gather(values: Tensor) -> Tensor:
-        return accelerator.gather(values)  # pyright: ignore[reportReturnType]
 
     scale = options.rollout_guidance_scale
     return AdjointMatching(
@@ -49,16 +46,17 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, accelerator: Accele
             adjoint=options.adjoint,
             steps=options.loss_steps,
             mask_quantile=options.mask_quantile,
-            collect_batch_size=config.optimizer.rollout_micro_batch_size,
+            collect_batch_size=micro_batch(config.optimizer.rollout_micro_batch_size),
+            offload=config.optimizer.offload_trajectories,
             gradient=gradient_options(config),
-            tilt=make_tilt(plan, model, reward, accelerator),
+            tilt=make_tilt(plan, model, reward, processes),
         ),
         rollout_policy=None if scale == 1 else GuidedField(model.policy, scale),
-        gather=gather,
+        gather=processes.gather,
     )
 
 
-METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Accelerator], Method]] = {
+METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
 }
 
@@ -66,25 +64,30 @@ METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Accelerator], Method]] =
 def gradient_options(config: Config) -> GradientOptions:
     """How the reward's gradient is taken."""
     return GradientOptions(
-        batch_size=config.optimizer.reward_micro_batch_size,
+        batch_size=micro_batch(config.optimizer.reward_micro_batch_size),
         smoothing_std=config.terminal.reward_smoothing_std,
         smoothing_samples=config.terminal.reward_smoothing_samples,
         clip_quantile=config.terminal.reward_clip_quantile,
     )
 
 
-def make_tilt(plan: Plan, model: SD3, reward: Reward, accelerator: Accelerator) -> Tilt | None:
+def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Tilt | None:
     """The law of a divergence other than kl, its normalisers estimated on base pictures."""
     config, options = plan.config, plan.config.terminal
     if options.divergence == "kl":
         return None
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
-    sampler = make_sampler(config, model, purpose="divergence")
-    scores = base_rewards(
-        sampler, model.base, [reward], prompts, options.divergence_samples, accelerator=accelerator
-    )
-    if accelerator.is_main_process:
-        save_base_rewards(Path(config.run.output_dir) / "base_rewards.json", prompts, scores)
+    file = Path(config.run.output_dir) / BASE_REWARDS_FILE
+    if file.exists():  # of the run that goes on; a fresh start removed it
+        scores = load_base_rewards(file, prompts)
+    else:
+        sampler = make_sampler(config, model, purpose="divergence")
+        number = options.divergence_samples
+        scores = base_rewards(
+            sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator
+        )
+        if processes.is_main:
+            save_base_rewards(file, prompts, scores)
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),
         config.method.reward_scale,

@@ -7,6 +7,7 @@ Config objects stop at `build/`; nothing below it knows them.
 
 from dataclasses import dataclass
 
+from am_diffusers.config.checkpoint import CheckpointConfig
 from am_diffusers.config.evaluation import EvaluationConfig
 from am_diffusers.config.method import MethodConfig
 from am_diffusers.config.model import ModelConfig, PromptConfig
@@ -15,6 +16,7 @@ from am_diffusers.config.rewards import RewardConfig, TerminalConfig
 from am_diffusers.config.run import RunConfig
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "EvaluationConfig",
     "LrSchedule",
@@ -39,3 +41,4 @@ class Config:
     terminal: TerminalConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig

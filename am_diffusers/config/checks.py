@@ -3,6 +3,7 @@
 import dataclasses
 
 from am_diffusers.config import (
+    CheckpointConfig,
     Config,
     EvaluationConfig,
     MethodConfig,
@@ -10,6 +11,7 @@ from am_diffusers.config import (
     OptimizerConfig,
     TerminalConfig,
 )
+from am_diffusers.config.optimizer import MicroBatch
 
 Check = tuple[object, str, str]
 """Whether all is well, the flag, and what it must be."""
@@ -27,6 +29,7 @@ def check_values(config: Config) -> None:
         *_terminal(config.terminal),
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
+        *_checkpoint(config.checkpoint),
     ]
     values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
     wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
@@ -93,17 +96,32 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
             "0 with lr_scheduler constant (constant_with_warmup has one)",
         ),
         (c.max_grad_norm > 0, "max_grad_norm", "positive"),
-        ((c.rollout_micro_batch_size or 1) >= 1, "rollout_micro_batch_size", "at least 1 or null"),
-        ((c.reward_micro_batch_size or 1) >= 1, "reward_micro_batch_size", "at least 1 or null"),
-        (c.loss_micro_batch_size >= 1, "loss_micro_batch_size", "at least 1"),
+        (0 < c.ema_decay < 1, "ema_decay", "in (0, 1)"),
+        (c.max_skipped_iterations >= 0, "max_skipped_iterations", "0 or positive"),
+        (_is_size(c.rollout_micro_batch_size), "rollout_micro_batch_size", "at least 1, auto or null"),
+        (_is_size(c.reward_micro_batch_size), "reward_micro_batch_size", "at least 1, auto or null"),
+        (_is_size(c.loss_micro_batch_size), "loss_micro_batch_size", "at least 1 or auto"),
     ]
+
+
+def _is_size(value: MicroBatch | None) -> bool:
+    return value is None or value == "auto" or value >= 1
 
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:
     return [
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),
+        ((c.early_stopping_patience or 1) >= 1, "early_stopping_patience", "at least 1 or null"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
         (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
         (c.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
+    ]
+
+
+def _checkpoint(c: CheckpointConfig) -> list[Check]:
+    return [
+        (c.checkpointing_steps >= 1, "checkpointing_steps", "at least 1"),
+        ((c.checkpoints_total_limit or 1) >= 1, "checkpoints_total_limit", "at least 1 or null"),
+        (c.resume_from_checkpoint, "resume_from_checkpoint", "latest or the path of a checkpoint"),
     ]

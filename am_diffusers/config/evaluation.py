@@ -14,6 +14,8 @@ class EvaluationConfig:
             training) prompts.
         num_validation_images: pictures a prompt in the grids, each with its own fixed noise.
         validation_steps: iterations between two grids.
+        early_stopping_patience: end the run after so many grids in a row without a new best score of the
+            first held-out reward; null = never.
         eval_prompts: held-out prompts, a source like `train_prompts`; null = no evaluation at the end.
         eval_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
         eval_prompts_split: split of a data set folder or hub data set.
@@ -28,6 +30,7 @@ class EvaluationConfig:
     validation_prompts: list[str] = field(default_factory=list)
     num_validation_images: int = 2
     validation_steps: int = 50
+    early_stopping_patience: int | None = None
     eval_prompts: str | None = None
     eval_prompts_column: str = "prompt"
     eval_prompts_split: str = "test"

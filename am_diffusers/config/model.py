@@ -17,7 +17,8 @@ class ModelConfig:
         rank: LoRA rank, the inner dimension of each adapter.
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
         lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
-        mixed_precision: dtype of the frozen transformer (no = float32); LoRA, VAE and rewards stay float32.
+        mixed_precision: dtype of the frozen transformer (no = float32); LoRA, states, adjoints, VAE and
+            rewards stay float32. bf16 where the device has it: fp16 overflows where activations are large.
         gradient_checkpointing: recompute activations of transformer, VAE and reward towers in backward
             passes to save memory.
         free_text_encoders: encode all prompts before training and free the text encoders' memory; false
@@ -32,7 +33,7 @@ class ModelConfig:
     rank: int = 32
     lora_alpha: int = 64
     lora_layers: list[str] | None = None
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     free_text_encoders: bool = True
 

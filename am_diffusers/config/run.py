@@ -9,8 +9,8 @@ class RunConfig:
     """The run.
 
     Attributes:
-        output_dir: folder of everything the run writes; created if needed, an earlier run's results in
-            it are replaced.
+        output_dir: folder of everything the run writes; created if needed. A run that left checkpoints in
+            it goes on, the results of one that didn't are replaced.
         seed: all randomness of the run is a function of it.
         report_to: tracker beside metrics.jsonl, which is always written.
         logging_dir: folder of the tracker's files, inside output_dir.

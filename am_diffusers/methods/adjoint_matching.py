@@ -8,7 +8,7 @@ calls, K-1 base vjps, one base call at step 0 if that step is selected, and the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from am_diffusers import adjoint, matching
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.methods.rows import Rows, masked_batch
 from am_diffusers.methods.statistics import statistics
+from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
 from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.transitions import Transitions
@@ -38,6 +40,7 @@ class AdjointMatchingSettings:
             choice: on a mixture of three modes .9 reaches 40 % of the tilt's KL, None 92 %.
         mask_decay: of the running quantile, in [0, 1).
         collect_batch_size: samples rolled out and swept back at once; all by default.
+        offload: keep latents and targets on the CPU until the loss of their rows is taken.
         gradient: how the reward's gradient is taken.
         tilt: the law aimed at, if it isn't p_base * exp(reward_scale * reward).
 
@@ -52,6 +55,7 @@ class AdjointMatchingSettings:
     mask_quantile: float | None = 0.9
     mask_decay: float = 0.9
     collect_batch_size: int | None = None
+    offload: bool = False
     gradient: GradientOptions = PLAIN
     tilt: Tilt | None = None
 
@@ -116,21 +120,25 @@ class AdjointMatching(Method):
         Raises:
             ValueError: if a step before the last adds no noise, or more steps are to be trained on than do.
             NonFiniteError: if a reward, gradient or adjoint is not finite.
+            PhaseMemoryError: if memory runs out.
         """
         table = self.transitions(shared) if callable(self.transitions) else self.transitions
         steps = matching.select_steps(table, self.settings.steps, shared)
         chunks = []
         for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
             ids = rows.tolist()
-            chunks.append(self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids]))
-        collected = _Rows.cat(chunks)
-        examples, masked = self._masked_examples(table, steps, cond, collected)
+            chunk = self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids])
+            chunks.append(chunk.to_cpu() if self.settings.offload else chunk)
+        collected = Rows.cat(chunks)
+        examples, masked = masked_batch(collected, table, steps, cond, self.mask, self.gather)
+        if self.settings.offload and torch.device(self.latents.device).type == "cuda":
+            examples = examples.pin_memory()
         metrics = self._metrics(collected.stats) | {"masked": masked}
         return Collected(examples, collected.stats["reward"], metrics)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
-        return matching.matching_loss(self.policy, example), {}
+        return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Thresholds of the mask and of clipping."""
@@ -149,10 +157,12 @@ class AdjointMatching(Method):
         steps: Sequence[int],
         cond: Conditioning,
         generators: Sequence[torch.Generator],
-    ) -> "_Rows":
+    ) -> Rows:
         policy, noise = self.rollout_policy or self.policy, self.latents.draw(generators)
-        trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
-        terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
+        with phase("rollout", len(cond)):
+            trajectory = rollout(policy, table, cond, noise, lambda _: self.latents.draw(generators))
+        with phase("adjoint", len(cond)):
+            terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
         targets = {
             k: matching.matching_target(
                 table,
@@ -172,7 +182,7 @@ class AdjointMatching(Method):
         ]
         latents = torch.stack([trajectory.latents[k] for k in steps], 1)
         stats = statistics(terminal, trajectory, sweep)
-        return _Rows(latents, torch.stack(list(targets.values()), 1), torch.stack(residuals, 1), stats)
+        return Rows(latents, torch.stack(list(targets.values()), 1), torch.stack(residuals, 1), stats)
 
     def _sweep(
         self, trajectory: Trajectory, generators: Sequence[torch.Generator], *, with_first: bool
@@ -195,34 +205,6 @@ class AdjointMatching(Method):
         """The trained policy's velocity at x_k: known from the rollout if that followed it."""
         return trajectory.velocities[k] if self.rollout_policy is None else self.policy(*trajectory.at(k))
 
-    def _masked_examples(
-        self, table: Transitions, steps: Sequence[int], cond: Conditioning, rows: "_Rows"
-    ) -> tuple[MatchingBatch, float]:
-        """Rows weighted for a mean over the kept rows of all ranks, and the share that is masked.
-
-        Every rank returns as many rows as the rank that keeps most, at least one, so that all make
-        the same number of backward passes; the surplus has weight 0.
-        """
-        everywhere = self.gather(rows.residuals.flatten()).reshape(-1, len(steps))
-        keep, keep_everywhere = torch.ones_like(rows.residuals), torch.ones_like(everywhere)
-        if self.mask is not None:
-            self.mask.update(steps, everywhere)
-            keep, keep_everywhere = (self.mask.keep(steps, r).to(r) for r in (rows.residuals, everywhere))
-        num_kept = keep_everywhere.sum()
-        num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
-        per_step = keep.new_tensor([[table.sigmas[k], matching.matching_weight(table, k)] for k in steps])
-        sigmas, weight = (column.expand_as(keep).flatten() for column in per_step.T)
-        batch = MatchingBatch(
-            latents=rows.latents.flatten(0, 1),
-            sigmas=sigmas,
-            target=rows.target.flatten(0, 1),
-            weight=weight * keep.flatten() / num_kept.clamp(min=1),
-            samples=torch.arange(len(cond)).repeat_interleave(len(steps)),
-            cond=cond,
-        )
-        kept_first = keep.flatten().argsort(descending=True, stable=True)
-        return batch.index(kept_first[:num_rows]), 1 - num_kept.item() / everywhere.numel()
-
     def _metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """Means of the statistics over the samples of all ranks."""
         everywhere = self.gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
@@ -230,19 +212,3 @@ class AdjointMatching(Method):
         self.terminal.update(columns["reward_gradient_norm"])
         means = {name: column.mean().item() for name, column in columns.items()}
         return means | {"reward_std": columns["reward"].std(correction=0).item()}
-
-
-class _Rows(NamedTuple):
-    """What a chunk of B samples contributes at S steps."""
-
-    latents: Tensor  # x_k, (B, S, ...)
-    target: Tensor  # (B, S, ...)
-    residuals: Tensor  # of the policy before the update, (B, S)
-    stats: dict[str, Tensor]  # see `statistics`, (B,) each
-
-    @classmethod
-    def cat(cls, chunks: Sequence["_Rows"]) -> "_Rows":
-        """The rows of all chunks."""
-        latents, target, residuals, stats = zip(*chunks, strict=True)
-        merged = {name: torch.cat([chunk[name] for chunk in stats]) for name in stats[0]}
-        return cls(torch.cat(latents), torch.cat(target), torch.cat(residuals), merged)

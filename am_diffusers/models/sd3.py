@@ -19,6 +19,7 @@ from torch import Tensor
 from am_diffusers.models import lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
 from am_diffusers.models.text import PromptEncoder
+from am_diffusers.scaling import scaled_vjp
 from am_diffusers.velocity import Conditioning, Cotangent
 
 
@@ -39,9 +40,9 @@ class SD3Field:
         LoRA is back on would be wrong. Its derivative is `vjp`.
         """
         trained = self.adapter and torch.is_grad_enabled()
-        module = self.model.trainable if trained else self.model.transformer
-        with torch.set_grad_enabled(trained), lora.adapters(self.model.transformer, enabled=self.adapter):
-            return self.model.velocity(module, x, sigma, cond)
+        transformer = self.model.transformer
+        with torch.set_grad_enabled(trained), lora.adapters(transformer, enabled=self.adapter):
+            return self.model.velocity(transformer, x, sigma, cond)
 
     def vjp(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
@@ -56,8 +57,7 @@ class SD3Field:
             detached = velocity.detach()
             with torch.no_grad():
                 vector = cotangent(detached) if callable(cotangent) else cotangent
-            (gradient,) = torch.autograd.grad(velocity, x, vector)
-        return detached, gradient
+            return detached, scaled_vjp(velocity, x, vector)
 
 
 class SD3:
@@ -65,11 +65,11 @@ class SD3:
 
     Attributes:
         transformer: the bare transformer, base weights frozen.
-        trainable: what a training forward goes through: `transformer`, or its wrapper after `prepare`.
         vae: the autoencoder, float32.
         weight_dtype: of the transformer and the text encoders; the LoRA is float32.
         policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
         base: velocity field without the LoRA.
+        before_pass: called before every pass of transformer or VAE, and may raise: to stop a run.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, *, source: Pretrained | None = None) -> None:
@@ -78,11 +78,11 @@ class SD3:
         self._source = source
         self._text = PromptEncoder(pipe)
         self.transformer: SD3Transformer2DModel = pipe.transformer
-        self.trainable: torch.nn.Module = pipe.transformer
         self.vae: AutoencoderKL = pipe.vae
         self.weight_dtype: torch.dtype = pipe.transformer.dtype
         self.policy = SD3Field(self, adapter=True)
         self.base = SD3Field(self, adapter=False)
+        self.before_pass: Callable[[], None] = lambda: None
         pipe.set_progress_bar_config(disable=True)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
@@ -103,7 +103,7 @@ class SD3:
 
         Args:
             path: a folder in the Diffusers layout, or a hub id.
-            weight_dtype: of the transformer and the text encoders; float32 or bfloat16.
+            weight_dtype: of the transformer and the text encoders; float32, bfloat16 or float16.
             revision: of a hub id.
             variant: weight file variant such as `fp16`.
             t5: False leaves out the T5 text encoder: its tokens become zeros.
@@ -112,8 +112,6 @@ class SD3:
         Raises:
             ValueError: with the page to accept and the command to run, if the model cannot be loaded.
         """
-        if weight_dtype == torch.float16:
-            raise ValueError("weight_dtype float16 underflows in backward passes: use bfloat16 or float32")
         source = Pretrained(path, revision, variant)
         return cls(source.load(weight_dtype, t5=t5).to(device), source=source)
 
@@ -130,9 +128,10 @@ class SD3:
         """Velocity of `module`, this model's transformer or one like it, in the dtype of `x`."""
         if cond.embeddings is None or cond.pooled is None:
             raise ValueError("SD3 needs prompt embeddings: make the conditioning with `encode_prompts`")
+        self.before_pass()
         dtype, device = self.weight_dtype, self.device
-        # Under autocast the float32 LoRA computes in bfloat16 too.
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        # Under autocast the float32 LoRA computes in the half precision of the weights too.
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             output = module(
                 hidden_states=x.to(device, dtype),
                 timestep=1000 * sigma.to(device),
@@ -178,13 +177,9 @@ class SD3:
         """Make the policy trainable, see `lora.attach_lora`."""
         lora.attach_lora(self.transformer, rank=rank, lora_alpha=lora_alpha, layers=layers, seed=seed)
 
-    def lora_parameters(self) -> list[torch.nn.Parameter]:
-        """The LoRA weights, float32, in a fixed order."""
-        return [p for name, p in self.transformer.named_parameters() if ".lora_" in name]
-
-    def prepare(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-        """Wrap the transformer for training forwards only, e.g. `prepare(accelerator.prepare)`."""
-        self.trainable = wrap(self.transformer)
+    def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The LoRA weights by name, float32, in a fixed order."""
+        return {name: p for name, p in self.transformer.named_parameters() if ".lora_" in name}
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of transformer and VAE in backward passes instead of keeping them."""
@@ -193,6 +188,7 @@ class SD3:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of final latents; float32, differentiable in the latents."""
+        self.before_pass()
         config = self.vae.config
         with torch.autocast(self.device.type, enabled=False):
             scaled = latents.to(self.device, self.vae.dtype) / config["scaling_factor"]

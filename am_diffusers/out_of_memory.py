@@ -1,0 +1,51 @@
+"""Out of memory, said so that a user knows what to change: the phase, its setting and the value to try."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Phase = Literal["rollout", "adjoint", "reward", "loss"]
+
+PHASES: dict[Phase, tuple[str, str]] = {
+    "rollout": ("the rollout", "rollout_micro_batch_size"),
+    "adjoint": ("the adjoint sweep", "rollout_micro_batch_size"),
+    "reward": ("decoding and rewards", "reward_micro_batch_size"),
+    "loss": ("the loss", "loss_micro_batch_size"),
+}
+"""What a phase is called, and the setting that sizes it."""
+
+REMAINING = (
+    "--gradient_checkpointing true, --mixed_precision bf16 and a smaller --resolution take less memory"
+)
+
+
+class PhaseMemoryError(ValueError):
+    """A phase of an iteration ran out of memory; the message says which, and what to set to what."""
+
+
+@contextmanager
+def phase(name: Phase, size: int) -> Iterator[None]:
+    """A part of an iteration that works on `size` samples (of the loss: rows) at once.
+
+    Phases nest: the innermost one is named.
+
+    Raises:
+        PhaseMemoryError: for a `torch.OutOfMemoryError`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what, setting = PHASES[name]
+        raise PhaseMemoryError(
+            f"out of memory in {what} with {size} at once: {_remedy(name, setting, size)}\n({error})"
+        ) from error
+
+
+def _remedy(name: Phase, setting: str, size: int) -> str:
+    if size > 1:
+        return f"set --{setting} {size // 2}, or auto to have it found"
+    if name == "reward":
+        return f"lower --rollout_micro_batch_size, whose last pass is kept meanwhile; {REMAINING}"
+    return REMAINING

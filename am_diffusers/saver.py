@@ -1,0 +1,172 @@
+"""Saving a run and going on with it: state, method and config in one checkpoint; the lock of its folder."""
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, iteration_of, verify
+from am_diffusers.methods import Method
+from am_diffusers.processes import Processes
+from am_diffusers.state_files import load_state, save_state, tensor_bytes
+from am_diffusers.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+STATE, SETTINGS = "state", "settings"
+LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes and restores everything a run needs to go on.
+
+    Attributes:
+        checkpoints: where they lie.
+        processes: those of the run; the main one writes, all read.
+        state: parameters, optimizer, EMA, counters.
+        method: with a state of its own, the same on all processes.
+        settings: what the run was told, JSON-serialisable; compared when it goes on.
+        save_lora: writes the LoRA, averaged too if there is an EMA, into a folder: a checkpoint can be
+            loaded into a pipeline as it is.
+        on_full_disk: `stop` with an error, or `skip` the checkpoint with a warning.
+    """
+
+    checkpoints: Checkpoints
+    processes: Processes
+    state: TrainState
+    method: Method
+    settings: Mapping[str, Any]
+    save_lora: Callable[[Path], object]
+    on_full_disk: Literal["stop", "skip"] = "stop"
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished iterations; called on all processes, not to be stopped.
+
+        Raises:
+            DiskFullError: no room for it, and such checkpoints aren't to be skipped.
+        """
+        try:
+            self.processes.on_main(self._save)
+        except DiskFullError as error:
+            if self.on_full_disk == "stop":
+                raise
+            logger.warning("no checkpoint after iteration %d: %s", self.state.iteration, error)
+
+    def _save(self) -> None:
+        iteration = self.state.iteration
+        state = {"train": self.state.state_dict(), "method": self.method.state_dict()}
+        # Twice the parameters for the LoRA as Diffusers reads it, and its mean.
+        lora_bytes = 2 * tensor_bytes(state["train"]["parameters"])
+        folder = self.checkpoints.begin(iteration, tensor_bytes(state) + lora_bytes)
+        try:
+            save_state(folder, STATE, state)
+            save_state(folder, SETTINGS, dict(self.settings))
+            self.save_lora(folder)
+        except (OSError, SafetensorError) as error:  # the latter when safetensors meets a full disk
+            raise self.checkpoints.no_room(error) from error
+        self.checkpoints.publish(iteration)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a verified checkpoint; called on all processes.
+
+        Raises:
+            CheckpointError: if it belongs to another model or method.
+        """
+        state = load_state(folder, STATE)
+        try:
+            self.state.load_state_dict(state["train"])
+            self.method.load_state_dict(state["method"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+
+def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes) -> Path | None:
+    """The checkpoint to go on from, the same on all processes; None = start afresh.
+
+    Args:
+        checkpoints: those of the output folder.
+        wanted: `latest`, or the path of one.
+        processes: the main one looks.
+
+    Raises:
+        CheckpointError: if none of the existing ones verifies, the one asked for doesn't, or newer ones
+            lie beside it that would be mistaken for this run's.
+    """
+    found: list[Path | None] = [None]
+
+    def look() -> None:
+        found[0] = _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
+
+    processes.on_main(look)
+    return broadcast_object_list(found)[0] if processes.number > 1 else found[0]
+
+
+def _latest(checkpoints: Checkpoints) -> Path | None:
+    latest = checkpoints.latest()
+    if latest is None and checkpoints.list():
+        raise CheckpointError(
+            f"{checkpoints.folder}: there are checkpoints and none is sound (see above): move them away to "
+            "start afresh"
+        )
+    return latest
+
+
+def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
+    verify(path)
+    newer = [p for p in checkpoints.list() if iteration_of(p) > iteration_of(path)]
+    if newer:
+        names = ", ".join(p.name for p in newer)
+        raise CheckpointError(
+            f"{checkpoints.folder} holds newer checkpoints ({names}) than {path.name}: move them away, or "
+            "choose another --output_dir"
+        )
+    return path
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """What the run of a checkpoint was told."""
+    return load_state(folder, SETTINGS)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """`old -> new` of each setting that differs, by name."""
+    names = [*before, *(name for name in now if name not in before)]
+    return {
+        name: f"{json.dumps(before.get(name))} -> {json.dumps(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    }
+
+
+def digest(texts: Sequence[str]) -> str:
+    """A short fingerprint of a list of texts."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the lock of an output folder; the system lets it go when the process ends, however it does.
+
+    Raises:
+        ValueError: another run has it; names its process.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    owner = folder / (LOCK_FILE + ".owner")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = owner.read_text("utf-8").strip() if owner.exists() else "unknown"
+        raise ValueError(
+            f"{folder} is in use by another run ({who}): wait for it, stop it, or choose another --output_dir"
+        ) from error
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
+    return lock

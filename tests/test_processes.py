@@ -1,0 +1,166 @@
+"""Stopping and failing together."""
+
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.processes import Interrupted, PeerError, Processes, StopSignal
+
+
+class Hub:
+    """Two processes as two threads; a gather that nobody answers is an error after 5 s."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=5)
+        self.values: list = [None, None]
+
+    def accelerator(self, index):
+        def gather(values):
+            self.values[index] = values
+            self.barrier.wait()
+            both = torch.cat(self.values)
+            self.barrier.wait()
+            return both
+
+        return SimpleNamespace(
+            num_processes=2,
+            process_index=index,
+            is_main_process=index == 0,
+            device=torch.device("cpu"),
+            gather=gather,
+            reduce=lambda values, how: gather(values[None]).sum(0),
+        )
+
+
+def run_both(work):
+    """`work(processes)` on two processes; what each returned or raised."""
+    hub, results = Hub(), [None, None]
+
+    def run(index):
+        try:
+            results[index] = work(Processes(hub.accelerator(index)))
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert hub.barrier.n_waiting == 0
+    assert not hub.barrier.broken
+    return results
+
+
+def test_gather_and_sum_over_processes():
+    def work(processes):
+        with processes.together():
+            values = torch.tensor([processes.index + 1.0])
+            return processes.gather(values).tolist(), processes.sum(values).tolist()
+
+    assert run_both(work) == [([1.0, 2.0], [3.0])] * 2
+
+
+FAILURES = {
+    "early": lambda processes: None,
+    "between": lambda processes: processes.sum(torch.ones(1)),
+    "late": lambda processes: [processes.gather(torch.ones(1)) for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("before", FAILURES)
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "others"),
+    [(NonFiniteError("nan"), NonFiniteError), (ValueError("bad"), PeerError), (Interrupted(15), Interrupted)],
+)
+def test_what_one_process_raises_all_leave_with(before, index, error, others):
+    def work(processes):
+        with processes.together():
+            FAILURES[before](processes)
+            if processes.index == index:
+                raise error
+            for _ in range(2):
+                processes.sum(torch.ones(1))
+        return "finished"
+
+    results = run_both(work)
+    assert results[index] is error
+    assert type(results[1 - index]) is others
+
+
+def test_failing_counts_more_than_being_stopped():
+    def work(processes):
+        with processes.together():
+            raise (ValueError("bad") if processes.index else Interrupted(15))
+
+    stopped, failed = run_both(work)
+    assert isinstance(stopped, PeerError)
+    assert str(failed) == "bad"
+
+
+def test_a_signal_to_one_process_stops_both_at_the_next_exchange():
+    def work(processes):
+        if processes.index:
+            processes.stop.number = signal.SIGUSR1
+        with processes.together():
+            processes.sum(torch.ones(1))
+        return "finished"
+
+    results = run_both(work)
+    assert [type(result) for result in results] == [Interrupted, Interrupted]
+    assert results[1].number == signal.SIGUSR1
+
+
+def test_unstoppable_work_is_finished_and_main_alone_does_it():
+    done = []
+
+    def work(processes):
+        processes.stop.number = signal.SIGTERM
+        processes.on_main(lambda: (processes.poll(), done.append(processes.index)))
+        with pytest.raises(Interrupted):
+            processes.poll()
+        return "finished"
+
+    assert run_both(work) == ["finished"] * 2
+    assert done == [0]
+
+
+def test_a_failure_on_main_is_everybodys():
+    def work(processes):
+        processes.on_main(lambda: 1 / 0)
+
+    main, other = run_both(work)
+    assert isinstance(main, ZeroDivisionError)
+    assert isinstance(other, PeerError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_are_noted_and_handlers_come_back(number):
+    stop, before = StopSignal(), signal.getsignal(number)
+    processes = Processes(Accelerator(cpu=True), stop)
+    with stop.listening():
+        processes.poll()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # handed on by a launcher
+        with pytest.raises(Interrupted, match=signal.Signals(number).name):
+            processes.poll()
+    assert signal.getsignal(number) == before
+
+
+def test_an_impatient_person_is_obeyed():
+    stop = StopSignal(patience=0.01)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.number == signal.SIGTERM
