@@ -24,11 +24,12 @@ from am_diffusers.command_line import asset_path, parse_config
 from am_diffusers.load import load_model, make_sampler
 from am_diffusers.plan import make_plan
 from am_diffusers.rewards import OCR, OFFICIAL, REWARDS, ImageNetClass, LearnedReward, RewardOptions
+from am_diffusers.rewards.learned import Mode
 from am_diffusers.rewards.preprocess import bicubic
 from am_diffusers.samples import pictures_of
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"rounded": 0.02, "differentiable": 0.05}
+TARGETS: dict[Mode, float] = {"rounded": 0.02, "differentiable": 0.05}
 
 
 def embedded() -> dict[type[LearnedReward], str]:
