@@ -36,6 +36,7 @@ def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> R
     options = RewardOptions(
         device=reward.device or device,
         dtype=DTYPES[reward.mixed_precision],
+        mode=reward.mode,
         batch_size=reward.batch_size or micro_batch(config.optimizer.reward_micro_batch_size),
         checkpointing=config.model.gradient_checkpointing,
     )

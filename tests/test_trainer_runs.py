@@ -161,6 +161,13 @@ def test_calibrated_rewards_are_logged_raw_and_scaled(tiny_sd3_dir, rewards_dir,
         assert metrics["reward"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_rounded_rewards_are_another_training(tiny_sd3_dir, rewards_dir, tmp_path, reference_losses):
+    rewards = [{"name": "pickscore", "model": str(rewards_dir / "pickscore"), "mode": "rounded"}]
+    losses = run_losses(make_run(tiny_sd3_dir, rewards_dir, tmp_path, rewards=rewards))
+    assert losses == pytest.approx(reference_losses, rel=0.05)
+    assert losses != pytest.approx(reference_losses, rel=1e-6)
+
+
 def test_execute_writes_what_it_announces(tiny_sd3_dir, rewards_dir, tmp_path):
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path)
     evaluation = run.execute()
