@@ -63,7 +63,8 @@ def panel_figure(config: Mapping[str, object], training: Lines, validation: Line
     """
     with matplotlib.rc_context({"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10}):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-        figure.suptitle(f"{config['output_dir']}, {_progress(training, validation)}", fontsize=13)
+        done = max([line["iteration"] + 1 for line in training] + [line["iteration"] for line in validation])
+        figure.suptitle(f"{config['output_dir']}, iterations: {done}", fontsize=13)
         grid = figure.add_gridspec(3, 3)
         rewards = config["rewards"]
         trained = [reward["name"] for reward in rewards] if isinstance(rewards, list) else []
@@ -85,12 +86,9 @@ def panel_figure(config: Mapping[str, object], training: Lines, validation: Line
         _gradients(figure.add_subplot(grid[2, 2]), training, config["max_grad_norm"])
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
+            if axes.get_xlabel():
+                axes.set_xlim(-0.03 * max(done, 1), 1.03 * max(done, 1))
     return figure
-
-
-def _progress(training: Lines, validation: Lines) -> str:
-    done = max([line["iteration"] + 1 for line in training] + [line["iteration"] for line in validation])
-    return f"{done} iterations" if done != 1 else "1 iteration"
 
 
 def _start(axes: Axes, title: str, unit: str) -> None:
@@ -126,7 +124,7 @@ def _interval_curve(axes: Axes, lines: Lines, name: str, label: str, colour: str
 def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
     _start(
         axes,
-        "Reward gain on validation pictures (trained up but held-out down: the reward is fooled)",
+        "Reward gain on validation pictures (trained up but held-out down: reward hacking)",
         "gain (base sd)",
     )
     suffix = "_gain"
@@ -161,7 +159,7 @@ def _noisy(axes: Axes, lines: Lines, name: str, title: str, unit: str, *, log: b
         _empty(axes)
         return
     axes.plot(iterations, values, color=COLOURS[0], linewidth=1, alpha=0.35)
-    axes.plot(iterations, running_median(values), color=COLOURS[0], linewidth=1.8)
+    axes.plot(*running_median(iterations, values), color=COLOURS[0], linewidth=1.8)
     if log and (values > 0).all():
         _log_scale(axes)
 
@@ -180,15 +178,16 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(PlainLog(minor_thresholds=(1, 0.4)))
 
 
-def running_median(values: np.ndarray) -> np.ndarray:
-    """Median of each value and its neighbours, a tenth of all values: single outliers don't bend it.
+def running_median(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and the median there of values and their neighbours, a tenth of them all.
 
-    It starts at the first value, as many metrics rise fast from there.
+    Single outliers don't bend it. It starts at the first value, as many metrics rise fast from there, and has
+    at most 500 points, so that a long run is drawn as fast as a short one.
     """
     reach = len(values) // 20
-    return np.array(
-        [np.median(values[max(0, i - reach) : i + min(i, reach) + 1]) for i in range(len(values))]
-    )
+    rows = np.unique(np.linspace(0, len(values) - 1, min(len(values), 500)).round().astype(int))
+    medians = [np.median(values[max(0, row - reach) : row + min(row, reach) + 1]) for row in rows]
+    return iterations[rows], np.array(medians)
 
 
 def _adjoints(axes: Axes, lines: Lines) -> None:
@@ -201,8 +200,7 @@ def _adjoints(axes: Axes, lines: Lines) -> None:
     steps = [int(name.removeprefix(ADJOINT)) for name in names]
     colours = matplotlib.colormaps["viridis"].resampled(len(steps))
     for place, name in enumerate(names):
-        iterations, values = _series(lines, name)
-        axes.plot(iterations, running_median(values), color=colours(place), linewidth=1.2)
+        axes.plot(*running_median(*_series(lines, name)), color=colours(place), linewidth=1.2)
     _log_scale(axes)
     edges = np.arange(len(steps) + 1) + min(steps) - 0.5
     bar = axes.figure.colorbar(ScalarMappable(BoundaryNorm(edges, len(steps)), colours), ax=axes)

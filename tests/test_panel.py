@@ -1,6 +1,7 @@
 """The panel of a run's curves: what it shows, and that a person can read it."""
 
 import json
+import re
 import runpy
 import sys
 from itertools import combinations
@@ -61,7 +62,7 @@ CASES = {
     "before the first iteration": ([], validation_lines([0])),
     "one iteration": (training_lines(1), validation_lines([0])),
     "no validation yet": (training_lines(12), []),
-    "40 steps, 6 rewards": (training_lines(3000, 40), validation_lines(range(0, 3001, 50), REWARDS)),
+    "40 steps, 6 rewards": (training_lines(600, 40), validation_lines(range(0, 601, 50), REWARDS)),
     "no diversity": (training_lines(12), validation_lines(range(0, 12, 3), diversity=False)),
     "another method": ([{"iteration": i, "loss": -1.0, "reward": 1.0} for i in range(5)], []),
 }
@@ -114,6 +115,17 @@ def test_every_axis_says_what_it_is():
     assert all(axes.get_ylabel() for axes in figure.axes)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_all_plots_have_the_same_whole_iterations(case):
+    figure = panel_figure(CONFIG, *case)
+    FigureCanvasAgg(figure).draw()
+    plots = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert len({axes.get_xlim() for axes in plots}) == 1
+    for axes in plots:
+        ticks = [text for text in axes.get_xticklabels() if text in shown(axes.xaxis)]
+        assert all(re.fullmatch(r"\d+", text.get_text()) for text in ticks)
+
+
 def test_curves_are_the_metrics_and_say_who_was_trained():
     training, validation = CASES["200 iterations"]
     figure = panel_figure(CONFIG, training, validation)
@@ -129,11 +141,20 @@ def test_curves_are_the_metrics_and_say_who_was_trained():
 
 def test_running_median_follows_a_line_and_ignores_an_outlier():
     values = np.arange(100.0)
-    assert running_median(values)[10:90] == pytest.approx(values[10:90])
+    iterations, medians = running_median(values + 7, values)
+    assert list(iterations) == list(values + 7)
+    assert medians[:90] == pytest.approx(values[:90])
     values[50] = 1e9
-    assert running_median(values).max() < 100
-    assert list(running_median(np.array([3.0, 1.0]))) == [3.0, 1.0]
-    assert running_median(np.arange(100.0))[0] == 0
+    assert running_median(values, values)[1].max() < 100
+    assert list(running_median(np.array([0, 1]), np.array([3.0, 1.0]))[1]) == [3.0, 1.0]
+
+
+def test_a_long_run_has_as_many_points_as_a_short_one():
+    values = np.arange(20_001.0)
+    iterations, medians = running_median(values, values)
+    assert len(iterations) == 500
+    assert (iterations[0], iterations[-1]) == (0, 20_000)
+    assert medians[:400] == pytest.approx(iterations[:400])
 
 
 def write_run(folder, training, validation):
