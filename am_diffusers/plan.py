@@ -11,8 +11,9 @@ import torch
 
 from am_diffusers.command_line import asset_path, to_yaml
 from am_diffusers.config import Config, MethodConfig, RewardConfig
+from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
-from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.optimizers import check_optimizer
 from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
@@ -116,10 +117,16 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     config = _resolve(config)
     _check_method(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
+    if config.run.gpu is not None:
+        find_gpu(config.run.gpu)
     model = config.model
     path = asset_path(model.pretrained_model_name_or_path)
     source = Pretrained(path, model.revision, model.variant)
-    source.check(model.resolution, model.resolution)
+    try:
+        source.check(model.resolution, model.resolution)
+    except MissingModelError:
+        if not config.run.dry_run:  # which says what is missing where it estimates memory
+            raise
     train, evaluation = _prompts(config)
     shown = config.evaluation.validation_prompts or (evaluation or train)[:4]
     number = config.evaluation.num_validation_prompts

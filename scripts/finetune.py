@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
+from am_diffusers.estimate import describe
 from am_diffusers.plan import make_plan
 from am_diffusers.processes import Interrupted, StopSignal
 from am_diffusers.redact import guard_output, redact
@@ -36,7 +37,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(redact(f"error: {error}"))
     if config.run.dry_run:
-        accelerator.print(plan.describe())
+        accelerator.print(plan.describe(), end="")
+        if accelerator.is_main_process:
+            print(describe(plan, accelerator), end="")
         return
     processes, folder = accelerator.num_processes, Path(config.run.output_dir)
     stop = StopSignal()

@@ -282,6 +282,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_pa
         "# evaluation: 3 prompts, 6 images of base and tuned each",
     ):
         assert line in printed.splitlines()
+    assert "# memory of a process by phase (estimated" in printed
+    assert "#   peak: " in printed
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -19,7 +19,9 @@ class RunConfig:
             token is that of `hf auth login` or HF_TOKEN, checked before the run.
         hub_model_id: where to upload, owner/name, or name in one's own namespace; null = name of output_dir.
         hub_private_repo: make the repository private, if it isn't there yet.
-        dry_run: print the resolved plan and exit.
+        gpu: graphics card for which `dry_run` estimates hours and says whether the run fits, e.g. H100;
+            null = none.
+        dry_run: print the resolved plan with estimates of memory, FLOPs and hours, and exit.
     """
 
     output_dir: str
@@ -30,4 +32,5 @@ class RunConfig:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = False
+    gpu: str | None = None
     dry_run: bool = False

@@ -62,11 +62,12 @@ def masked_batch(
     """
     everywhere = gather(rows.residuals.flatten()).reshape(-1, len(steps))
     keep, keep_everywhere = torch.ones_like(rows.residuals), torch.ones_like(everywhere)
+    num_rows = keep.numel()
     if mask is not None:
         mask.update(steps, everywhere)
         keep, keep_everywhere = (mask.keep(steps, r).to(r) for r in (rows.residuals, everywhere))
+        num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
     num_kept = keep_everywhere.sum()
-    num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
     per_step = keep.new_tensor([[table.sigmas[k], matching_weight(table, k)] for k in steps])
     sigmas, weight = (column.expand_as(keep).flatten() for column in per_step.T)
     batch = MatchingBatch(

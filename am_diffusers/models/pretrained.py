@@ -16,6 +16,10 @@ from huggingface_hub import hf_hub_download
 TEXT_COMPONENTS = tuple(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 
 
+class MissingModelError(ValueError):
+    """A model's files are not here; the message says how to get them."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A model folder or hub id in the Diffusers layout of `StableDiffusion3Pipeline`.
@@ -37,13 +41,13 @@ class Pretrained:
             ValueError: if the model cannot be found or accessed, is not an SD3 model, or cannot make
                 pictures of that size; the message says what to do.
         """
-        name = self._config("model_index.json").get("_class_name", "")
+        name = self.config("model_index.json").get("_class_name", "")
         if not name.startswith("StableDiffusion3"):
             raise ValueError(
                 f"{self.path} holds {name or 'no pipeline class'}, expected a StableDiffusion3Pipeline: "
                 "pass the path of one, e.g. stabilityai/stable-diffusion-3.5-medium"
             )
-        transformer, vae = self._config("transformer/config.json"), self._config("vae/config.json")
+        transformer, vae = self.config("transformer/config.json"), self.config("vae/config.json")
         check_resolution(height, width, transformer, vae)
 
     def load(self, weight_dtype: torch.dtype, *, t5: bool = True, text_and_vae: bool = True) -> Any:
@@ -65,7 +69,7 @@ class Pretrained:
         if not t5:
             wanted -= {"text_encoder_3", "tokenizer_3"}
         # Diffusers refuses a folder saved without T5 unless it is told that T5 is missing.
-        index = self._config("model_index.json")
+        index = self.config("model_index.json")
         wanted -= {name for name in TEXT_COMPONENTS if index.get(name, [None])[0] is None}
         missing = dict.fromkeys({*TEXT_COMPONENTS, "vae"} - wanted)
         try:
@@ -79,13 +83,18 @@ class Pretrained:
         except OSError as error:
             raise ValueError(self._remedy(error)) from error
 
-    def _config(self, name: str) -> dict[str, Any]:
+    def config(self, name: str) -> dict[str, Any]:
+        """One of the model's configuration files, such as `vae/config.json`.
+
+        Raises:
+            MissingModelError: if it cannot be found or accessed; the message says what to do.
+        """
         folder = Path(self.path)
         try:
             file = folder / name if folder.is_dir() else self._from_hub(name)
             return json.loads(Path(file).read_text())
         except OSError as error:
-            raise ValueError(self._remedy(error)) from error
+            raise MissingModelError(self._remedy(error)) from error
 
     def _from_hub(self, name: str) -> str:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):

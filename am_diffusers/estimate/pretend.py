@@ -1,0 +1,160 @@
+"""The model and the rewards of a run without their weights, as data-free tensors that say they are on a CPU.
+
+Saying CPU, not meta, keeps every choice a real one: autocast, the attention kernel (which stores no scores,
+on a CPU as on a GPU), where a tensor is moved. `norms_in_float32` adds what a GPU does differently.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from am_diffusers.command_line import asset_path
+from am_diffusers.config import Config, RewardConfig
+from am_diffusers.load import DTYPES, micro_batch
+from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
+from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
+from am_diffusers.plan import Plan
+from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
+from am_diffusers.rewards.skeleton import Skeleton, skeleton
+from am_diffusers.velocity import Conditioning
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Pretence:
+    """Everything of a run that holds memory, without data.
+
+    Attributes:
+        model: with its LoRA.
+        rewards: the trained ones.
+        held_out: the others.
+        text_bytes: size of the text encoders.
+        prompt_bytes: size of one encoded prompt, in main memory.
+        mode: makes further tensors.
+    """
+
+    model: SD3
+    rewards: list[Reward]
+    held_out: list[Reward]
+    text_bytes: int
+    prompt_bytes: int
+    mode: FakeTensorMode
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor without data."""
+        return without_data(torch.empty(shape, dtype=dtype, device="meta"), self.mode)
+
+
+def pretend(plan: Plan, *, on_gpu: bool) -> Pretence:
+    """Model and rewards of a run, from configuration files.
+
+    Args:
+        plan: the run.
+        on_gpu: cast as a GPU's autocast does.
+
+    Raises:
+        ValueError: if those of the model or of a reward aren't here; the message says how to get them.
+    """
+    config, options = plan.config, plan.config.model
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    dtype = DTYPES[options.mixed_precision]
+    path = asset_path(options.pretrained_model_name_or_path)
+    source = Pretrained(path, options.revision, options.variant)
+    model = sd3_skeleton(source, dtype)
+    with torch.device("meta"):
+        layers = DEFAULT_LORA_LAYERS if options.lora_layers is None else options.lora_layers
+        model.attach_lora(rank=options.rank, lora_alpha=options.lora_alpha, layers=layers)
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    for module in (model.transformer, model.vae):
+        remove_data(module, mode)
+    if on_gpu:
+        norms_in_float32(model.transformer)
+    weights, tokens = text_encoders(source)
+    sizes: Any = model.transformer.config
+    row = (tokens + options.max_sequence_length) * sizes["joint_attention_dim"] + sizes[
+        "pooled_projection_dim"
+    ]
+    rewards, held_out = (
+        [_pretend_reward(reward, config, mode) for reward in some]
+        for some in (config.method.rewards, plan.held_out)
+    )
+    pretence = Pretence(model, rewards, held_out, weights * dtype.itemsize, row * dtype.itemsize, mode)
+    _encode_without_text(pretence, tokens, dtype)
+    return pretence
+
+
+def _pretend_reward(reward: RewardConfig, config: Config, mode: FakeTensorMode) -> Reward:
+    kind = REWARDS[reward.name]
+    if not issubclass(kind, LearnedReward):
+        return kind()
+    assert reward.model is not None, "`make_plan` fills in the released one"
+    options = RewardOptions(
+        dtype=DTYPES[reward.mixed_precision],
+        batch_size=reward.batch_size or micro_batch(config.optimizer.reward_micro_batch_size),
+        checkpointing=config.model.gradient_checkpointing,
+    )
+    made = skeleton(kind, asset_path(reward.model), revision=reward.revision, options=options)
+    remove_data(made.network(), mode)
+    made.materialise(CPU)
+    return made
+
+
+def _encode_without_text(pretence: Pretence, tokens: int, dtype: torch.dtype) -> None:
+    """Let the model encode any prompt to embeddings without data."""
+    sizes: Any = pretence.model.transformer.config
+
+    def encode_prompts(
+        prompts: Sequence[str], *, max_sequence_length: int = 256, negative_prompt: str | None = None
+    ) -> Conditioning:
+        def embeddings() -> tuple[Tensor, Tensor]:
+            length, rows = tokens + max_sequence_length, len(prompts)
+            return (
+                pretence.empty(rows, length, sizes["joint_attention_dim"], dtype=dtype),
+                pretence.empty(rows, sizes["pooled_projection_dim"], dtype=dtype),
+            )
+
+        # A negative prompt is one row, seen as many.
+        return Conditioning(tuple(prompts), *embeddings(), *([] if negative_prompt is None else embeddings()))
+
+    pretence.model.encode_prompts = encode_prompts  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def remove_data(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace the weights of a module on the meta device by tensors that say they are on a CPU."""
+    for part in module.modules():
+        stores: Any = (part._parameters, part._buffers)
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty = without_data(tensor.detach(), mode)
+                    trained = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+
+
+def without_data(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A tensor on the meta device as one that says it is on a CPU."""
+    return mode.fake_tensor_converter.from_meta_and_device(mode, tensor.to("meta"), CPU)
+
+
+def weights_of(reward: Reward) -> list[Tensor]:
+    """Weights of a reward; none of one that counts pixels."""
+    return list(reward.network().parameters()) if isinstance(reward, Skeleton) else []
+
+
+def norms_in_float32(module: nn.Module) -> None:
+    """Cast the input of every layer norm to float32 under autocast, as a GPU does; a CPU keeps bfloat16."""
+
+    def cast(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].float(),) if torch.is_autocast_enabled("cpu") else inputs
+
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.register_forward_pre_hook(cast)

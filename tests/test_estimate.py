@@ -1,0 +1,297 @@
+"""The estimate of the dry run: the tracker against hand counts, the model against its formula, the report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_runs import tiny_config, write_rewards
+from test_sd3_configs import RELEASED
+
+from am_diffusers.build import make_accelerator
+from am_diffusers.build.auto import SETTINGS
+from am_diffusers.command_line import parse_config
+from am_diffusers.estimate import Estimate, describe, estimate
+from am_diffusers.estimate.iteration import ADJOINT, LOSS, REWARD, ROLLOUT, estimable
+from am_diffusers.estimate.pretend import pretend
+from am_diffusers.estimate.tracker import Tracker
+from am_diffusers.gpus import find_gpu
+from am_diffusers.models.pretrained import MissingModelError, Pretrained
+from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
+from am_diffusers.plan import Plan, make_plan, network_calls
+from am_diffusers.rewards import REWARDS, RewardOptions
+from am_diffusers.rewards.skeleton import skeleton
+
+RELEASED_MEDIUM = Path(__file__).parents[1] / "configs/released/sd35_medium"
+KIB = 1024
+
+
+def meta(size: int, *, grad: bool = False) -> torch.Tensor:
+    """`size` KiB without data."""
+    return torch.empty(size * 256, device="meta", requires_grad=grad)
+
+
+def test_the_tracker_sees_what_is_freed() -> None:
+    with Tracker() as tracker:
+        with tracker.phase("first"):
+            a = meta(4)
+            b = a + a  # 8
+            c = b * b  # 12
+            del a, b
+        assert tracker.live == 4 * KIB
+        with tracker.phase("second"):
+            d = c[: len(c) // 2]  # a view
+            assert tracker.live == 4 * KIB
+            d = d + d  # 6
+        del c, d
+    assert {name: usage.peak for name, usage in tracker.phases.items()} == {
+        "first": 12 * KIB,
+        "second": 6 * KIB,
+    }
+    assert tracker.phases["second"].before == 4 * KIB
+    assert tracker.live == 0
+
+
+def test_the_tracker_sees_what_autograd_keeps() -> None:
+    x = meta(4, grad=True)
+    with Tracker() as tracker:
+        assert tracker.hold([x, x.detach()]) == 4 * KIB
+        y = x.exp()  # its result is kept for backward, twice over
+        z = y.sin()  # its input is kept
+        with tracker.phase("backward"):
+            z.backward(torch.ones_like(z))
+        # x, y, z, the gradient of z, cos(y) and the gradient of y; then that of x once cos(y) is freed
+        assert tracker.phases["backward"].peak == 24 * KIB
+        assert tracker.phases["backward"].before == 12 * KIB
+        del y, z
+        assert tracker.live == 8 * KIB  # x and its gradient
+
+
+def test_a_replayed_cost_adds_to_what_is_held() -> None:
+    with Tracker() as tracker:
+
+        def product() -> None:
+            a = torch.empty(16, 32, device="meta", dtype=torch.bfloat16)
+            _ = a @ a.T
+
+        cost = tracker.cost(product)
+        assert cost.peak == 2 * (16 * 32 + 16 * 16)
+        assert tracker.phases == {}
+        with tracker.phase("later"), tracker.holding(1000):
+            tracker.replay(cost, times=3)
+    assert tracker.phases["later"].peak == 1000 + cost.peak
+    assert tracker.phases["later"].flops == {torch.bfloat16: 3 * 2 * 16 * 16 * 32}
+    assert tracker.live == 0
+
+
+@pytest.fixture(scope="module")
+def rewards_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards")
+    write_rewards(folder)
+    return folder
+
+
+def make_tiny_plan(model: Path, folder: Path, rewards_dir: Path, **changes: object) -> Plan:
+    own = {
+        "rewards": [{"name": "pickscore", "model": str(rewards_dir / "pickscore")}],
+        "eval_rewards": [{"name": "hpsv2", "model": str(rewards_dir / "hpsv2")}],
+        "report_to": "none",
+        "dry_run": True,
+    }
+    config = parse_config(["--config", str(tiny_config(model, folder, **(own | changes)))])
+    return make_plan(config, 1)
+
+
+def estimate_tiny(model: Path, folder: Path, rewards_dir: Path, **changes: object) -> Estimate:
+    plan = make_tiny_plan(model, folder, rewards_dir, **changes)
+    return estimate(plan, make_accelerator(plan.config), on_gpu=False)
+
+
+def transformer_flops() -> int:
+    """Matrix products of one call of `conftest.tiny_pipeline`'s transformer, by hand."""
+    width, image, text, layers = 32, (64 // 4 // 2) ** 2, 16 + 8, 2
+    patch = 8 * 2 * 2
+    embeddings = image * patch * width + text * 64 * width + (256 + width + 64 + width) * width
+    attention = 4 * (image + text) * width**2 + 2 * (image + text) ** 2 * width
+    block = 2 * 6 * width**2 + attention + 8 * (image + text) * width**2
+    # The last block only reads the text: no output projection, no feed-forward, a third of the modulation.
+    not_in_last = text * width**2 + 8 * text * width**2 + 4 * width**2
+    ending = 2 * width**2 + image * width * patch
+    return 2 * (embeddings + layers * block - not_in_last + ending)
+
+
+def test_flops_of_the_transformer_are_those_of_its_matrix_products(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir)
+    pretence = pretend(plan, on_gpu=False)
+    cond = pretence.model.encode_prompts(["a", "b", "c"], max_sequence_length=8)
+    x, sigma = pretence.empty(3, 8, 16, 16), pretence.empty(3)
+    with Tracker() as tracker:
+        cost = tracker.cost(lambda: pretence.model.base(x, sigma, cond))
+    assert cost.flops == {torch.float32: 3 * transformer_flops()}
+
+
+def test_an_iteration_makes_the_announced_calls(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, rollout_micro_batch_size=3)
+    found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
+    calls, samples = network_calls(plan.config.method), plan.config.optimizer.train_batch_size
+    base = transformer_flops()
+    step_0 = calls["base, forward if step 0 is trained"]
+    policy = (found.phases[ROLLOUT].flops[torch.float32] / samples - step_0 * base) / calls["policy, rollout"]
+    assert base < policy < 1.5 * base  # the LoRA adds to it
+    # Backward to the input alone: as many products again, and one more for attention.
+    adjoint = found.phases[ADJOINT].flops[torch.float32] / samples / calls["base, forward and backward"]
+    assert 1.9 * base < adjoint < 2.5 * base
+    assert found.peak == max(usage.peak for usage in found.phases.values())
+
+
+def test_the_reward_is_differentiated_beside_the_graph_of_the_last_step(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    phases = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir).phases
+    graph = phases[REWARD].before - phases[ADJOINT].before
+    assert graph > 0.5 * (phases[ADJOINT].peak - phases[ADJOINT].before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "phase"),
+    [
+        ({"loss_micro_batch_size": 3}, LOSS),
+        ({"reward_micro_batch_size": 1}, REWARD),
+        ({"rollout_micro_batch_size": 1}, ADJOINT),
+        ({"gradient_checkpointing": True}, ADJOINT),
+        ({"mixed_precision": "bf16"}, ADJOINT),
+    ],
+)
+def test_the_named_knobs_lower_their_phase(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path, changes: dict[str, object], phase: str
+) -> None:
+    lower = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **changes).phases[phase]
+    before = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir).phases[phase]
+    assert lower.peak < 0.9 * before.peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adjoint": "full", "loss_steps": 2, "free_text_encoders": False},
+        {"rollout_guidance_scale": 2.0, "eval_guidance_scale": 2.0, "lora_layers": ["attn.to_q"]},
+        {"divergence": "forward_kl", "reward_smoothing_std": 0.1, "reward_clip_quantile": 0.5},
+        {"use_ema": True, "optimizer": "prodigy", "learning_rate": 1.0, "mixed_precision": "fp16"},
+        {name: "auto" for name in SETTINGS},
+        {"rewards": [{"name": "brightness"}], "eval_prompts": None, "eval_rewards": None},
+        {"rewards": [{"name": "image_reward"}, {"name": "aesthetic", "mixed_precision": "bf16"}]},
+        {"rewards": [{"name": "imagenet_class"}, {"name": "ocr"}]},
+    ],
+)
+def test_every_kind_of_run_is_estimated(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path, changes: dict[str, object]
+) -> None:
+    found = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
+    assert all(usage.peak >= usage.before > 0 for usage in found.phases.values())
+    assert sum(found.resident.values()) <= found.phases[ADJOINT].before
+    assert found.resident["EMA"] == changes.get("use_ema", False) * found.resident["LoRA"]
+    assert min(found.phases[name].flops.total() for name in (ROLLOUT, ADJOINT, LOSS)) > 0
+
+
+def test_what_a_dry_run_cannot_know_is_at_a_bound(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, loss_micro_batch_size="auto")
+    eight_bit = replace(plan.config.optimizer, optimizer="adamw8bit")  # its package may not be installed
+    config = estimable(replace(plan, config=replace(plan.config, optimizer=eight_bit))).config
+    assert (config.optimizer.optimizer, config.optimizer.loss_micro_batch_size) == ("adamw", 1)
+    assert config.method.mask_quantile is None
+
+
+def test_offloaded_trajectories_leave_the_device(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    changes = {"train_batch_size": 64, "rollout_micro_batch_size": 4, "loss_micro_batch_size": 4}
+    kept, offloaded = (
+        make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, offload_trajectories=offload, **changes)
+        for offload in (False, True)
+    )
+    accelerator = make_accelerator(kept.config)
+    before, after = (estimate(plan, accelerator, on_gpu=True) for plan in (kept, offloaded))
+    rows = 60 * 3 * 2 * 8 * 16 * 16 * 4  # states and targets of 3 steps of the samples that wait
+    saved = before.phases[LOSS].before - after.phases[LOSS].before
+    assert saved == pytest.approx(rows, rel=0.2)
+    assert after.iteration_flops().total() == pytest.approx(before.iteration_flops().total(), rel=1e-3)
+
+
+def test_the_report_names_peak_knob_and_hours(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, gpu="rtx 4090")
+    printed = describe(plan, make_accelerator(plan.config))
+    assert all(line.startswith("# ") for line in printed.splitlines())
+    for text in (
+        "without weights or a GPU",
+        "lower with ",
+        "TFLOPs an iteration",
+        "never measured",
+        "it fits",
+    ):
+        assert text in printed
+    assert "a bound" not in printed
+    unnamed = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, loss_micro_batch_size="auto")
+    assert "estimated with loss_micro_batch_size 1, a bound" in describe(
+        unnamed, make_accelerator(plan.config)
+    )
+    assert "name a card with --gpu (RTX 3090" in describe(unnamed, make_accelerator(unnamed.config))
+
+
+def test_hours_follow_from_the_peaks_of_each_dtype() -> None:
+    flops = {torch.bfloat16: int(989e12), torch.float32: int(67e12)}
+    card = find_gpu("h100")
+    assert card.seconds(flops, utilisation=0.5, allow_tf32=False) == pytest.approx(4)
+    assert card.seconds(flops, utilisation=0.5, allow_tf32=True) == pytest.approx(2 + 2 * 67 / 494)
+
+
+def test_an_unknown_card_names_the_nearest(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"--gpu: unknown card 'A100-80': did you mean 'A100-80GB'\?"):
+        make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, gpu="A100-80")
+
+
+def test_a_model_that_is_not_here_leaves_the_rest_of_the_plan(tmp_path: Path, rewards_dir: Path) -> None:
+    model = Path("someone/not-downloaded")
+    plan = make_tiny_plan(model, tmp_path, rewards_dir)
+    assert "iterations: 4" in plan.describe()
+    printed = describe(plan, make_accelerator(plan.config))
+    assert "needs the model's configuration files" in printed
+    assert "`hf download someone/not-downloaded`" in printed
+    with pytest.raises(MissingModelError, match="hf download"):
+        make_tiny_plan(model, tmp_path, rewards_dir, dry_run=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("pickscore", 986_109_441), ("hpsv2", 986_109_441), ("image_reward", 446_206_689)]
+)
+def test_skeletons_of_released_rewards_have_the_published_size(name: str, size: int) -> None:
+    kind = REWARDS[name]
+    made = skeleton(kind, kind.released, options=RewardOptions())  # pyright: ignore
+    assert sum(parameter.numel() for parameter in made.network().parameters()) == size
+
+
+def test_the_released_medium_model_is_that_of_the_other_tests() -> None:
+    config = json.loads((RELEASED_MEDIUM / "transformer/config.json").read_text())
+    expected = RELEASED["sd3.5-medium"]
+    assert {key: config[key] for key in expected} == expected | {
+        "dual_attention_layers": list(expected["dual_attention_layers"])
+    }
+    source = Pretrained(str(RELEASED_MEDIUM))
+    model = sd3_skeleton(source, torch.bfloat16)
+    assert model.transformer.dtype == torch.bfloat16
+    weights, tokens = text_encoders(source)
+    # CLIP-L 123.65, bigG 694.66 and T5-XXL's encoder 4762.31 million
+    assert (round(weights / 1e6), tokens) == (5581, 77)
+
+
+def test_nothing_is_allocated(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
+    pretence = pretend(make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir), on_gpu=False)
+    tensors = [*pretence.model.transformer.parameters(), *pretence.model.vae.parameters()]
+    assert all(tensor.untyped_storage().device.type == "meta" for tensor in tensors)
+    assert all(tensor.device.type == "cpu" for tensor in tensors)
