@@ -13,7 +13,7 @@ from tqdm import trange
 
 from am_diffusers.redact import redact_values
 from am_diffusers.rewards import Reward
-from am_diffusers.samples import Sampler, pictures_of
+from am_diffusers.samples import Sampler, pictures_of, share_of
 from am_diffusers.velocity import VelocityField
 
 BASE_REWARDS_FILE = "base_rewards.json"
@@ -40,15 +40,15 @@ def base_rewards(
         accelerator: processes that share the work.
     """
     which = pictures_of(len(prompts), images_per_prompt)
-    mine = which[accelerator.process_index :: accelerator.num_processes]
+    mine = share_of(which, accelerator.process_index, accelerator.num_processes)
     scored: list[tuple[int, int, list[float]]] = []
     for start in trange(0, len(mine), sampler.batch_size, desc="base pictures", disable=None):
         batch = mine[start : start + sampler.batch_size]
         images, texts = sampler.pictures(base, prompts, batch), [prompts[p.prompt] for p in batch]
         scores = zip(*(reward(images, texts).tolist() for reward in rewards), strict=True)
         scored.extend((p.prompt, p.image, list(each)) for p, each in zip(batch, scores, strict=True))
-    ordered = sorted(gather_object(scored))
-    table = torch.tensor([scores for _, _, scores in ordered], dtype=torch.float64)
+    found = {(prompt, image): scores for prompt, image, scores in gather_object(scored)}
+    table = torch.tensor([found[picture] for picture in which], dtype=torch.float64)
     shaped = table.view(len(prompts), images_per_prompt, len(rewards))
     return {reward.name: shaped[:, :, column] for column, reward in enumerate(rewards)}
 

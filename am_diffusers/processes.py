@@ -92,12 +92,17 @@ class Processes:
     Args:
         accelerator: their communication.
         stop: the flag of this process.
+        lockstep: whether all must make the same passes in the same order: then none leaves between two
+            exchanges because of a signal.
     """
 
-    def __init__(self, accelerator: Accelerator, stop: StopSignal | None = None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, stop: StopSignal | None = None, *, lockstep: bool = False
+    ) -> None:
         self.accelerator, self.stop = accelerator, stop or StopSignal()
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
+        self.lockstep = lockstep
         self._left = False  # whether the others know already that this block is over
         self._stoppable = True
 
@@ -161,7 +166,7 @@ class Processes:
 
     def poll(self) -> None:
         """Raise `Interrupted` if a signal came to this process; to be called between network passes."""
-        if self._stoppable:
+        if self._stoppable and not self.lockstep:
             self.stop.poll()
 
     def _exchange(self, own: Status) -> Status:

@@ -12,7 +12,7 @@ from filelock import BaseFileLock
 
 from am_diffusers.evaluation import Evaluation, summarise
 from am_diffusers.processes import Processes
-from am_diffusers.samples import pictures_of
+from am_diffusers.samples import pictures_of, share_of
 from am_diffusers.scoring import Scorer
 from am_diffusers.trainer import Trainer
 
@@ -86,6 +86,9 @@ class Run:
     def _export(self) -> None:
         state = self.trainer.state
         plain, *averaged = self.save_lora(self.folder)
+        if self.processes.lockstep:  # the comparison takes a pass of the model, which all would have to make
+            logger.warning("%s is written; with sharded weights it isn't loaded back to verify it", plain)
+            return
         try:
             self.verify_lora(plain)
             with state.ema_weights():
@@ -99,12 +102,13 @@ class Run:
     def _evaluate(self, held_out: HeldOut) -> Evaluation:
         """Every process makes and scores its share of the pictures, of the EMA if there is one."""
         which = pictures_of(len(held_out.prompts), held_out.images_per_prompt)
-        mine = which[self.processes.index :: self.processes.number]
+        mine = share_of(which, self.processes.index, self.processes.number)
         with self.processes.together(), self.trainer.state.ema_weights():
             pairs = held_out.scorer.pairs(held_out.prompts, mine)
         features = held_out.scorer.features
         name = features.name if features is not None else None
-        evaluation = summarise(gather_object(pairs), held_out.roles, name)
+        found = {(pair.prompt, pair.image): pair for pair in gather_object(pairs)}
+        evaluation = summarise([found[picture] for picture in which], held_out.roles, name)
         if self.processes.is_main:
             text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False)
             (self.folder / "evaluation.json").write_text(text + "\n", "utf-8")

@@ -28,6 +28,16 @@ def pictures_of(num_prompts: int, images_per_prompt: int) -> list[Picture]:
     return [Picture(p, i) for p in range(num_prompts) for i in range(images_per_prompt)]
 
 
+def share_of(which: Sequence[Picture], index: int, number: int) -> list[Picture]:
+    """What process `index` of `number` makes of the pictures: as many as every other one.
+
+    Where they can't be divided evenly some are made twice: with weights spread over the processes, all must
+    make the same calls.
+    """
+    size = -(-len(which) // number)
+    return [which[(index + number * i) % len(which)] for i in range(size)]
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Prompts and noise to pictures.

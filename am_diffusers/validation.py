@@ -25,7 +25,7 @@ from am_diffusers.evaluation import (
     reward_gain,
 )
 from am_diffusers.grids import comparison_grid, to_pil
-from am_diffusers.samples import Picture, pictures_of
+from am_diffusers.samples import Picture, pictures_of, share_of
 from am_diffusers.scoring import Scorer
 from am_diffusers.velocity import VelocityField
 
@@ -80,7 +80,8 @@ class Validation:
             mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: validation: {error}") from error
-        pairs = sorted(self.gather(mine), key=lambda pair: pair[0].picture)
+        found = {pair[0].picture: pair for pair in self.gather(mine)}
+        pairs = [found[picture] for picture in sorted(found)]
         scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
         if self.log is not None:
@@ -102,7 +103,7 @@ class Validation:
     def _make(self, field: VelocityField, name: str) -> list[Made]:
         """This process's share of the pictures."""
         (index, number), size = self.process, self.scorer.sampler.batch_size
-        mine = pictures_of(len(self.prompts), self.images_per_prompt)[index::number]
+        mine = share_of(pictures_of(len(self.prompts), self.images_per_prompt), index, number)
         made: list[Made] = []
         quiet = True if self.log is None else None
         for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from diffusers import StableDiffusion3Pipeline
 from finetune_runs import FINETUNE, read_metrics, tiny_config, write_rewards
 from PIL import Image
@@ -306,4 +308,23 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     arguments = ["--config", str(FINETUNE.parent.parent / "configs" / "tiny_sd3.yaml"), "--report_to", "none"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="ACCELERATE_USE_CPU"):
+        make_accelerator(parse_config(arguments))
+
+
+def test_accelerate_configs_are_read_by_accelerate():
+    folder = FINETUNE.parent.parent / "configs/accelerate"
+    found = {file.stem: load_config_from_file(str(file)) for file in folder.glob("*.yaml")}
+    assert {name: config.num_processes for name, config in found.items()} == {
+        "one_gpu": 1,
+        "eight_gpus": 8,
+        "two_nodes": 16,
+    }
+
+
+def test_wrappers_of_accelerate_are_refused(monkeypatch):
+    arguments = ["--config", str(FINETUNE.parent.parent / "configs" / "tiny_sd3.yaml"), "--report_to", "none"]
+    with pytest.raises(ValueError, match="--shard_weights spreads weights over processes: launch several"):
+        make_accelerator(parse_config([*arguments, "--shard_weights"]))
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="accelerate's FSDP and DeepSpeed wrap"):
         make_accelerator(parse_config(arguments))

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from filelock import BaseFileLock
+from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
@@ -22,6 +24,7 @@ from am_diffusers.config import Config
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes, StopSignal
 from am_diffusers.run import Run
@@ -49,6 +52,13 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: "
             "on a CPU set ACCELERATE_USE_CPU=true"
         )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "accelerate's FSDP and DeepSpeed wrap what this trainer keeps apart: launch "
+            "with --multi_gpu, and spread the frozen weights with --shard_weights true"
+        )
+    if config.model.shard_weights and launched == 1:
+        raise ValueError("--shard_weights spreads weights over processes: launch several, or leave it out")
     return accelerator
 
 
@@ -65,7 +75,8 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         ValueError: a model or reward cannot be loaded, another run has the folder, or the result couldn't
             be uploaded; says what to do.
     """
-    config, processes = plan.config, Processes(accelerator, stop)
+    config = plan.config
+    processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
     target = find_target(config, processes)
     folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
     lock, found, trackers = open_folder(plan, checkpoints, processes)
@@ -73,6 +84,8 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     # The model first: once its text encoders are freed there is room for the rewards.
     model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
+    if config.model.shard_weights:
+        shard_frozen(model.transformer, init_device_mesh(accelerator.device.type, (processes.number,)))
     trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
     reward = weighted(trained, config)

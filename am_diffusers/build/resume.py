@@ -24,6 +24,7 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "offload_trajectories",
     "gradient_checkpointing",
     "free_text_encoders",
+    "shard_weights",
     "max_skipped_iterations",
 }
 DECISIVE_IN_RUN = {"seed"}

@@ -32,6 +32,7 @@ def check_values(config: Config) -> None:
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
+        *_sharding(config),
     ]
     values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
     wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
@@ -134,4 +135,17 @@ def _checkpoint(c: CheckpointConfig) -> list[Check]:
         (c.checkpointing_steps >= 1, "checkpointing_steps", "at least 1"),
         ((c.checkpoints_total_limit or 1) >= 1, "checkpoints_total_limit", "at least 1 or null"),
         (c.resume_from_checkpoint, "resume_from_checkpoint", "latest or the path of a checkpoint"),
+    ]
+
+
+def _sharding(c: Config) -> list[Check]:
+    # A size that is tried and doesn't fit would leave the other processes waiting for their weights.
+    sizes = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
+    return [
+        (
+            not c.model.shard_weights or getattr(c.optimizer, name) != "auto",
+            name,
+            "a number with shard_weights",
+        )
+        for name in sizes
     ]

@@ -23,6 +23,9 @@ class ModelConfig:
             passes to save memory.
         free_text_encoders: encode all prompts before training and free the text encoders' memory; false
             keeps the encoders and encodes each prompt when it comes up.
+        shard_weights: spread the frozen transformer over the processes (FSDP2), for models that don't fit on
+            one card; the LoRA stays whole. Processes then work in step: a signal waits for the next exchange
+            between them, and a failure on one ends the others by their timeout.
     """
 
     pretrained_model_name_or_path: str
@@ -36,6 +39,7 @@ class ModelConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     free_text_encoders: bool = True
+    shard_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ def save_lora(transformer: SD3Transformer2DModel, folder: str | Path) -> Path:
         The path of the file.
     """
     layers = lora_layers(transformer)
-    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    # Not `transformer.state_dict()`: on one process alone it would put sharded weights out of step.
+    own = {name: p for name, p in transformer.named_parameters() if ".lora_" in name}
+    state = get_peft_model_state_dict(transformer, state_dict=own, adapter_name=ADAPTER)
     for key in [key for key in state if ".lora_B." in key]:
         state[key] = state[key] * layers[key.split(".lora_B.")[0]].scaling[ADAPTER]
     metadata = transformer.peft_config[ADAPTER].to_dict()
