@@ -64,8 +64,7 @@ HINTS = {
     "validation_epochs": "validation_steps counts iterations",
     "sample_batch_size": "eval_batch_size is that of the pictures shown and evaluated",
     "scale_lr": "learning_rate is used as it is, train_batch_size being the total",
-    "use_8bit_adam": "AdamW's state of a LoRA is small: to save memory lower loss_micro_batch_size or set "
-    "gradient_checkpointing",
+    "use_8bit_adam": "--optimizer adamw8bit",
     "train_text_encoder": "the text encoders stay as they are: the LoRA is the transformer's",
     "text_encoder_lr": "the text encoders stay as they are; learning_rate is that of the transformer",
     "lora_blocks": "lora_layers names layers, those of all blocks",
