@@ -39,7 +39,7 @@ def main() -> None:
     if config.run.dry_run:
         accelerator.print(plan.describe(), end="")
         if accelerator.is_main_process:
-            print(describe(plan, accelerator), end="")
+            print(redact(describe(plan, accelerator)), end="")
         return
     processes, folder = accelerator.num_processes, Path(config.run.output_dir)
     stop = StopSignal()

@@ -1,4 +1,4 @@
-"""Config to objects. This package, plan.py (checks) and load.py (weights) are the only ones that see both."""
+"""Config to objects. This package, plan.py (checks), load.py (weights) and estimate/ alone see both."""
 
 import os
 from collections.abc import Callable
