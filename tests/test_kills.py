@@ -58,7 +58,8 @@ def assert_same_run(output, whole):
     for line in [*lines[0], *lines[1]]:
         line.pop("seconds")
     assert lines[0] == lines[1]
-    assert (output / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+    for name in ("evaluation.json", "validation.jsonl"):
+        assert (output / name).read_text() == (whole / name).read_text()
     events = EventAccumulator(str(output / "logs/am_diffusers"), purge_orphaned_data=True).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(ITERATIONS))
 

@@ -136,6 +136,16 @@ def test_a_divergence_is_normalised_on_base_pictures(tiny_sd3_dir, rewards_dir, 
     assert logged["reward/pickscore"] == pytest.approx(metrics["reward"], rel=1e-5)
 
 
+def test_validations_after_the_checkpoint_are_dropped(tiny_sd3_dir, rewards_dir, tmp_path):
+    make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2).execute()
+    file = tmp_path / "out/validation.jsonl"
+    done = file.read_text()
+    file.write_text(done + '{"iteration": 4, "validation/pickscore": 1.0}\n')
+    again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2)
+    again.lock.release()
+    assert file.read_text() == done
+
+
 def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_dir, tmp_path, monkeypatch):
     changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)

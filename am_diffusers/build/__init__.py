@@ -22,6 +22,7 @@ from am_diffusers.checkpoint import Checkpoints, iteration_of
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
+from am_diffusers.metrics import keep_lines
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
@@ -125,14 +126,17 @@ def open_folder(
     config, folder = plan.config, Path(plan.config.run.output_dir)
     lock = lock_folder(folder) if processes.is_main else None
     found = resume_point(plan, checkpoints, processes)
+    resumed = 0 if found is None else iteration_of(found)
     if processes.is_main:
         start_folder(config, folder, fresh=found is None)
+        if resumed:  # the checkpoint's own validation is done
+            keep_lines(folder / "validation.jsonl", resumed + 1)
     trackers = start_trackers(
         processes.accelerator,
         folder=folder,
         logging_dir=folder / config.run.logging_dir,
         config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=0 if found is None else iteration_of(found),
+        resume_iteration=resumed,
     )
     return lock, found, trackers
 
