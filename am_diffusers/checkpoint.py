@@ -121,7 +121,9 @@ class Checkpoints:
             raise self.no_room(error) from error
         self.clean()
         if self.total_limit is not None:
-            for old in self.list()[self.total_limit :]:
+            # A newer one is damaged: this run didn't go on from it.
+            own = [path for path in self.list() if iteration_of(path) <= iteration]
+            for old in own[self.total_limit :]:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 

@@ -18,7 +18,6 @@ class MetricsLog:
         enabled: whether this process is the one that writes.
         bar: metrics in the progress bar, by the label they have there.
         track: also receives (metrics, iteration), e.g. `accelerator.log`.
-        more: called with every `write`, on all processes: metrics that the loop doesn't know of.
     """
 
     def __init__(
@@ -30,21 +29,19 @@ class MetricsLog:
         enabled: bool = True,
         bar: Mapping[str, str] | None = None,
         track: Callable[[dict[str, float], int], None] | None = None,
-        more: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._in_bar = bar or {}
         self._file = None
         if enabled:
             keep_lines(path, start)
             self._file = path.open("a", encoding="utf-8")
-        self._track, self._more = track, more
+        self._track = track
         self._bar = tqdm(
             total=total, initial=start, desc="iterations", disable=not enabled, dynamic_ncols=True
         )
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of iteration `iteration` (from 0)."""
-        metrics = {**metrics, **self._more()}
         if self._file is None:
             return
         self._file.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")

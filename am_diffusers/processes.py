@@ -38,6 +38,19 @@ class PeerError(ValueError):
     """Another process failed; its own message says why."""
 
 
+class PeerNotFiniteError(NonFiniteError):
+    """Another process met something that isn't finite; its own message names it."""
+
+
+def is_secondhand(error: BaseException | None) -> bool:
+    """Whether an exception came from another process, which has the first-hand account."""
+    while error is not None:
+        if isinstance(error, PeerError | PeerNotFiniteError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the work polls.
 
@@ -182,7 +195,7 @@ class Processes:
         if worst == Status.STOPPED:
             raise Interrupted(self.stop.number)
         if worst == Status.NOT_FINITE:
-            raise NonFiniteError("another process met something that isn't finite; its message names it")
+            raise PeerNotFiniteError("another process met something that isn't finite; its message names it")
         raise PeerError("another process failed; its message says why")
 
 

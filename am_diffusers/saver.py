@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, iteration_of, verify
 from am_diffusers.methods import Method
-from am_diffusers.processes import Processes
+from am_diffusers.processes import PeerError, Processes
 from am_diffusers.state_files import load_state, save_state, tensor_bytes
-from am_diffusers.train_state import TrainState
+from am_diffusers.train_state import Progress, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,16 @@ class Saver:
         """Write a checkpoint of the finished iterations; called on all processes, not to be stopped.
 
         Raises:
-            DiskFullError: no room for it, and such checkpoints aren't to be skipped.
+            CheckpointError: no room for it, and such checkpoints aren't to be skipped.
         """
         try:
-            self.processes.on_main(self._save)
+            self.processes.on_main(self._save_or_skip)
+        except PeerError as error:
+            raise CheckpointError("the main process could not write a checkpoint; it says why") from error
+
+    def _save_or_skip(self) -> None:
+        try:
+            self._save()
         except DiskFullError as error:
             if self.on_full_disk == "stop":
                 raise
@@ -153,11 +159,20 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
+class FolderInUseError(ValueError):
+    """Another run writes to the folder."""
+
+
+def load_progress(folder: Path) -> Progress:
+    """The counters of a checkpoint."""
+    return Progress(**load_state(folder, STATE)["train"]["progress"])
+
+
 def lock_folder(folder: Path) -> FileLock:
     """Take the lock of an output folder; the system lets it go when the process ends, however it does.
 
     Raises:
-        ValueError: another run has it; names its process.
+        FolderInUseError: another run has it; names its process.
     """
     lock = FileLock(folder / LOCK_FILE)
     owner = folder / (LOCK_FILE + ".owner")
@@ -165,7 +180,7 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout as error:
         who = owner.read_text("utf-8").strip() if owner.exists() else "unknown"
-        raise ValueError(
+        raise FolderInUseError(
             f"{folder} is in use by another run ({who}): wait for it, stop it, or choose another --output_dir"
         ) from error
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")

@@ -72,6 +72,7 @@ def start_trackers(
     logging_dir: Path,
     config: Mapping[str, object],
     resume_iteration: int,
+    validated: bool = True,
 ) -> Trackers:
     """Start the accelerator's trackers and store the config in them.
 
@@ -83,6 +84,7 @@ def start_trackers(
         logging_dir: where trackers keep files of their own.
         config: the resolved config, without secrets.
         resume_iteration: iterations that were done when this run starts; 0 = a new run.
+        validated: whether the model of that iteration was validated; otherwise it will be.
     """
     if not accelerator.is_main_process or not accelerator.log_with:
         return Trackers(accelerator)
@@ -106,7 +108,7 @@ def start_trackers(
     for summary in hparams(flatten(config), {"loss": 0.0}):
         tracker.tracker.file_writer.add_summary(summary, resume_iteration)
     trackers = Trackers(accelerator)
-    if resumed:
+    if resumed and validated:
         _log_validation_again(trackers, folder, resume_iteration)
     return trackers
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
+HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
 
 @dataclass
 class Progress:
@@ -44,7 +46,7 @@ class TrainState:
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    lr_schedule: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -92,12 +94,25 @@ class TrainState:
         self._check(state)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        self._load_optimizer(state["optimizer"], state["lr_schedule"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict(state["ema"] | {"decay": self.ema.decay})
             self.ema.to(device=next(iter(self.parameters.values())).device)
         self.progress = Progress(**state["progress"])
+
+    def _load_optimizer(self, optimizer: dict[str, Any], lr_schedule: dict[str, Any]) -> None:
+        """Moments and the schedule's place; rates and decays are this run's own."""
+        own = [{k: v for k, v in g.items() if k in HYPERPARAMETERS} for g in self.optimizer.param_groups]
+        schedule = self.lr_schedule
+        self.optimizer.load_state_dict(optimizer)
+        schedule.load_state_dict(lr_schedule | {"base_lrs": schedule.base_lrs})
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+        for group, kept, rate in zip(self.optimizer.param_groups, own, rates, strict=True):
+            group.update(kept | {"lr": rate})
 
     def _check(self, state: Mapping[str, Any]) -> None:
         ours = {name: tuple(p.shape) for name, p in self.parameters.items()}

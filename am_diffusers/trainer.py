@@ -6,14 +6,14 @@ over rows that is already divided by the rows of all processes, so gradients are
 averaged. A LoRA's gradients are a few megabytes: one all-reduce after the last backward pass does it, and
 the passes in between need no wrapper that would synchronise them.
 
-An iteration happens as a whole or not at all: whatever ends it early leaves parameters and method as they
-were, so a checkpoint can be written at any time.
+An iteration happens as a whole or not at all, so a checkpoint can be written whatever ends it.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,12 +76,14 @@ class Hooks:
         validate: shows the model after so many iterations, before the first one, every `validation_steps`
             and at the end; returns its metrics, the same on all processes.
         save: writes a checkpoint; called on all processes.
+        more: further metrics of an iteration, called on all processes before its optimizer step.
         forget: drops what an unfinished iteration left in the rewards' records.
     """
 
     encode: Callable[[Sequence[str]], Conditioning]
     validate: Callable[[int], Mapping[str, float]] = lambda iteration: {}
     save: Callable[[], None] = lambda: None
+    more: Callable[[], Mapping[str, float]] = dict
     forget: Callable[[], object] = lambda: None
 
 
@@ -123,9 +125,9 @@ class Trainer:
         """
         try:
             while not self._between():
-                metrics = self.iterate()
-                self.log.write(self.state.iteration, metrics)
+                iteration, metrics = self.state.iteration, self.iterate()
                 self.state.progress.iteration += 1
+                self.processes.on_main(partial(self.log.write, iteration, metrics))
         except CheckpointError:
             raise
         except Exception:
@@ -152,6 +154,7 @@ class Trainer:
                 collected = self._collect()
                 metrics = {"loss": self._backward(collected.examples), **collected.metrics}
                 metrics["grad_norm"] = self._gradient_norm()
+                metrics |= self.hooks.more()
         except Exception as error:
             self.method.load_state_dict(before)
             self.hooks.forget()

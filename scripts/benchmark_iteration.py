@@ -144,7 +144,7 @@ def main() -> None:
         method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
         state = make_state(config.optimizer, model.lora_parameters())
         hooks = Hooks(encoder(plan.config, model, plan.config.method.rollout_guidance_scale))
-        log = make_log(plan.config, Trackers(accelerator), reward, processes, start=0)
+        log = make_log(plan.config, Trackers(accelerator), start=0)
         trainer = make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log)
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))
         trainer.log.close()

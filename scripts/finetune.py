@@ -17,12 +17,13 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from am_diffusers.build import build, make_accelerator
+from am_diffusers.build import STOPPED_FILE, build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.plan import make_plan
-from am_diffusers.processes import Interrupted, StopSignal
+from am_diffusers.processes import Interrupted, StopSignal, is_secondhand
 from am_diffusers.redact import guard_output, redact
+from am_diffusers.saver import FolderInUseError
 
 
 def main() -> None:
@@ -51,8 +52,14 @@ def main() -> None:
             evaluation = run.execute()
     except Interrupted as interrupted:
         accelerator.print(f"\n{interrupted}: run the same command again to go on")
+        if accelerator.is_main_process:
+            (folder / STOPPED_FILE).write_text(f"{interrupted}\n", "utf-8")
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
-    except (ValueError, OSError) as error:
+    except FolderInUseError as error:  # by a run whose folder it is
+        sys.exit(redact(f"error: {error}"))
+    except Exception as error:
+        if is_secondhand(error):
+            sys.exit(redact(f"error: {error}"))
         details = redact(traceback.format_exc())
         try:
             (folder / "error.txt").write_text(details, "utf-8")

@@ -25,7 +25,7 @@ def checkpoints(tmp_path):
 
 def test_newest_sound_checkpoint_is_found_and_old_ones_go(checkpoints):
     assert checkpoints.latest() is None
-    for iteration in (2, 10, 4):
+    for iteration in (2, 4, 10):
         write(checkpoints, iteration)
     assert [path.name for path in checkpoints.list()] == ["checkpoint-000010", "checkpoint-000004"]
     assert checkpoints.latest() == checkpoints.path(10)
@@ -73,6 +73,15 @@ def test_a_damaged_checkpoint_is_replaced_when_its_iteration_comes_again(checkpo
     verify(checkpoints.path(2))
     assert (checkpoints.path(2) / "state.json").read_text() == "again"
     assert [path.name for path in checkpoints.folder.iterdir()] == ["checkpoint-000002"]
+
+
+def test_a_newer_damaged_checkpoint_does_not_push_out_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, total_limit=1)
+    write(checkpoints, 9)
+    flip(write(Checkpoints(tmp_path), 12) / "state.json")
+    write(checkpoints, 10)
+    assert checkpoints.latest() == checkpoints.path(10)
+    assert not checkpoints.path(9).exists()
 
 
 def test_leftovers_of_a_kill_are_cleaned_and_never_taken(checkpoints):

@@ -62,6 +62,7 @@ def assert_same_run(output, whole):
         assert (output / name).read_text() == (whole / name).read_text()
     events = EventAccumulator(str(output / "logs/am_diffusers"), purge_orphaned_data=True).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(ITERATIONS))
+    assert [event.step for event in events.Scalars("validation/hpsv2")] == [0, 6, 12]
 
 
 def kill_at(folder, name, seconds):
@@ -146,6 +147,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, whole, moment, numb
     assert time.monotonic() - asked < 30
     assert process.exitcode == 128 + number, log.read_text()[-3000:]
     assert "run the same command again to go on" in log.read_text()
+    assert signal.Signals(number).name in (output / "stopped").read_text()
     done = len(read_metrics(output))
     assert (output / f"checkpoint-{done:06d}/manifest.json").exists(), (
         "nothing but the running iteration is lost"

@@ -11,7 +11,16 @@ import torch
 from accelerate import Accelerator
 
 from am_diffusers.adjoint import NonFiniteError
-from am_diffusers.processes import Interrupted, PeerError, Processes, StopSignal
+from am_diffusers.checkpoint import CheckpointError, DiskFullError
+from am_diffusers.processes import (
+    Interrupted,
+    PeerError,
+    PeerNotFiniteError,
+    Processes,
+    StopSignal,
+    is_secondhand,
+)
+from am_diffusers.saver import Saver
 
 
 class Hub:
@@ -79,7 +88,11 @@ FAILURES = {
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize(
     ("error", "others"),
-    [(NonFiniteError("nan"), NonFiniteError), (ValueError("bad"), PeerError), (Interrupted(15), Interrupted)],
+    [
+        (NonFiniteError("nan"), PeerNotFiniteError),
+        (ValueError("bad"), PeerError),
+        (Interrupted(15), Interrupted),
+    ],
 )
 def test_what_one_process_raises_all_leave_with(before, index, error, others):
     def work(processes):
@@ -131,6 +144,34 @@ def test_unstoppable_work_is_finished_and_main_alone_does_it():
 
     assert run_both(work) == ["finished"] * 2
     assert done == [0]
+
+
+class FullDisk:
+    """Stands for what a Saver saves; `begin` finds no room."""
+
+    iteration, parameters = 3, {}
+    state_dict = staticmethod(lambda: {"parameters": {}})
+
+    def begin(self, iteration, expected):
+        raise DiskFullError("no room")
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_full_disk_is_met_by_all_processes_alike(policy):
+    def work(processes):
+        saver = Saver(FullDisk(), processes, FullDisk(), FullDisk(), {}, lambda folder: None, policy)
+        saver.save()
+        processes.agree()
+        return "went on"
+
+    main, other = run_both(work)
+    if policy == "skip":
+        assert main == other == "went on"
+    else:
+        assert isinstance(main, DiskFullError)
+        assert type(other) is CheckpointError
+        assert is_secondhand(other)
+        assert not is_secondhand(main)
 
 
 def test_a_failure_on_main_is_everybodys():

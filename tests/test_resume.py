@@ -222,6 +222,38 @@ def test_not_finite_iterations_are_skipped_and_counted_up_to_a_limit(tmp_path):
     assert make_trainer(tmp_path).state.progress == trainer.state.progress, "saved before it stopped"
 
 
+def test_a_log_that_fails_does_not_make_a_step_count_twice(tmp_path, uninterrupted):
+    trainer = make_trainer(tmp_path)
+    write = trainer.log.write
+
+    def full(iteration, metrics):
+        if iteration == 4:
+            raise OSError("No space left on device")
+        write(iteration, metrics)
+
+    trainer.log.write = full
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    again = make_trainer(tmp_path)
+    assert again.state.iteration == again.method.count == 5
+    again.train()
+    assert all(torch.equal(a, b) for a, b in zip(everything(again)[0], uninterrupted[0][0], strict=True))
+
+
+def test_changed_rates_and_decays_are_those_of_the_run_that_goes_on(tmp_path):
+    make_trainer(tmp_path, max_train_steps=3).train()
+    changed = make_trainer(tmp_path, wanted="latest")
+    state, saved = changed.state, make_trainer(tmp_path).state.state_dict()
+    state.optimizer.param_groups[0].update(lr=7.0, initial_lr=0.5, betas=(0.5, 0.6), weight_decay=0.25)
+    state.lr_schedule.base_lrs = [0.5]
+    state.ema.decay = 0.5
+    state.load_state_dict(saved)
+    (group,) = state.optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5 / 4, (0.5, 0.6), 0.25)
+    assert state.lr_schedule.get_last_lr() == [0.5 / 4]
+    assert (state.ema.decay, state.ema.optimization_step) == (0.5, 3)
+
+
 def test_a_failure_leaves_a_checkpoint_of_the_last_finished_iteration(tmp_path):
     trainer = make_trainer(tmp_path)
 

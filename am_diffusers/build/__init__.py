@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from am_diffusers.build.method import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
-from am_diffusers.build.training import make_log, make_state, make_trainer
-from am_diffusers.checkpoint import Checkpoints, iteration_of
+from am_diffusers.build.training import make_log, make_state, make_trainer, raw_rewards
+from am_diffusers.checkpoint import Checkpoints
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
@@ -29,12 +30,13 @@ from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes, StopSignal
 from am_diffusers.run import Run
-from am_diffusers.saver import Saver, lock_folder
+from am_diffusers.saver import Saver, load_progress, lock_folder
 from am_diffusers.trackers import PROJECT, Trackers, start_trackers
-from am_diffusers.train_state import TrainState
+from am_diffusers.train_state import Progress, TrainState
 from am_diffusers.trainer import Hooks
 
 EMA_FOLDER = "ema"
+STOPPED_FILE = "stopped"
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -104,9 +106,10 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         encode=encoder(config, model, config.method.rollout_guidance_scale),
         validate=make_validation(plan, scorer, roles, processes, trackers),
         save=saver.save,
+        more=partial(raw_rewards, reward, processes),
         forget=reward.drain,
     )
-    log = make_log(config, trackers, reward, processes, start=state.iteration)
+    log = make_log(config, trackers, start=state.iteration)
     return Run(
         trainer=make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log),
         save_lora=save_lora,
@@ -124,20 +127,20 @@ def open_folder(
 ) -> tuple[BaseFileLock | None, Path | None, Trackers]:
     """Take the output folder: its lock, the checkpoint to go on from, and trackers that go on there too."""
     config, folder = plan.config, Path(plan.config.run.output_dir)
-    lock = lock_folder(folder) if processes.is_main else None
+    locks: list[BaseFileLock] = []
+    processes.on_main(lambda: locks.append(lock_folder(folder)))
     found = resume_point(plan, checkpoints, processes)
-    resumed = 0 if found is None else iteration_of(found)
-    if processes.is_main:
-        start_folder(config, folder, fresh=found is None)
-        if resumed:  # the checkpoint's own validation is done
-            keep_lines(folder / "validation.jsonl", resumed + 1)
+    done = Progress() if found is None else load_progress(found)
+    processes.on_main(lambda: start_folder(config, folder, done))
     trackers = start_trackers(
         processes.accelerator,
         folder=folder,
         logging_dir=folder / config.run.logging_dir,
         config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=resumed,
+        resume_iteration=done.iteration,
+        validated=done.validated == done.iteration,
     )
+    lock = locks[0] if locks else None
     return lock, found, trackers
 
 
@@ -154,15 +157,17 @@ def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
     return write
 
 
-def start_folder(config: Config, folder: Path, *, fresh: bool) -> None:
-    """Write the resolved config; an earlier run's results go if this one starts afresh."""
+def start_folder(config: Config, folder: Path, done: Progress) -> None:
+    """Write the resolved config; remove results of an earlier run, or from after its checkpoint."""
     logs = folder / config.run.logging_dir / PROJECT
-    results = [folder / name for name in ("evaluation.json", "error.txt", "README.md")]
+    results = [folder / name for name in ("evaluation.json", "error.txt", STOPPED_FILE, "README.md")]
     if not config.optimizer.use_ema:
         results.append(folder / EMA_FOLDER / LORA_FILE)
-    if fresh:
+    if done.iteration == 0:
         results += [folder / BASE_REWARDS_FILE, folder / "validation.jsonl", folder / "samples/panel.png"]
         results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]
     for path in results:
         path.unlink(missing_ok=True)
+    if done.iteration > 0:
+        keep_lines(folder / "validation.jsonl", done.validated + 1)
     (folder / "config.yaml").write_text(to_yaml(config), "utf-8")

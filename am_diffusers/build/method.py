@@ -83,11 +83,11 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> T
     else:
         sampler = make_sampler(config, model, purpose="divergence")
         number = options.divergence_samples
-        scores = base_rewards(
-            sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator
-        )
-        if processes.is_main:
-            save_base_rewards(file, prompts, scores)
+        with processes.together():
+            scores = base_rewards(
+                sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator
+            )
+        processes.on_main(lambda: save_base_rewards(file, prompts, scores))
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),
         config.method.reward_scale,

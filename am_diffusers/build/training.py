@@ -65,23 +65,22 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
     return TrainState(parameters, optimizer, lr_schedule, ema)
 
 
-def make_log(
-    config: Config, trackers: Trackers, reward: WeightedRewards, processes: Processes, *, start: int
-) -> MetricsLog:
+def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
+    """Mean scores of each reward in its own units since the last call, over all processes."""
+    means = {name: scores.mean() for name, scores in reward.drain().items()}
+    if processes.number == 1:
+        return {f"reward/{name}": mean.item() for name, mean in means.items()}
+    mean: Tensor = processes.sum(torch.stack(list(means.values()))) / processes.number
+    return {f"reward/{name}": value for name, value in zip(means, mean.tolist(), strict=True)}
+
+
+def make_log(config: Config, trackers: Trackers, *, start: int) -> MetricsLog:
     """metrics.jsonl, the progress bar and the tracker; lines from iteration `start` on are written anew."""
-
-    def raw_rewards() -> dict[str, float]:
-        means = {name: scores.mean() for name, scores in reward.drain().items()}
-        if processes.number == 1:
-            return {f"reward/{name}": mean.item() for name, mean in means.items()}
-        mean: Tensor = processes.sum(torch.stack(list(means.values()))) / processes.number
-        return {f"reward/{name}": value for name, value in zip(means, mean.tolist(), strict=True)}
-
     return MetricsLog(
         Path(config.run.output_dir) / "metrics.jsonl",
         total=config.optimizer.max_train_steps,
         start=start,
-        enabled=processes.is_main,
+        enabled=trackers.accelerator.is_main_process,
         bar={
             "loss": "loss",
             "reward": "reward",
@@ -89,5 +88,4 @@ def make_log(
             "adjoint": f"adjoint_norm/{config.method.num_inference_steps:02d}",
         },
         track=trackers.log,
-        more=raw_rewards,
     )

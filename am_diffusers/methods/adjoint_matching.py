@@ -149,7 +149,7 @@ class AdjointMatching(Method):
         """Restores what `state_dict` returned."""
         self.terminal.clip_norm = state["clip_norm"]
         if self.mask is not None:
-            self.mask.load_state_dict(state["mask"])
+            self.mask.load_state_dict(state.get("mask", {}))
 
     def _collect_chunk(
         self,
