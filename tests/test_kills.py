@@ -105,14 +105,17 @@ def test_killed_the_final_lora_is_bit_identical(folder, whole):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_final_lora_is_bit_identical(folder, whole):
-    """In loading, training, saving, validation, export and evaluation; half of the runs twice."""
+    """In loading, training, saving, validation, export and evaluation; half of the runs twice.
+
+    How long a run takes depends on what else the machine does: a moment after its end is no kill.
+    """
     span, rng = span_of_a_run(folder), random.Random(0)
-    kills = 0
-    for attempt in range(16):
-        first = span * (attempt + rng.random()) / 16
-        second = [rng.uniform(0, span / 2)] * (attempt % 2)
-        kills += kill_and_go_on(folder, whole, f"kill{attempt}", first, *second)
-    assert kills >= 20
+    kills = attempts = 0
+    while kills < 20:
+        moments = [rng.uniform(0, span) for _ in range(1 + attempts % 2)]
+        kills += kill_and_go_on(folder, whole, f"kill{attempts}", *moments)
+        attempts += 1
+        assert attempts < 60, f"only {kills} of so many runs were killed before their end"
 
 
 MOMENTS = {
