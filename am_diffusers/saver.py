@@ -128,6 +128,10 @@ def _latest(checkpoints: Checkpoints) -> Path | None:
 
 
 def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {path}: no such folder; pass latest, or a checkpoint-NUMBER folder"
+        )
     verify(path)
     newer = [p for p in checkpoints.list() if iteration_of(p) > iteration_of(path)]
     if newer:

@@ -201,14 +201,6 @@ def test_a_finished_run_does_nothing_more(tmp_path, uninterrupted):
     assert_as_uninterrupted(again, tmp_path, uninterrupted)
 
 
-def nan_at(*counts):
-    def trouble(method, where):
-        if where == "loss" and method.count in counts:
-            method.buffer[-1][:] = math.nan
-
-    return trouble
-
-
 def test_not_finite_iterations_are_skipped_and_counted_up_to_a_limit(tmp_path):
     trainer = make_trainer(tmp_path, max_skipped_iterations=2)
     nans = iter([False, False, True, True, False, True, True, True])
@@ -332,6 +324,8 @@ def test_a_write_that_fails_half_way_leaves_the_last_checkpoint(tmp_path):
 
 def test_an_explicit_checkpoint_that_is_not_sound_or_not_the_newest_is_refused(tmp_path):
     make_trainer(tmp_path).train()
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        make_trainer(tmp_path, wanted=str(tmp_path / "nowhere"))
     older, newest = tmp_path / "checkpoint-000009", tmp_path / "checkpoint-000012"
     with pytest.raises(CheckpointError, match=r"newer checkpoints \(checkpoint-000012\)"):
         make_trainer(tmp_path, wanted=str(older))
