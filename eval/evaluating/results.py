@@ -1,0 +1,47 @@
+"""Everything that was measured, in memory: what the summary, the tables and the report are made from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluating.candidates import Candidate
+
+from am_diffusers.evaluation import Array
+from am_diffusers.prompt_sets import PromptSet
+
+
+@dataclass(frozen=True)
+class Results:
+    """Complete results of an evaluation: P prompts, S pictures a prompt, the same noise for all candidates.
+
+    Attributes:
+        folder: the output folder.
+        settings: what the pictures depend on beside prompts and candidates (settings.json): plain JSON values,
+            among them pretrained_model_name_or_path, sampler, seed, resolution.
+        prompts: P prompts.
+        candidates: bases first; every other one's `base` is among them.
+        scores: by candidate key, then reward name: (P, S), in the reward's units, higher is better.
+        features: by candidate key, then name of the features: (P, S, D), any norm. May be empty.
+        reference_features: by name of the features: (N, D) of reference pictures. May be empty.
+        path_kl: by candidate key: (P, S) in nats, of tuned candidates sampled by a stochastic table. May be empty.
+        changes: by candidate key: (P, S) LPIPS distance to the base picture of the same noise. May be empty.
+    """
+
+    folder: Path
+    settings: Mapping[str, object]
+    prompts: PromptSet
+    candidates: tuple[Candidate, ...]
+    scores: Mapping[str, Mapping[str, Array]]
+    features: Mapping[str, Mapping[str, Array]]
+    reference_features: Mapping[str, Array]
+    path_kl: Mapping[str, Array]
+    changes: Mapping[str, Array]
+
+    @property
+    def tuned(self) -> tuple[Candidate, ...]:
+        """The candidates with a LoRA."""
+        return tuple(candidate for candidate in self.candidates if not candidate.is_base)
+
+    def picture(self, candidate: Candidate, prompt: int, image: int) -> Path:
+        """File of a picture: an 8-bit RGB PNG."""
+        return self.folder / "pictures" / candidate.key / f"{prompt:05d}-{image:03d}.png"
