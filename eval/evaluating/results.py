@@ -1,7 +1,7 @@
 """Everything that was measured, in memory: what the summary, the tables and the report are made from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluating.candidates import Candidate
@@ -25,6 +25,8 @@ class Results:
         reference_features: by name of the features: (N, D) of reference pictures. May be empty.
         path_kl: by candidate key: (P, S) in nats, of tuned candidates sampled by a stochastic table. May be empty.
         changes: by candidate key: (P, S) LPIPS distance to the base picture of the same noise. May be empty.
+        trained: names of the rewards each LoRA was trained on, by candidate name, where its run is known.
+        notes: what a reader must know: leaks, duplicates, truncated prompts.
     """
 
     folder: Path
@@ -36,6 +38,8 @@ class Results:
     reference_features: Mapping[str, Array]
     path_kl: Mapping[str, Array]
     changes: Mapping[str, Array]
+    trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> tuple[Candidate, ...]:
