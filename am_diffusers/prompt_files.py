@@ -179,10 +179,9 @@ def _as_data(loaded: object) -> Data:
 def _head(data: Data, limit: int | None) -> Data:
     if limit is None:
         return data
-    # `take` of a data set that is not streamed fails on a short one in older versions.
-    return (
-        data.select(range(min(limit, len(data)))) if isinstance(data, datasets.Dataset) else data.take(limit)
-    )
+    if isinstance(data, datasets.Dataset):  # its `take` fails on a shorter one in older versions
+        return data.select(range(min(limit, len(data))))
+    return data.take(limit)
 
 
 def _without_media(data: Data) -> Iterable[Mapping[str, object]]:
