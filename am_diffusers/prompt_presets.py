@@ -113,7 +113,7 @@ def find_prompts(
         raise ValueError(f"prompts {name}: a preset is one split, got {split!r}: leave it out")
     files = _own_copy(name, Path(copy)) if copy else _published(name)
     if len(files) > 1:
-        return _joined(files, category_columns, limit)
+        return _joined(files, column, category_columns, limit)
     return load_prompt_set(str(files[0]), column=column, category_columns=category_columns, limit=limit)
 
 
@@ -124,7 +124,7 @@ def describe_source(source: str) -> str:
         return source
     if preset is None:
         return f"{source} on the hub, not pinned to a revision"
-    return f"{source}: {preset.repository} at {preset.revision}"
+    return f"{source} ({preset.origin}): {preset.repository} at {preset.revision}"
 
 
 def _check_known(source: str) -> None:
@@ -181,11 +181,13 @@ def _published(name: str) -> list[Path]:
         ) from error
 
 
-def _joined(files: Sequence[Path], category_columns: Sequence[str] | None, limit: int | None) -> PromptSet:
+def _joined(
+    files: Sequence[Path], column: str | None, category_columns: Sequence[str] | None, limit: int | None
+) -> PromptSet:
     """One set of several lists; the category `style` is the name of the list."""
     wanted = ["style"] if category_columns is None else list(category_columns)
     if set(wanted) - {"style"}:
         raise ValueError(f"prompts: their one category is 'style', got {', '.join(wanted)}")
-    prompts = [(file.stem, text) for file in files for text in load_prompt_set(str(file)).prompts][:limit]
-    styles, texts = zip(*prompts, strict=True)
+    lists = [(file.stem, load_prompt_set(str(file), column=column, limit=limit)) for file in files]
+    styles, texts = zip(*[(name, text) for name, one in lists for text in one.prompts][:limit], strict=True)
     return PromptSet(prompts=texts, categories={name: styles for name in wanted})

@@ -1,7 +1,7 @@
 """What is worth knowing of a prompt set before pictures are made of it: repetitions, and texts cut off."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from am_diffusers.prompt_sets import PromptSet
@@ -53,22 +53,16 @@ class PromptReport:
         ]
         lines = [", ".join([f"prompts: {len(self.prompts)}", *categories])]
         if self.duplicates:
-            groups = "; ".join(
-                f"{self._quote(group[0])} at {', '.join(map(str, group))}"
-                for group in self.duplicates[:SHOWN]
+            groups = [f"{self._quote(group[0])} at {', '.join(map(str, group))}" for group in self.duplicates]
+            lines.append(
+                f"{self.num_repeated} prompts repeat an earlier one and count again: {_first(groups)}"
             )
-            lines.append(f"{self.num_repeated} prompts repeat an earlier one and count again: {groups}")
-        for found in self.overlong:
-            if found.prompts:
-                cut = "; ".join(
-                    f"prompt {index} ({tokens} tokens) {self._quote(index)}"
-                    for index, tokens in found.prompts[:SHOWN]
-                )
-                lines.append(
-                    f"{len(found.prompts)} prompts are cut off at the {found.limit} tokens of {found.tokenizer}: "
-                    + cut
-                )
-        return lines
+        return lines + [self._cut_off(found) for found in self.overlong if found.prompts]
+
+    def _cut_off(self, found: Overlong) -> str:
+        texts = [f"prompt {i} ({tokens} tokens) {self._quote(i)}" for i, tokens in found.prompts]
+        limit = f"the {found.limit} tokens of {found.tokenizer}"
+        return f"{len(texts)} prompts are cut off at {limit}: {_first(texts)}"
 
     def _quote(self, index: int) -> str:
         text = self.prompts.prompts[index]
@@ -101,3 +95,7 @@ def report_prompts(
 def _longer(prompts: PromptSet, count: Callable[[str], int], limit: int) -> tuple[tuple[int, int], ...]:
     lengths = [(index, count(text)) for index, text in enumerate(prompts.prompts)]
     return tuple((index, tokens) for index, tokens in lengths if tokens > limit)
+
+
+def _first(examples: Sequence[str]) -> str:
+    return "; ".join([*examples[:SHOWN], *(["..."] if len(examples) > SHOWN else [])])

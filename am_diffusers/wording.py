@@ -113,7 +113,7 @@ class Vocabulary:
             return word
         for ending, singular in PLURALS:
             stem = word.removesuffix(ending)
-            if stem != word and len(stem) >= 2 and stem + singular in self._words:
+            if stem != word and len(stem + singular) > 2 and stem + singular in self._words:
                 return stem + singular
         return word
 
