@@ -14,6 +14,7 @@ from am_diffusers.plan import Plan
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.samples import Sampler
+from am_diffusers.solver import TableSolver
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
 
@@ -120,7 +121,7 @@ def make_sampler(config: Config, model: SD3, *, purpose: str = "picture") -> Sam
     """The ODE sampler of validation and evaluation; other noise for each other `purpose`."""
     evaluation = config.evaluation
     return Sampler(
-        transitions=ode_euler(model.ode_sigmas(evaluation.eval_inference_steps)),
+        solver=TableSolver(ode_euler(model.ode_sigmas(evaluation.eval_inference_steps))),
         encode=encoder(config, model, evaluation.eval_guidance_scale),
         decode=model.decode,
         latents=latent_spec(config, model),

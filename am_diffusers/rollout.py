@@ -91,6 +91,8 @@ def sample(
     cond: Conditioning,
     noise: Tensor,
     step_noise: Callable[[int], Tensor] | None = None,
+    *,
+    watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """All K steps of the policy from `noise`: final latents, (B, ...).
 
@@ -100,6 +102,7 @@ def sample(
         cond: conditioning, B rows.
         noise: x_0 ~ N(0, I), (B, ...).
         step_noise: noise of step k, like `noise`; called for the steps with std > 0 only.
+        watch: sees (k, x_k, velocity of the policy there) of every step.
 
     Raises:
         ValueError: if the table is stochastic and `step_noise` is missing.
@@ -108,7 +111,10 @@ def sample(
         raise ValueError("a stochastic table needs `step_noise`; for the ODE pass ode_euler(sigmas)")
     x = noise
     for k in range(transitions.num_steps):
-        mean = transitions.mean(k, x, policy(x, noise_level(transitions, k, x), cond))
+        velocity = policy(x, noise_level(transitions, k, x), cond)
+        if watch is not None:
+            watch(k, x, velocity)
+        mean = transitions.mean(k, x, velocity)
         std = transitions.std[k].item()
         x = mean + std * step_noise(k) if step_noise is not None and std > 0 else mean
     return x

@@ -1,7 +1,8 @@
-"""Pictures of base and tuned model from the same noise, by deterministic sampling.
+"""Pictures of base and tuned model from the same noise.
 
-Every picture has a generator of its own, a function of (seed, prompt index, image index): neither the batch
-size nor the number of processes changes it.
+Every picture has generators of its own, functions of (seed, prompt index, image index): neither the batch
+size nor the number of processes changes it. Its starting noise has one, the noise of stochastic steps
+another, so that all solvers start from the same noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.rollout import LatentSpec, generator_for, sample
-from am_diffusers.transitions import Transitions
+from am_diffusers.rollout import LatentSpec, generator_for
+from am_diffusers.solver import Solver
 from am_diffusers.velocity import Conditioning, VelocityField
 
 
@@ -38,12 +39,19 @@ def share_of(which: Sequence[Picture], index: int, number: int) -> list[Picture]
     return [which[(index + number * i) % len(which)] for i in range(size)]
 
 
+class Sampled(NamedTuple):
+    """N pictures (N, 3, H, W) in [0, 1], and their path KL (N,) in nats where it was taken, on the CPU."""
+
+    pictures: Tensor
+    path_kl: Tensor | None
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Prompts and noise to pictures.
 
     Attributes:
-        transitions: table of the sampler, deterministic.
+        solver: noise to latents, deterministic or stochastic.
         encode: B prompts to their conditioning.
         decode: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1].
         latents: shape and device of the latents.
@@ -52,7 +60,7 @@ class Sampler:
         purpose: names the stream of noise; validation and evaluation share one.
     """
 
-    transitions: Transitions
+    solver: Solver
     encode: Callable[[Sequence[str]], Conditioning]
     decode: Callable[[Tensor], Tensor]
     latents: LatentSpec
@@ -60,22 +68,38 @@ class Sampler:
     batch_size: int
     purpose: str = "picture"
 
-    @torch.no_grad()
     def pictures(self, field: VelocityField, prompts: Sequence[str], which: Sequence[Picture]) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] on the CPU.
+        """Pictures (N, 3, H, W) in [0, 1] on the CPU, see `sample`."""
+        return self.sample(field, prompts, which).pictures
+
+    @torch.no_grad()
+    def sample(
+        self,
+        field: VelocityField,
+        prompts: Sequence[str],
+        which: Sequence[Picture],
+        *,
+        base: VelocityField | None = None,
+    ) -> Sampled:
+        """Pictures, and with `base` their path KL if the solver is a stochastic table.
 
         Args:
             field: base or policy, guided or not.
             prompts: what `Picture.prompt` counts.
             which: the N >= 1 pictures to make.
+            base: what the path KL is against, with the same guidance as `field`; None = no path KL.
         """
-        made = []
+        made, path_kl = list[Tensor](), list[Tensor]()
         for start in range(0, len(which), self.batch_size):
             batch = which[start : start + self.batch_size]
             cond = self.encode([prompts[picture.prompt] for picture in batch])
             noise = self.latents.draw([self.generator(picture) for picture in batch])
-            made.append(self.decode(sample(field, self.transitions, cond, noise)).cpu())
-        return torch.cat(made)
+            steps = [generator_for(self.seed, self.purpose, *picture, "steps") for picture in batch]
+            solution = self.solver(field, cond, noise, steps, base=base)
+            made.append(self.decode(solution.latents).cpu())
+            if solution.path_kl is not None:
+                path_kl.append(solution.path_kl)
+        return Sampled(torch.cat(made), torch.cat(path_kl) if path_kl else None)
 
     def generator(self, picture: Picture) -> torch.Generator:
         """Where a picture's starting noise comes from.

@@ -5,6 +5,7 @@ import torch
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.samples import Sampler
 from am_diffusers.scoring import Scorer
+from am_diffusers.solver import TableSolver
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
 
@@ -30,7 +31,7 @@ def field(shift):
 
 def make_sampler(batch_size=4, seed=3):
     return Sampler(
-        ode_euler(uniform_sigmas(5)),
+        TableSolver(ode_euler(uniform_sigmas(5))),
         encode=encode,
         decode=lambda latents: latents.clamp(0, 1),
         latents=LatentSpec((3, 40, 40)),

@@ -12,7 +12,7 @@ EVAL_FILES = sorted((PACKAGE.parent / "eval").rglob("*.py"))
 # Layers from the bottom up; a module may import its own layer's packages and everything below it.
 LAYERS = [
     {"velocity", "transitions", "parametrization", "divergences", "scaling", "out_of_memory"},
-    {"rollout", "adjoint", "matching", "terminal"},
+    {"rollout", "solver", "adjoint", "matching", "terminal"},
     {"methods"},
 ]
 MATHEMATICS = set().union(*LAYERS)

@@ -20,7 +20,7 @@ from am_diffusers.load import encoder, guided, make_sampler, weighted
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, gather_from_one
-from am_diffusers.models.sd3 import SD3Field
+from am_diffusers.models.field import SD3Field
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards.skeleton import Skeleton

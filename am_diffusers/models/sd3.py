@@ -5,11 +5,8 @@ One transformer in memory predicts `velocity = noise - clean` at timestep `1000 
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -17,47 +14,13 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from torch import Tensor
 
 from am_diffusers.models import lora
+from am_diffusers.models.field import SD3Field
+from am_diffusers.models.lora_check import verify_lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
+from am_diffusers.models.schedulers import even_sigmas, make_solver, own_sigmas
 from am_diffusers.models.text import PromptEncoder
-from am_diffusers.scaling import scaled_vjp
-from am_diffusers.velocity import Conditioning, Cotangent
-
-
-@dataclass(frozen=True)
-class SD3Field:
-    """The velocity of an SD3 transformer with its LoRA on (`policy`) or off (`base`).
-
-    States and velocities keep the dtype of `x` (float32 in training) whatever the weights are.
-    """
-
-    model: "SD3"
-    adapter: bool
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity at `x` (B, C, H, W), `sigma` (B,); of the policy differentiable in the LoRA weights.
-
-        The base never records a graph: a backward pass that gradient checkpointing recomputes after the
-        LoRA is back on would be wrong. Its derivative is `vjp`.
-        """
-        trained = self.adapter and torch.is_grad_enabled()
-        transformer = self.model.transformer
-        with torch.set_grad_enabled(trained), lora.adapters(transformer, enabled=self.adapter):
-            return self.model.velocity(transformer, x, sigma, cond)
-
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and `J(x)^T cotangent`, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
-        transformer = self.model.transformer
-        # Forward and backward share one adapter context: gradient checkpointing runs the forward again.
-        with lora.adapters(transformer, enabled=self.adapter):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_(True)
-                velocity = self.model.velocity(transformer, x, sigma, cond)
-            detached = velocity.detach()
-            with torch.no_grad():
-                vector = cotangent(detached) if callable(cotangent) else cotangent
-            return detached, scaled_vjp(velocity, x, vector)
+from am_diffusers.solver import Solver
+from am_diffusers.velocity import Conditioning
 
 
 class SD3:
@@ -207,16 +170,15 @@ class SD3:
 
     def ode_sigmas(self, num_steps: int) -> Tensor:
         """The pipeline's own noise levels (num_steps + 1,), 1 to 0: for ODE sampling only."""
-        return self._sigmas(num_steps, None)
+        return own_sigmas(self._pipe.scheduler, num_steps)
 
     def sde_sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's shift of an even grid (num_steps + 1,), 1 to 0: for stochastic tables."""
-        return self._sigmas(num_steps, np.linspace(1, 1 / num_steps, num_steps).tolist())
+        return even_sigmas(self._pipe.scheduler, num_steps)
 
-    def _sigmas(self, num_steps: int, sigmas: list[float] | None) -> Tensor:
-        scheduler = deepcopy(self._pipe.scheduler)
-        scheduler.set_timesteps(num_steps, sigmas=sigmas)
-        return scheduler.sigmas.double()
+    def solver(self, name: str, num_steps: int) -> Solver:
+        """A table of `TRANSITIONS` or a scheduler of Diffusers by its name, see `schedulers.make_solver`."""
+        return make_solver(self._pipe.scheduler, name, num_steps)
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the LoRA for Diffusers, see `lora.save_lora`."""
@@ -226,17 +188,37 @@ class SD3:
         """Load a LoRA file, see `lora.load_lora`."""
         lora.load_lora(self.transformer, path, scale=scale)
 
+    def set_lora_scale(self, scale: float) -> None:
+        """Change the `scale` of `load_lora`, see `lora.set_lora_scale`."""
+        lora.set_lora_scale(self.transformer, scale)
+
+    def unload_lora(self) -> None:
+        """Remove the LoRA: the base as it was loaded, and another LoRA can be attached or loaded."""
+        lora.unload_lora(self.transformer)
+
+    @torch.no_grad()
+    def lora_effect(self, cond: Conditioning, height: int, width: int) -> float:
+        """Largest change of the velocity by the LoRA, relative to the largest velocity; 0 without a LoRA.
+
+        At the same point as `verify_lora`: one `height` x `width` picture (pixels), first prompt of `cond`.
+        """
+        point = self._point(cond, height, width)
+        base = self.base(*point)
+        return ((self.policy(*point) - base).abs().max() / base.abs().max()).item()
+
     @torch.no_grad()
     def verify_lora(self, file: Path, cond: Conditioning, height: int, width: int) -> dict[str, float]:
-        """Reload what `save_lora` wrote into a fresh pipeline and compare, see `lora.verify_lora`.
+        """Reload what `save_lora` wrote into a fresh pipeline and compare, see `lora_check.verify_lora`.
 
         Compares the velocity of one `height` x `width` picture (pixels) for the first prompt of `cond`.
         """
         if self._source is None:
             raise ValueError("verify_lora loads the base model again: make this SD3 with `from_pretrained`")
         fresh = self._source.load(self.weight_dtype, text_and_vae=False).to(self.device)
+        point = self._point(cond, height, width)
+        return verify_lora(self.transformer, file, fresh, lambda module: self.velocity(module, *point))
+
+    def _point(self, cond: Conditioning, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """A fixed argument of a field: one latent halfway between noise and data, first row of `cond`."""
         x = torch.randn(1, *self.latent_shape(height, width), generator=torch.Generator().manual_seed(0))
-        row, sigma = cond.index([0]), torch.tensor([0.5])
-        return lora.verify_lora(
-            self.transformer, file, fresh, lambda module: self.velocity(module, x, sigma, row)
-        )
+        return x, torch.tensor([0.5]), cond.index([0])

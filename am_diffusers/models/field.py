@@ -1,0 +1,51 @@
+"""The velocity of a transformer with its LoRA on or off, and its vector-Jacobian product."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from am_diffusers.models import lora
+from am_diffusers.scaling import scaled_vjp
+from am_diffusers.velocity import Conditioning, Cotangent
+
+if TYPE_CHECKING:
+    from am_diffusers.models.sd3 import SD3
+
+
+@dataclass(frozen=True)
+class SD3Field:
+    """The velocity of an SD3 transformer with its LoRA on (`policy`) or off (`base`).
+
+    States and velocities keep the dtype of `x` (float32 in training) whatever the weights are.
+    """
+
+    model: "SD3"
+    adapter: bool
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity at `x` (B, C, H, W), `sigma` (B,); of the policy differentiable in the LoRA weights.
+
+        The base never records a graph: a backward pass that gradient checkpointing recomputes after the
+        LoRA is back on would be wrong. Its derivative is `vjp`.
+        """
+        trained = self.adapter and torch.is_grad_enabled()
+        transformer = self.model.transformer
+        with torch.set_grad_enabled(trained), lora.adapters(transformer, enabled=self.adapter):
+            return self.model.velocity(transformer, x, sigma, cond)
+
+    def vjp(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and `J(x)^T cotangent`, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
+        transformer = self.model.transformer
+        # Forward and backward share one adapter context: gradient checkpointing runs the forward again.
+        with lora.adapters(transformer, enabled=self.adapter):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                velocity = self.model.velocity(transformer, x, sigma, cond)
+            detached = velocity.detach()
+            with torch.no_grad():
+                vector = cotangent(detached) if callable(cotangent) else cotangent
+            return detached, scaled_vjp(velocity, x, vector)
