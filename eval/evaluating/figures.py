@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from am_diffusers.evaluation import Array, Interval
+from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation import Array
 from am_diffusers.panel import COLOURS, GREY
 
 WIDTH, HEIGHT = 4.6, 3.1
@@ -30,11 +31,10 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 10,
     # Names come from outside: a dollar sign in one is no formula.
     "text.parse_math": False,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
+        "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -57,8 +57,8 @@ class Point:
 
     number: int
     family: str
-    cost: Interval
-    gain: Interval
+    cost: Estimate
+    gain: Estimate
 
 
 def distributions(reward: str, base: Array, tuned: Array) -> str:
@@ -95,7 +95,7 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         return _svg(figure, f"{reward}: how many pictures got which score, base and tuned")
 
 
-def category_gains(reward: str, names: Sequence[str], gains: Sequence[Interval]) -> str:
+def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate]) -> str:
     """Gain with its interval, a row a category.
 
     Args:
@@ -178,8 +178,7 @@ def _front(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _in_percent(point: Point) -> Point:
-    cost = Interval(100 * point.cost.value, 100 * point.cost.low, 100 * point.cost.high)
-    return Point(point.number, point.family, cost, point.gain)
+    return replace(point, cost=point.cost.scaled(100))
 
 
 def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
@@ -202,7 +201,7 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
             linewidth=1.2,
             label=shorten(family),
         )
-        for point in members:
+        for point in members if len(points) > 1 else ():
             where = (point.cost.value, point.gain.value)
             axes.annotate(f"{point.number}", where, (5, 5), textcoords="offset points", fontweight="bold")
     axes.margins(0.12)
@@ -210,10 +209,12 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
     _legend_above(axes)
 
 
-def _whiskers(intervals: Sequence[Interval]) -> Array:
-    """Distances from the values to both ends, (2, N)."""
-    # A percentile interval of few prompts can lie beside its value by rounding.
-    return np.maximum([[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]], 0)
+def _whiskers(estimates: Sequence[Estimate]) -> Array:
+    """Distances from the values to both ends of their intervals, (2, N); 0 where there is none."""
+    low = [e.value - e.low if e.low is not None else 0 for e in estimates]
+    high = [e.high - e.value if e.high is not None else 0 for e in estimates]
+    # An end can lie on the wrong side of its value by rounding.
+    return np.maximum([low, high], 0)
 
 
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:

@@ -1,87 +1,59 @@
-"""What the report says of each tuned candidate, read from the summary document."""
+"""What the report says of each tuned candidate: the summary's numbers, named and put in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from evaluating.candidates import Candidate
 from evaluating.results import Results
+from evaluating.summary import AgainstBase, Summary
 
-from am_diffusers.evaluation import Interval
+from am_diffusers.comparison import Comparison, Estimate
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
 @dataclass(frozen=True)
-class RewardFinding:
-    """What one reward says of a tuned candidate.
-
-    Attributes:
-        reward: its name.
-        base_mean: mean score of the base pictures, in the reward's units.
-        tuned_mean: mean score of the tuned pictures, in the reward's units.
-        gain: mean paired difference in base standard deviations.
-        win_rate: share of pairs whose tuned picture scores higher, ties counted half.
-        p: of the Wilcoxon signed-rank test.
-    """
-
-    reward: str
-    base_mean: float
-    tuned_mean: float
-    gain: Interval
-    win_rate: float
-    p: float
-
-    @property
-    def verdict(self) -> str:
-        """In words: clear is what has zero outside its interval."""
-        if self.gain.low > 0:
-            return BETTER
-        return WORSE if self.gain.high < 0 else UNCLEAR
-
-
-@dataclass(frozen=True)
-class CategoryFinding:
-    """Gains on the prompts of one category.
-
-    Attributes:
-        name: of the category.
-        num_prompts: in it.
-        gains: by reward name, in base standard deviations; a reward is missing where nothing can be said.
-    """
-
-    name: str
-    num_prompts: int
-    gains: dict[str, Interval]
-
-
-@dataclass(frozen=True)
 class Finding:
-    """What was found of one tuned candidate.
+    """A tuned candidate and what was found of it.
 
     Attributes:
+        number: from 1, in the tables and figures.
+        place: among all candidates of the evaluation, from 0.
         candidate: it.
         label: its name, with what tells it from the others.
-        rewards: one by one.
-        kept: diversity of its pictures, relative to the base's, by name of the features.
-        path_kl: in nats; None = not measured.
-        categories: by category column.
+        against: what the summary says of it.
     """
 
+    number: int
+    place: int
     candidate: Candidate
     label: str
-    rewards: tuple[RewardFinding, ...]
-    kept: dict[str, Interval]
-    path_kl: Interval | None
-    categories: dict[str, tuple[CategoryFinding, ...]]
+    against: AgainstBase
 
+    @property
+    def gains(self) -> dict[str, Estimate]:
+        """By reward name, in base standard deviations; a reward is missing if all base pictures score the same."""
+        found = {name: reward.overall.gain for name, reward in self.against.rewards.items()}
+        return {name: gain for name, gain in found.items() if gain is not None}
+
+    @property
     def verdicts(self) -> dict[str, list[str]]:
         """Names of the rewards by verdict; a verdict that none has is missing."""
-        found = {
-            verdict: [reward.reward for reward in self.rewards if reward.verdict == verdict]
-            for verdict in (BETTER, WORSE, UNCLEAR)
-        }
-        return {verdict: names for verdict, names in found.items() if names}
+        words = {name: verdict(reward.overall) for name, reward in self.against.rewards.items()}
+        found = {word: [name for name in words if words[name] == word] for word in (BETTER, WORSE, UNCLEAR)}
+        return {word: names for word, names in found.items() if names}
+
+    def category_gains(self, reward: str, column: str) -> dict[str, Comparison]:
+        """Comparisons by category, of those with a gain."""
+        found = self.against.rewards[reward].categories[column]
+        return {name: comparison for name, comparison in found.items() if comparison.gain is not None}
+
+
+def verdict(comparison: Comparison) -> str:
+    """In words: no clear difference unless it's significant."""
+    if not comparison.significant:
+        return UNCLEAR
+    return BETTER if comparison.difference.value > 0 else WORSE
 
 
 def candidate_labels(candidates: Sequence[Candidate]) -> dict[str, str]:
@@ -100,47 +72,21 @@ def candidate_labels(candidates: Sequence[Candidate]) -> dict[str, str]:
     }
 
 
-def read_findings(results: Results, summary: Mapping[str, Any]) -> tuple[Finding, ...]:
+def read_findings(results: Results, summary: Summary) -> tuple[Finding, ...]:
     """Findings of all tuned candidates, in the order of `results`.
 
     Args:
         results: of the evaluation.
-        summary: summary.json of the same results.
+        summary: of the same results.
     """
     labels = candidate_labels(results.candidates)
-    return tuple(
-        _finding(candidate, labels[candidate.key], summary["candidates"][candidate.key])
-        for candidate in results.tuned
-    )
-
-
-def _finding(candidate: Candidate, label: str, entry: Mapping[str, Any]) -> Finding:
-    return Finding(
-        candidate,
-        label,
-        tuple(_reward(name, found) for name, found in entry["rewards"].items()),
-        {name: Interval(**found["kept"]) for name, found in entry["diversity"].items()},
-        Interval(**entry["path_kl"]) if entry["path_kl"] else None,
-        {
-            column: tuple(
-                CategoryFinding(
-                    name,
-                    found["num_prompts"],
-                    {reward: Interval(**gain["gain"]) for reward, gain in found["rewards"].items()},
-                )
-                for name, found in values.items()
-            )
-            for column, values in entry["categories"].items()
-        },
-    )
-
-
-def _reward(name: str, found: Mapping[str, Any]) -> RewardFinding:
-    return RewardFinding(
-        name,
-        found["base_mean"],
-        found["tuned_mean"],
-        Interval(**found["gain"]),
-        found["win_rate"],
-        found["p"],
-    )
+    against = {found.key: found.against_base for found in summary.candidates}
+    places = [place for place, candidate in enumerate(results.candidates) if not candidate.is_base]
+    found: list[Finding] = []
+    for number, place in enumerate(places, 1):
+        candidate = results.candidates[place]
+        comparison = against.get(candidate.key)
+        if comparison is None:
+            raise ValueError(f"{candidate.key}: expected a comparison in the summary: it's of other results")
+        found.append(Finding(number, place, candidate, labels[candidate.key], comparison))
+    return tuple(found)

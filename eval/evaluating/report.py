@@ -6,31 +6,31 @@ from elsewhere: its Content-Security-Policy allows inline style, the one script 
 
 import base64
 import hashlib
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from evaluating.findings import read_findings
+from evaluating.findings import read_findings, verdict
 from evaluating.report_context import report_context
 from evaluating.report_pictures import embed_pictures
 from evaluating.results import Results
+from evaluating.summary import Summary
+from evaluating.text_files import write_text
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from am_diffusers.evaluation import Interval
+from am_diffusers.comparison import Estimate
 
 HERE = Path(__file__).parent
+MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(
-    results: Results, summary: Mapping[str, Any], file: Path, *, max_prompts: int = 100, picture_side: int = 384
+    results: Results, summary: Summary, file: Path, *, max_prompts: int = 100, picture_side: int = 384
 ) -> Path:
     """Write the report; an earlier one is replaced.
 
     Args:
         results: complete results, with at least one tuned candidate.
-        summary: summary.json of the same results.
+        summary: of the same results.
         file: of the page.
         max_prompts: prompts whose pictures are embedded: largest gains, largest losses, then evenly.
         picture_side: embedded pictures larger than 128 pixels are made this large.
@@ -43,38 +43,77 @@ def write_report(
     """
     if not results.tuned:
         raise ValueError("report: expected a tuned candidate to compare, got bases only; evaluate a LoRA")
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"signed": signed, "share": share, "nats": nats, "p_value": p_value, "plain": "{:.4g}".format}
     embedded = embed_pictures(results, max_prompts, picture_side)
-    script = (HERE / "report.js").read_text("utf-8")
-    page = environment.get_template("report.html.jinja").render(
-        **report_context(results, read_findings(results, summary), embedded),
-        style=Markup((HERE / "report.css").read_text("utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    context = report_context(results, read_findings(results, summary), embedded)
+    # A browser hashes a script with its line ends as \n, however git checked it out.
+    script = "\n".join((HERE / "report.js").read_text("utf-8").splitlines())
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            context,
+            style=Markup((HERE / "report.css").read_text("utf-8")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
-    part = file.with_suffix(".part")
-    # The hash is of these very characters: no translation of line ends.
-    part.write_text(page, "utf-8", "replace", newline="\n")
-    os.replace(part, file)
+    # Prompts read from JSON may hold halves of characters, which no file can.
+    write_text(file, page.encode("utf-8", "replace").decode())
     return file
 
 
-def signed(interval: Interval) -> str:
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": plain,
+        "change": change,
+        "signed": signed,
+        "share": share,
+        "nats": nats,
+        "p_value": p_value,
+        "verdict": verdict,
+    }
+    return environment
+
+
+def plain(score: float) -> str:
+    """Four digits, trailing zeros too: `20.10`."""
+    text = f"{score:.0f}" if abs(score) >= 1000 else f"{score:#.4g}"
+    return text.replace("-", MINUS)
+
+
+def change(difference: float) -> str:
+    """With its sign: `+0.353`."""
+    return f"{difference:+.3g}".replace("-", MINUS)
+
+
+def signed(gain: Estimate) -> str:
     """`+0.53 [+0.41, +0.66]`."""
-    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return _with_interval(gain, "{:+.2f}")
 
 
-def share(interval: Interval) -> str:
+def share(kept: Estimate) -> str:
     """`97 % [87 %, 109 %]`."""
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]".replace("%", " %")
+    return _with_interval(kept, "{:.0%}").replace("%", "\N{NO-BREAK SPACE}%")
 
 
-def nats(interval: Interval) -> str:
+def nats(divergence: Estimate) -> str:
     """`12.3 [10.1, 14.8]`."""
-    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+    return _with_interval(divergence, "{:#.3g}")
+
+
+def _with_interval(estimate: Estimate, form: str) -> str:
+    """The value, and the interval where there is one."""
+    value = form.format(estimate.value)
+    if estimate.low is not None and estimate.high is not None:
+        value += f" [{form.format(estimate.low)}, {form.format(estimate.high)}]"
+    return value.replace("-", MINUS)
 
 
 def p_value(value: float) -> str:

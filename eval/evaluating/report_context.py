@@ -1,21 +1,23 @@
 """What the report's template shows: tables, figures, largest changes, and the numbers its script works on."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from evaluating import figures
 from evaluating.figures import Point
-from evaluating.findings import CategoryFinding, Finding, candidate_labels
+from evaluating.findings import Finding, candidate_labels
 from evaluating.report_pictures import Embedded, gain_order
 from evaluating.results import Results
 from markupsafe import Markup
 
-from am_diffusers.evaluation import Array, Interval
+from am_diffusers.comparison import Comparison, Estimate
+from am_diffusers.evaluation import Array
 
 EXTREMES = 4
 MAX_CATEGORIES = 30
 DIGITS = 6
-# Settings that a reader looks for first, in words; the others stand below them.
+# Settings that a reader looks for first, in words.
 WORDS = {
     "pretrained_model_name_or_path": "base model",
     "sampler": "sampler",
@@ -43,7 +45,7 @@ def report_context(
         findings: of its tuned candidates, in their order.
         embedded: pictures by prompt and candidate key.
     """
-    rewards = list(dict.fromkeys(reward.reward for finding in findings for reward in finding.rewards))
+    rewards = list(dict.fromkeys(name for finding in findings for name in finding.against.rewards))
     columns = list(results.prompts.categories.values())
     return {
         "results": results,
@@ -51,28 +53,41 @@ def report_context(
         "findings": findings,
         "rewards": rewards,
         "labels": candidate_labels(results.candidates),
-        "settings": {WORDS.get(name, name): results.settings[name] for name in _settings_order(results)},
-        "reach": max(max(-r.gain.low, r.gain.high, 0.1) for f in findings for r in f.rewards),
+        "settings": _settings(results),
+        "bars": _bars([gain for finding in findings for gain in finding.gains.values()]),
         "charts": [_charts(results, finding) for finding in findings],
         "trade_offs": _trade_offs(findings),
         "extremes": [_extremes(results, finding) for finding in findings],
         "max_categories": MAX_CATEGORIES,
-        "largest": largest,
         "prompt_categories": list(zip(*columns, strict=True)) if columns else [()] * len(results.prompts),
         "pictures": embedded,
         "data": _data(results, rewards),
     }
 
 
-def largest(categories: Sequence[CategoryFinding]) -> list[CategoryFinding]:
-    """Up to `MAX_CATEGORIES` with the most prompts, in their own order."""
-    kept = sorted(categories, key=lambda category: -category.num_prompts)[:MAX_CATEGORIES]
-    return [category for category in categories if category in kept]
-
-
-def _settings_order(results: Results) -> list[str]:
+def _settings(results: Results) -> dict[str, str]:
+    """What holds for all candidates, in words: the settings, and what the tuned candidates have in common."""
     first = [name for name in WORDS if name in results.settings]
-    return [*first, *(name for name in results.settings if name not in first)]
+    names = [*first, *(name for name in results.settings if name not in first)]
+    settings = {WORDS.get(name, name): _text(results.settings[name]) for name in names}
+    common = {
+        "LoRA": [str(candidate.lora) for candidate in results.tuned],
+        "LoRA scale": [f"{candidate.lora_scale:g}" for candidate in results.tuned],
+        "steps": [str(candidate.num_inference_steps) for candidate in results.tuned],
+        "guidance": [f"{candidate.guidance_scale:g}" for candidate in results.tuned],
+    }
+    return settings | {name: values[0] for name, values in common.items() if len(set(values)) == 1}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _bars(gains: Sequence[Estimate]) -> Callable[[float], str]:
+    """Places of gains in the bars of the table, which all have one scale: 0 to 100, zero among them."""
+    ends = [end for gain in gains for end in (gain.low, gain.value, gain.high) if end is not None]
+    low, high = min([0, *ends]), max([0, *ends])
+    return lambda gain: f"{100 * (gain - low) / ((high - low) or 1):.1f}"
 
 
 def _data(results: Results, rewards: Sequence[str]) -> dict[str, Any]:
@@ -91,55 +106,61 @@ def _rounded(scores: Array) -> list[list[float]]:
 
 
 def _charts(results: Results, finding: Finding) -> dict[str, list[Markup]]:
-    """Figures of one candidate: score distributions, and gains by category for each category column."""
+    """Figures of one candidate: score distributions under "", and gains by category under the column."""
     base, tuned = results.scores[finding.candidate.base.key], results.scores[finding.candidate.key]
-    names = [reward.reward for reward in finding.rewards]
+    names = list(finding.against.rewards)
     charts = {
         "": [figures.distributions(name, base[name], tuned[name]) for name in names],
-        **{column: [_category_chart(name, c) for name in names] for column, c in finding.categories.items()},
+        **{
+            column: [_category_chart(name, finding.category_gains(name, column)) for name in names]
+            for column in results.prompts.categories
+        },
     }
-    return {name: [Markup(svg) for svg in group if svg] for name, group in charts.items()}
+    return {name: [Markup(svg) for svg in group if svg] for name, group in charts.items() if any(group)}
 
 
-def _category_chart(reward: str, categories: Sequence[CategoryFinding]) -> str:
-    """Figure of the gains by category; "" where no category has one."""
-    known = [category for category in largest(categories) if reward in category.gains]
-    names = [f"{figures.shorten(category.name)} ({category.num_prompts})" for category in known]
-    return figures.category_gains(reward, names, [c.gains[reward] for c in known]) if known else ""
+def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
+    """Figure of the gains in the categories with the most prompts; "" where no category has a gain."""
+    most = sorted(found, key=lambda name: -found[name].num_prompts)[:MAX_CATEGORIES]
+    shown = {name: comparison for name, comparison in found.items() if name in most}
+    names = [f"{figures.shorten(name)} ({comparison.num_prompts})" for name, comparison in shown.items()]
+    gains = [comparison.gain for comparison in shown.values() if comparison.gain is not None]
+    return figures.category_gains(reward, names, gains) if gains else ""
 
 
 def _trade_offs(findings: Sequence[Finding]) -> dict[str, list[Markup]]:
     """Figures over all candidates, by what the gain cost: gain against it, for every reward."""
-    features = dict.fromkeys(name for finding in findings for name in finding.kept)
-    costs = {f"diversity ({name})": [f.kept.get(name) for f in findings] for name in features}
+    features = dict.fromkeys(name for finding in findings for name in finding.against.diversity_kept)
     charts = {
-        name: _cost_charts(findings, found, figures.gain_against_diversity) for name, found in costs.items()
+        f"diversity ({name})": _cost_charts(
+            findings, [f.against.diversity_kept.get(name) for f in findings], figures.gain_against_diversity
+        )
+        for name in features
     }
-    kls = [finding.path_kl for finding in findings]
-    if any(kls):
-        charts["path KL"] = _cost_charts(findings, kls, figures.gain_against_path_kl)
-    return charts
+    path_kl = [finding.against.path_kl for finding in findings]
+    charts["path KL"] = _cost_charts(findings, path_kl, figures.gain_against_path_kl)
+    return {name: group for name, group in charts.items() if group}
 
 
-def _cost_charts(findings: Sequence[Finding], costs: Sequence[Interval | None], draw: Any) -> list[Markup]:
+def _cost_charts(
+    findings: Sequence[Finding],
+    costs: Sequence[Estimate | None],
+    draw: Callable[[str, Sequence[Point]], str],
+) -> list[Markup]:
     """One figure a reward of the candidates whose cost is known."""
     points: dict[str, list[Point]] = {}
-    for number, (finding, cost) in enumerate(zip(findings, costs, strict=True), 1):
-        for reward in finding.rewards if cost else ():
-            point = Point(number, finding.candidate.name, cost, reward.gain)
-            points.setdefault(reward.reward, []).append(point)
+    for finding, cost in zip(findings, costs, strict=True):
+        for reward, gain in finding.gains.items() if cost else ():
+            assert cost is not None
+            point = Point(finding.number, finding.candidate.name, cost, gain)
+            points.setdefault(reward, []).append(point)
     return [Markup(draw(reward, found)) for reward, found in points.items()]
 
 
 def _extremes(results: Results, finding: Finding) -> dict[str, tuple[list[Pair], list[Pair]]]:
     """By reward: the largest gains and the largest losses, at most one picture a prompt."""
-    scores = results.scores
-    return {
-        reward.reward: _ends(
-            scores[finding.candidate.base.key][reward.reward], scores[finding.candidate.key][reward.reward]
-        )
-        for reward in finding.rewards
-    }
+    base, tuned = results.scores[finding.candidate.base.key], results.scores[finding.candidate.key]
+    return {reward: _ends(base[reward], tuned[reward]) for reward in finding.against.rewards}
 
 
 def _ends(base: Array, tuned: Array) -> tuple[list[Pair], list[Pair]]:
