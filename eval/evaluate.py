@@ -11,16 +11,17 @@ import sys
 
 from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
-from evaluating.driver import evaluate
-from evaluating.options import parse
-from evaluating.plan import make_plan
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.processes import Interrupted, Processes, StopSignal, check_joined
 from am_diffusers.redact import guard_output, redact
+from evaluating.driver import evaluate
+from evaluating.options import parse
+from evaluating.plan import make_plan
 
 
 def main() -> None:
+    """Plan, evaluate, say where the report is."""
     guard_output()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

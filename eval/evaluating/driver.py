@@ -1,10 +1,13 @@
-"""An evaluation from plan to report: pictures, then each measure, then the results when nothing is missing."""
+"""An evaluation from plan to report: pictures, measures, and the results when nothing is missing."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from am_diffusers.processes import Processes
 from evaluating.candidates import Candidate
 from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
+from evaluating.notes import make_notes, trained_rewards
 from evaluating.plan import Plan
 from evaluating.report import write_report
 from evaluating.score import measure_units, unmeasured
@@ -12,8 +15,6 @@ from evaluating.store import Store
 from evaluating.summary import summarise, write_summary
 from evaluating.tables import write_tables
 from evaluating.work import Share
-
-from am_diffusers.processes import Processes
 
 Chunks = Sequence[tuple[Candidate, list[int]]]
 
@@ -73,7 +74,8 @@ def take_measures(plan: Plan, store: Store, chunks: Chunks, processes: Processes
 
 def conclude(plan: Plan, store: Store) -> Iterator[str]:
     """Write scores, summary, tables and report of a complete evaluation."""
-    results = collect(plan, store)
+    results = replace(collect(plan, store), trained=trained_rewards(plan.candidates), notes=make_notes(plan))
+    yield from results.notes
     write_scores(results, store)
     summary = summarise(results)
     write_summary(summary, store.folder / "summary.json")

@@ -34,7 +34,7 @@ STYLE = {
     "font.size": 10,
     # Names come from outside: a dollar sign in one is no formula.
     "text.parse_math": False,
-        "axes.spines.top": False,
+    "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,

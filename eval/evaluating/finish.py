@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from am_diffusers.evaluation import Array
+from am_diffusers.samples import Picture
 from evaluating.candidates import Candidate
 from evaluating.files import write_whole
 from evaluating.measures import Measure
@@ -12,9 +15,6 @@ from evaluating.plan import Plan
 from evaluating.results import Results
 from evaluating.score import find_values
 from evaluating.store import Store
-
-from am_diffusers.evaluation import Array
-from am_diffusers.samples import Picture
 
 
 def missing_units(plan: Plan, store: Store) -> int:

@@ -1,21 +1,21 @@
 """Makes the pictures that aren't there yet, the same ones whoever makes them and in whatever order."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from evaluating.candidates import Candidate
-from evaluating.plan import Plan
-from evaluating.store import Store
 from tqdm import tqdm
 
 from am_diffusers.load import DTYPES, guided
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.samples import Picture, Sampler
-from am_diffusers.transitions import ode_euler
+from am_diffusers.velocity import Conditioning
+from evaluating.candidates import Candidate
+from evaluating.plan import Plan
+from evaluating.store import Store
 
 logger = logging.getLogger(__name__)
 EFFECT_FLOOR = 1e-6
@@ -98,22 +98,26 @@ class Generator:
 
     def _batch(self, candidate: Candidate, batch: Sequence[Picture]) -> None:
         sampler, prompts = self.sampler(candidate), self.plan.prompts.prompts
-        images = sampler.pictures(guided(self.model.policy, candidate.guidance_scale), prompts, batch)
+        policy = guided(self.model.policy, candidate.guidance_scale)
+        base = None if candidate.is_base else guided(self.model.base, candidate.guidance_scale)
+        made = sampler.sample(policy, prompts, batch, base=base)
         for row, picture in enumerate(batch):
             if self.store.damage(candidate, picture) is None:
                 continue  # made before, with the same batch
-            about = {
+            about: dict[str, object] = {
                 "prompt": prompts[picture.prompt],
                 "candidate": candidate.key,
                 "seed": sampler.generator(picture).initial_seed(),
             }
-            self.store.save_picture(candidate, picture, images[row], about)
+            if made.path_kl is not None:
+                about["path_kl"] = made.path_kl[row].item()
+            self.store.save_picture(candidate, picture, made.pictures[row], about)
 
     def sampler(self, candidate: Candidate) -> Sampler:
         """What makes a candidate's pictures; the noise is the same for all candidates."""
         side = self.plan.side
         return Sampler(
-            transitions=ode_euler(self.model.ode_sigmas(candidate.num_inference_steps)),
+            solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps),
             encode=self._encode(candidate.guidance_scale),
             decode=self.model.decode,
             latents=LatentSpec(self.model.latent_shape(side, side), self.model.device),
@@ -121,7 +125,7 @@ class Generator:
             batch_size=self.plan.options.batch_size,
         )
 
-    def _encode(self, guidance_scale: float):
+    def _encode(self, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
         return partial(
             self.model.encode_prompts,
             max_sequence_length=self.plan.max_sequence_length,

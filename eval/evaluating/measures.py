@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from evaluating.options import named
+from am_diffusers.features import FEATURES
 from torch import Tensor
 
 from am_diffusers.command_line import asset_path
 from am_diffusers.config import RewardConfig
-from am_diffusers.features import FEATURES
 from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, RewardOptions
 from am_diffusers.suggest import suggest
+from evaluating.options import named
 
 Function = Callable[[Tensor, Sequence[str]], Tensor]
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from evaluating.candidates import BASE, Candidate
-from evaluating.measures import Measure, choose_features, choose_rewards
-from evaluating.options import Options
-from evaluating.store import CHUNK, digest
 
 from am_diffusers.command_line import asset_path
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
-from am_diffusers.prompt_sets import PromptSet, load_prompt_set
+from am_diffusers.prompt_presets import find_prompts
+from am_diffusers.prompt_sets import PromptSet
+from evaluating.candidates import BASE, Candidate
+from evaluating.measures import Measure, choose_features, choose_rewards
+from evaluating.options import Options
+from evaluating.store import CHUNK, digest
 
 DECLARATION = "am_diffusers.json"
 NAME = re.compile(r"[\w.-]+")
@@ -66,8 +67,8 @@ def make_plan(options: Options) -> Plan:
     candidates = make_candidates(options)
     rewards = choose_rewards(options.rewards, declared.get("rewards", {}))
     features = choose_features(options.features, rewards, declared.get("rewards", {}))
-    prompts = load_prompt_set(
-        options.prompts,
+    prompts = find_prompts(
+        asset_path(options.prompts),
         column=options.prompts_column,
         category_columns=options.category_columns,
         split=options.prompts_split,

@@ -1,19 +1,19 @@
-"""Measures pictures from their files, one measure after the other, so that one model at a time is in memory."""
+"""Measures pictures from their files, one measure after the other: one model at a time is in memory."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from evaluating.candidates import Candidate
-from evaluating.measures import Measure
-from evaluating.plan import Plan
-from evaluating.store import Store
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from am_diffusers.evaluation import Array
 from am_diffusers.processes import Processes
+from evaluating.candidates import Candidate
+from evaluating.measures import Measure
+from evaluating.plan import Plan
+from evaluating.store import Store
 
 Units = list[tuple[Candidate, int]]
 

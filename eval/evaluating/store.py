@@ -2,13 +2,13 @@
 
     settings.json                          what all pictures depend on
     pictures/CANDIDATE/candidate.json      what this candidate's pictures depend on: the LoRA's sha256
-    pictures/CANDIDATE/00012-003.png       prompt 12, picture 3; its text chunk `am_diffusers` has prompt and seed
-    rewards/CANDIDATE/NAME/00004.safetensors    values of the pictures of chunk 4, and which files they are of
-    features/..., changes/...              the same for image features and for distances to the base's pictures
+    pictures/CANDIDATE/00012-003.png       prompt 12, picture 3; its text chunk `am_diffusers` has the prompt
+    rewards/CANDIDATE/NAME/00004.safetensors    values of the pictures of chunk 4, and of which files they are
+    features/..., changes/...              image features, and distances to the base's pictures, likewise
 
 Every file is whole or not there and says what it was made from, so any number of machines may work on one
-folder, be killed at any moment and go on. A chunk is the unit of sharing: CHUNK pictures of one candidate, the
-same whatever the batch size and the number of machines.
+folder, be killed at any moment and go on. A chunk is the unit of sharing: CHUNK pictures of one candidate,
+the same whatever the batch size and the number of machines.
 """
 
 import hashlib
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluating.candidates import Candidate
-from evaluating.files import write_json, write_whole
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -30,6 +28,8 @@ from torch import Tensor
 from am_diffusers.checkpoint import sha256
 from am_diffusers.grids import to_pil
 from am_diffusers.samples import Picture, pictures_of
+from evaluating.candidates import Candidate
+from evaluating.files import write_json, write_whole
 
 CHUNK = 16
 TEXT = "am_diffusers"
