@@ -9,11 +9,13 @@ from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
 from evaluating.notes import make_notes, trained_rewards
 from evaluating.plan import Plan
+from evaluating.renderings import to_markdown
 from evaluating.report import write_report
 from evaluating.score import measure_units, unmeasured
 from evaluating.store import Store
-from evaluating.summary import summarise, write_summary
-from evaluating.tables import write_tables
+from evaluating.summarising import summarise
+from evaluating.summary import SUMMARY_FILE, write_summary
+from evaluating.tables import comparison_table, write_tables
 from evaluating.work import Share
 
 Chunks = Sequence[tuple[Candidate, list[int]]]
@@ -78,8 +80,9 @@ def conclude(plan: Plan, store: Store) -> Iterator[str]:
     yield from results.notes
     write_scores(results, store)
     summary = summarise(results)
-    write_summary(summary, store.folder / "summary.json")
-    yield from write_tables(summary, store.folder)
+    write_summary(summary, store.folder / SUMMARY_FILE)
+    write_tables(summary, store.folder)
+    yield to_markdown(comparison_table(summary))
     file = write_report(
         results, summary, store.folder / "report.html", max_prompts=plan.options.report_prompts
     )

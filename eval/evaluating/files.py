@@ -41,7 +41,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text, whole or not at all."""
+    write_whole(file, lambda part: part.write_text(text, "utf-8", newline=""))
+
+
 def write_json(file: Path, document: object) -> None:
     """Write a JSON document, whole or not at all; NaN and infinity are refused."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(file, lambda part: part.write_text(text, "utf-8"))
+    write_text(file, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
