@@ -1,4 +1,4 @@
-"""Schedulers of Diffusers as solvers: against the pipeline, the closed form of a Gaussian law, and each other."""
+"""Schedulers of Diffusers as solvers: against the pipeline, and the closed form of a Gaussian law."""
 
 import diffusers
 import pytest
@@ -28,7 +28,7 @@ def run(solver, field, num=4, dim=3, seed=0):
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_a_scheduler_gives_the_pipelines_picture(model: SD3, name: str, guidance_scale: float) -> None:
     strong_lora(model)
-    # The pipeline gives its scheduler no generators: both draw from torch's own, for one row in the same order.
+    # The pipeline gives its scheduler no generators: both draw from torch's own, one row in the same order.
     prompts = PROMPTS[:1] if name in STOCHASTIC else PROMPTS
     generators = [torch.default_generator] * len(prompts)
     noise = torch.randn(len(prompts), *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(5))
@@ -95,11 +95,34 @@ def test_the_pipelines_own_scheduler_keeps_its_settings() -> None:
     field = CountingField(gaussian(0.7, 0.36, dim=3).field())
     solver = make_solver(own, "FlowMatchEulerDiscreteScheduler", 5)
     run(solver, field)
+    assert len(own.timesteps) == 1000, "the pipeline's scheduler is not touched"
     own.set_timesteps(5)
     assert field.calls == pytest.approx(own.sigmas[:-1].tolist(), abs=1e-6)
     first = list(field.calls)
     run(solver, field)
     assert field.calls == first * 2, "a call leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_schedulers_get_the_pipelines_shift(name: str) -> None:
+    """Up to the different ends of their grids and rounded timesteps."""
+    calls = []
+    for shift in (1.0, 3.0):
+        field = CountingField(gaussian(0.7, 0.36, dim=3).field())
+        run(make_solver(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), name, 10), field)
+        calls.append(torch.tensor(field.calls))
+    torch.testing.assert_close(calls[1], 3 * calls[0] / (1 + 2 * calls[0]), atol=0.03, rtol=0)
+    assert (calls[1] - calls[0]).max() > 0.2
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_diffusers_has_nothing_to_warn_about(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    diffusers.utils.logging.enable_propagation()
+    try:
+        run(make_solver(OWN, name, 5), gaussian(0.7, 0.36, dim=3).field())
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not caplog.records
 
 
 def test_a_scheduler_of_order_two_makes_two_calls_a_step_but_one_in_the_last() -> None:
@@ -141,12 +164,12 @@ def test_unfit_schedulers_stop_above_zero(name: str) -> None:
 
 
 def test_what_cannot_be_made_is_named(model: SD3) -> None:
-    with pytest.raises(ValueError, match="'Euler' is unknown.*ode_euler, .*FlowMatchEulerDiscreteScheduler"):
+    with pytest.raises(ValueError, match=r"'Euler' is unknown.*ode_euler, .*FlowMatchEulerDiscreteScheduler"):
         model.solver("Euler", 4)
     with pytest.raises(ValueError, match="at least 1 sampling step, got 0"):
         model.solver("ode_euler", 0)
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="no fixed shift .* to give to UniPCMultistepScheduler"):
+    with pytest.raises(ValueError, match=r"no fixed shift .* to give to UniPCMultistepScheduler"):
         make_solver(dynamic, "UniPCMultistepScheduler", 4)
 
 

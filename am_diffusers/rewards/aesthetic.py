@@ -14,7 +14,8 @@ from transformers import CLIPModel
 
 from am_diffusers.rewards.files import find_file, read_weights, save_weights, state_dict_of
 from am_diffusers.rewards.heads import AffineHead, collapse
-from am_diffusers.rewards.hf_clip import check_is_clip, download_remedy, load_clip
+from am_diffusers.rewards.hf_clip import check_is_clip, load_clip
+from am_diffusers.rewards.hf_files import download_remedy
 from am_diffusers.rewards.learned import DIFFERENTIABLE, FeatureReward, RewardOptions
 from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
 

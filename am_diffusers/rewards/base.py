@@ -54,7 +54,7 @@ class RewardScale:
 
 @runtime_checkable
 class ImageFeatures(Protocol):
-    """What gives pictures features whose distances say how different they look, as many rewards do."""
+    """What gives pictures features whose directions say how different they look, as many rewards do."""
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class ImageFeatures(Protocol):
         ...
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features (B, D) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
+        """Features (B, D), of any length, of `images` (B, 3, H, W) in [0, 1]."""
         ...
 
 

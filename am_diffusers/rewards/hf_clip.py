@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
 
 from am_diffusers.rewards.clip import ClipReward
-from am_diffusers.rewards.files import check_keys, refuse_sha256
+from am_diffusers.rewards.files import refuse_sha256
+from am_diffusers.rewards.hf_files import check_model_type, download_remedy, load_pretrained
 from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
 from am_diffusers.rewards.preprocess import PixelFormat, shortest_edge_crop, to_pil
 
-# Buffers (0, 1, 2, ...) that transformers < 4.31 saved with the weights; 5.4 still calls them unexpected.
-OLD_BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 R = TypeVar("R", bound="HfClipReward")
 
 
@@ -142,39 +139,14 @@ class HfClipReward(ClipReward):
         return output.pooler_output
 
 
-def download_remedy(hub_id: str) -> str:
-    """What to do when a CLIP model isn't there."""
-    return f"run `hf download {hub_id}` and give that name, or a folder that holds the files"
-
-
 def check_is_clip(path: str, revision: str | None, reward: str, remedy: str) -> None:
-    """Raise ValueError unless there is a CLIP config; cheap, so known before gigabytes are read."""
-    try:
-        kind = CLIPConfig.get_config_dict(path, revision=revision)[0].get("model_type")
-    except OSError as error:
-        raise ValueError(f"{reward}'s config.json not found at {path!r}: {remedy}") from error
-    if kind != "clip":
-        raise ValueError(f"expected a CLIP model for {reward}, got model_type {kind!r} in {path}: {remedy}")
+    """Raise ValueError unless there is a CLIP config, see `check_model_type`."""
+    check_model_type("CLIP", path, revision, reward, remedy)
 
 
 def load_clip(path: str, revision: str | None, reward: str, remedy: str) -> CLIPModel:
-    """The CLIP model in a folder or on the hub, in float32, all of its weights and no others.
-
-    Raises:
-        ValueError: if it is missing, damaged or another; errors name the reward and end with `remedy`.
-    """
-    load: Any = CLIPModel.from_pretrained  # its annotations leave out the loading info
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    try:
-        model, info = load(path, revision=revision, **options)
-    except OSError as error:
-        raise ValueError(f"{reward}'s model.safetensors not found at {path!r}: {remedy}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{reward}'s weights in {path} are damaged ({error}): {remedy}") from error
-    except RuntimeError as error:  # transformers' way of saying that shapes differ from the config
-        raise ValueError(f"the weights in {path} don't fit its config.json: {error}") from error
-    check_keys(path, info["missing_keys"], set(info["unexpected_keys"]) - OLD_BUFFERS)
-    return model
+    """The CLIP model in a folder or on the hub, in float32, see `load_pretrained`."""
+    return load_pretrained(CLIPModel, path, revision, reward, remedy)
 
 
 def _pixel_format(processor: Any, config: Any) -> PixelFormat:

@@ -69,15 +69,7 @@ class ImageNetClass(LearnedReward):
             ValueError: if the package is missing (with the command that installs it) or the weights differ
                 from the model's in number, kind or shape.
         """
-        if str(path) == cls.released:
-            file, sha256 = EFFICIENTNET_LITE0.find(), sha256 or EFFICIENTNET_LITE0.sha256
-        else:
-            remedy = f"{EFFICIENTNET_LITE0.remedy} and give `{cls.released}`"
-            file = find_file(path, revision, remedy)
-        weights = read_weights(file, sha256, EFFICIENTNET_LITE0.remedy)
-        model = timm.create_model(ARCHITECTURE, pretrained=False)
-        load_strictly(model, _rename(weights, model.state_dict(), str(file)), str(file))
-        return cls(model, options=options)
+        return cls(load_classifier(path, revision=revision, sha256=sha256), options=options)
 
     def check_can_score(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that names no class."""
@@ -87,22 +79,41 @@ class ImageNetClass(LearnedReward):
     def image_features(self, images: Tensor) -> Tensor:
         """Pooled features (B, 1280) of length 1 of `images` (B, 3, H, W) in [0, 1]."""
         check_images(images)
-        return self._in_parts(lambda p, _: unit_length(self._pooled(p)), images, [""] * len(images))
+        return self._in_parts(lambda p, _: unit_length(pooled(self._model, p)), images, [""] * len(images))
 
     def _pixels(self, images: Tensor) -> Tensor:
         if self.options.mode == "official":
-            return FORMAT.normalise(_pil_crop(images, FORMAT.size))
+            return official_pixels(images)
         rounded = self.options.mode == "rounded"
         return FORMAT.normalise(shortest_edge_crop(images, FORMAT.size, rounded=rounded))
 
     def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         classes = [list(named_classes(prompt)) for prompt in prompts]
-        logits = self._model.get_classifier()(self._pooled(pixels))
+        logits = self._model.get_classifier()(pooled(self._model, pixels))
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return torch.stack([row[own].logsumexp(0) for row, own in zip(log_probs, classes, strict=True)])
 
-    def _pooled(self, pixels: Tensor) -> Tensor:
-        return self._model.forward_head(self._model.forward_features(pixels), pre_logits=True)
+
+def load_classifier(path: str | Path, *, revision: str | None = None, sha256: str | None = None) -> nn.Module:
+    """EfficientNet-Lite0 with the weights of the installed package or of a file, see `from_pretrained`."""
+    if str(path) == ImageNetClass.released:
+        file, sha256 = EFFICIENTNET_LITE0.find(), sha256 or EFFICIENTNET_LITE0.sha256
+    else:
+        file = find_file(path, revision, f"{EFFICIENTNET_LITE0.remedy} and give `{ImageNetClass.released}`")
+    weights = read_weights(file, sha256, EFFICIENTNET_LITE0.remedy)
+    model = timm.create_model(ARCHITECTURE, pretrained=False)
+    load_strictly(model, _rename(weights, model.state_dict(), str(file)), str(file))
+    return model
+
+
+def official_pixels(images: Tensor) -> Tensor:
+    """Images in [0, 1] as the classifier reads them, prepared with PIL, (B, 3, 224, 224)."""
+    return FORMAT.normalise(_pil_crop(images, FORMAT.size))
+
+
+def pooled(model: Any, pixels: Tensor) -> Tensor:
+    """What the last layer of timm's classifier `model` reads, (B, 1280)."""
+    return model.forward_head(model.forward_features(pixels), pre_logits=True)
 
 
 @cache

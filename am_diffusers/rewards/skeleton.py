@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 from am_diffusers.rewards.aesthetic import RELEASED_VISION, Aesthetic
 from am_diffusers.rewards.blip import RELEASED, BlipScorer, read_config
 from am_diffusers.rewards.clip_score import CLIPScore
-from am_diffusers.rewards.hf_clip import download_remedy
+from am_diffusers.rewards.hf_files import download_remedy
 from am_diffusers.rewards.hpsv2 import CONFIG_FILE, RELEASED_ARCHITECTURE, HPSv2
 from am_diffusers.rewards.image_reward import ImageReward
 from am_diffusers.rewards.learned import LearnedReward, RewardOptions, unit_length
