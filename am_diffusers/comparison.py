@@ -7,15 +7,17 @@ a normal law with the variance sum (x - mean)^2 / P, too narrow by
     t_{P-1} / z * sqrt(P / (P - 1))      (quantiles at 97.5 %; 9.2 for P = 2, 1.22 for 10, 1.03 for 64)
 
 so that a comparison of a model with itself would be "significant" for 50, 10 and 6 % of such sets of prompts;
-stretched about the estimate by that factor for 7, 5 and 5 %. It then is the t interval where the data are
-normal and many, and keeps the skewness of the bootstrap where they aren't. (Hesterberg 2015, arXiv:1411.5279, has the same factor in his
-expanded percentile interval; it moves the percentiles, which can't reach beyond the outermost prompts.)
+stretched about the estimate by that factor it is for 7, 5 and 5 %. It then is the t interval where there are
+many prompts of normal numbers, and keeps the skewness of the bootstrap where they aren't normal. (Hesterberg
+2015, arXiv:1411.5279, has the same factor in his expanded percentile interval. That moves the percentiles,
+which can't reach beyond the outermost prompts.)
 """
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -161,4 +163,7 @@ def _spread(scores: Array) -> float | None:
 
 
 def _wilcoxon(differences: Array) -> float:
-    return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    if not differences.any():
+        return 1.0
+    result: Any = stats.wilcoxon(differences)  # scipy's result objects have no types
+    return float(result.pvalue)

@@ -2,11 +2,11 @@
 
     d^2 = |mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
 
-It is that of two normal laws with the moments of the sets; with Inception features it is known as FID. Here it
-is taken of whatever features pictures have: numbers of different features, and FIDs, can't be compared.
+It is that of two normal laws with the moments of the sets; with Inception features it is known as FID. Here
+it is taken of whatever features pictures have: numbers of different features, and FIDs, can't be compared.
 
-It is biased upwards, the more the fewer pictures: two small sets of one law are far apart, as if they differed.
-So it says something only beside a distance of sets of the same size, and that is what `FrechetFromBase` has.
+It is biased upwards, the more the fewer pictures: two small sets of one law are apart as if they differed. So
+it says something only beside a distance of sets of the same size, and that is what `FrechetFromBase` has.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,9 @@ def frechet_distance(first: Array, second: Array) -> float:
 def _factor(features: Array) -> Array:
     """F (min(N, D), D) whose F^T F is the covariance."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r") if centred.shape[0] > centred.shape[1] else centred
+    if centred.shape[0] <= centred.shape[1]:
+        return centred
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def frechet_from_base(base: Array, tuned: Array, *, seed: int = 0) -> FrechetFromBase | None:
@@ -93,7 +95,7 @@ def frechet_from_base(base: Array, tuned: Array, *, seed: int = 0) -> FrechetFro
 
 
 def _halves(prompts: int, images: int, rng: np.random.Generator) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows of two disjoint halves of pictures, prompt by prompt; of one picture each, halves of the prompts."""
+    """Rows of two disjoint halves of the pictures of each prompt, or of the prompts where they have one."""
     if images == 1:
         order = rng.permutation(prompts)
         return order[: prompts // 2], order[prompts // 2 : prompts // 2 * 2]

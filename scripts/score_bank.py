@@ -2,8 +2,8 @@
 
     python scripts/score_bank.py --output tests/data/score_bank.json
 
-All embedded held-out prompts, a bank of pictures each, in the published mode of the embedded rewards. The tests
-resample it: two draws of pictures of the same base must seldom differ significantly.
+All embedded held-out prompts, a bank of pictures each, in the published mode of the embedded rewards. The
+tests resample it: two draws of pictures of the same base must seldom differ significantly.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Paired comparisons: against scipy, by hand, and on a bank of scored pictures where nothing or a known effect is.
+"""Paired comparisons: against scipy, by hand, and on scored pictures without and with a planted effect.
 
 The bank (tests/data/score_bank.json, written by scripts/score_bank.py) holds 64 prompts x 12 base pictures.
 Trials use 499 resamples instead of 9999, for time.
@@ -93,13 +93,13 @@ def test_significance_needs_both_the_interval_and_the_test():
     assert not result.significant
 
 
-# For two prompts every resample is one of them or their mean: a half width of 4.58 |a - b|, where t's is 6.35.
+# For two prompts a resample is one of them or their mean: a half width of 4.58 |a - b|, where t's is 6.35.
 COVERAGE = {2: 1 - 2 / math.pi * math.atan(1 / 9.168), 3: 0.95, 5: 0.95, 10: 0.95, 40: 0.95}
 
 
 @pytest.mark.parametrize("number", COVERAGE)
 def test_interval_of_normal_data_covers_their_mean(number):
-    """Of 1500 sets, within four standard errors; the plain percentile interval covers 50 % for two prompts."""
+    """Of 1500 sets, within four standard errors; the plain percentile interval covers 50 % for two."""
     data = RNG(7).normal(0.3, 1, size=(1500, number))
     intervals = np.array([ends(estimate(np.mean, row, resamples=499)) for row in data])
     inside = ((intervals[:, 0] <= 0.3) & (intervals[:, 1] >= 0.3)).mean()
@@ -166,7 +166,7 @@ def test_scores_that_cannot_be_compared_are_an_error(base, tuned, message):
 
 
 def draws(name, num_prompts, images, seed):
-    """`TRIALS` pairs of (P, S) scores of base pictures, no picture on both sides; prompts with replacement."""
+    """`TRIALS` pairs of (P, S) scores of base pictures, each on one side; above 64, prompts repeat."""
     bank, rng = np.array(BANK[name]), RNG(seed)
     for _ in range(TRIALS):
         rows = rng.integers(0, len(bank), num_prompts) if num_prompts > len(bank) else rng.permutation(64)

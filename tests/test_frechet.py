@@ -33,7 +33,7 @@ def test_distance_of_commuting_covariances_is_that_of_their_standard_deviations(
 
 @pytest.mark.parametrize(("number", "other"), [(40, 60), (200, 12), (8, 30)])
 def test_distance_is_that_of_the_formula_with_a_matrix_root(number, other):
-    """Also for fewer pictures than features, where scipy's root is of a singular matrix and the less exact."""
+    """Also for fewer pictures than features, where scipy's root is of a singular matrix: less exact."""
     first = RNG(2).normal(size=(number, 10)) @ RNG(3).normal(size=(10, 10))
     second = 0.3 + RNG(4).normal(size=(other, 10)) @ RNG(5).normal(size=(10, 10))
     tolerance = 1e-10 if min(number, other) > 10 else 1e-5
