@@ -1,7 +1,7 @@
 """The figures of the report, as SVG text: score distributions, gains by category, what a gain cost.
 
-One small panel a figure, so that the page can place them side by side on a wide screen and below each other on
-a narrow one. Text stays text: it can be searched, and is set in the reader's own font.
+One small panel a figure, so that the page can place them side by side on a wide screen and below each other on a
+narrow one. Text stays text: it can be searched, and is set in the font of the reader.
 """
 
 import hashlib
