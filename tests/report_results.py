@@ -9,7 +9,10 @@ from PIL import Image
 
 from am_diffusers.prompt_sets import PromptSet
 
-HOSTILE = """</script><script>window.hacked = 1</script> "quoted" 'fox' <img src=x onerror="window.hacked = 1"> {{ 7 * 7 }}"""
+HOSTILE = (
+    """</script><script>window.hacked = 1</script> "quoted" 'fox' """
+    """<img src=x onerror="window.hacked = 1"> {{ 7 * 7 }}"""
+)
 REWARDS = ("pickscore", "hpsv2")
 
 

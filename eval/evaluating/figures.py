@@ -1,7 +1,7 @@
 """The figures of the report, as SVG text: score distributions, gains by category, what a gain cost.
 
 One small panel a figure, so that the page can place them side by side on a wide screen and below each other on a
-narrow one. Text stays text: it can be searched, and is set in the reader's own font.
+narrow one. Text stays text: it can be searched, and is set in the font of the reader.
 """
 
 import hashlib
@@ -11,23 +11,26 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from am_diffusers.comparison import Estimate
 from am_diffusers.evaluation import Array
 from am_diffusers.panel import COLOURS, GREY
+from evaluating.wording import plain
 
 WIDTH, HEIGHT = 4.6, 3.1
 BASE_FILL = "#b9b9b9"
 MAX_BINS = 30
 ROW = 0.27
 MARKERS = "oDs^vPX*"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -77,14 +80,15 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         edges = np.histogram_bin_edges(np.concatenate([base.ravel(), tuned.ravel()]), "fd")
         if len(edges) > MAX_BINS + 1:
             edges = np.linspace(edges[0], edges[-1], MAX_BINS + 1)
-        axes.hist(base.ravel(), edges, color=BASE_FILL, label=f"base, mean {base.mean():.4g}")
+        bins = edges.tolist()
+        axes.hist(base.ravel(), bins, color=BASE_FILL, label=f"base, mean {plain(float(base.mean()))}")
         axes.hist(
             tuned.ravel(),
-            edges,
+            bins,
             histtype="step",
             color=COLOURS[0],
             linewidth=1.8,
-            label=f"tuned, mean {tuned.mean():.4g}",
+            label=f"tuned, mean {plain(float(tuned.mean()))}",
         )
         axes.axvline(float(base.mean()), color=GREY, linewidth=1.2, linestyle=":")
         axes.axvline(float(tuned.mean()), color=COLOURS[0], linewidth=1.2, linestyle=":")
@@ -197,13 +201,16 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
             yerr=_whiskers([point.gain for point in members]),
             fmt=f"{MARKERS[place % len(MARKERS)]}-",
             color=colour,
-            ecolor=matplotlib.colors.to_rgba(colour, 0.45),
+            ecolor=to_rgba(colour, 0.45),
             linewidth=1.2,
             label=shorten(family),
         )
         for point in members if len(points) > 1 else ():
             where = (point.cost.value, point.gain.value)
-            axes.annotate(f"{point.number}", where, (5, 5), textcoords="offset points", fontweight="bold")
+            paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+            axes.annotate(
+                f"{point.number}", where, (6, 6), textcoords="offset points", weight="bold", bbox=paper
+            )
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     _legend_above(axes)

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from am_diffusers.comparison import Comparison, Estimate
 from evaluating.candidates import Candidate
 from evaluating.results import Results
 from evaluating.summary import AgainstBase, Summary
-
-from am_diffusers.comparison import Comparison, Estimate
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
@@ -32,7 +31,7 @@ class Finding:
 
     @property
     def gains(self) -> dict[str, Estimate]:
-        """By reward name, in base standard deviations; a reward is missing if all base pictures score the same."""
+        """By reward name, in base sd; a reward by which all base pictures score the same is missing."""
         found = {name: reward.overall.gain for name, reward in self.against.rewards.items()}
         return {name: gain for name, gain in found.items() if gain is not None}
 

@@ -10,8 +10,9 @@
 
   const candidate = () => Number(menus.candidate.value);
   const reward = () => Number(menus.reward.value);
-  const digits = (value) => String(Number(value.toPrecision(4)));
-  const difference = (value) => (value > 0 ? "+" : "") + String(Number(value.toPrecision(3))).replace("-", "\u2212");
+  const minus = (text) => text.replace("-", "\u2212");
+  const digits = (value) => minus(Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4));
+  const difference = (value) => (value > 0 ? "+" : "") + minus(String(Number(value.toPrecision(3))));
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const scores = (who, what, prompt) => data.scores[who][what][prompt];
 
@@ -36,48 +37,46 @@
     return image;
   }
 
-  // One picture over the other: left of the cut the base, right of it the tuned one.
-  function slider(shot, base, tuned, label) {
+  // The tuned picture; dragging pulls the base over it from the left, Flicker shows the one or the other.
+  function slider(shot, base, tuned, label, start) {
     const stage = element("div", "stage");
     const over = copyOf(shot, base);
     over.classList.add("over");
     const names = [element("span", "name left", "base"), element("span", "name right", "tuned")];
     const range = element("input");
     Object.assign(range, { type: "range", min: 0, max: 100, step: 1 });
-    range.setAttribute("aria-label", `Share of the base picture that is shown, ${label}`);
+    range.setAttribute("aria-label", `Share of the base picture over the tuned one, ${label}`);
+    const flicker = element("button", "flicker", "Flicker");
+    flicker.type = "button";
+    flicker.setAttribute("aria-label", `Flicker between base and tuned, ${label}`);
     const cut = (share) => {
       range.value = share;
       range.setAttribute("aria-valuetext", `${share} % base, ${100 - share} % tuned`);
       stage.style.setProperty("--cut", `${share}%`);
-      names[0].classList.toggle("faint", share < 20);
-      names[1].classList.toggle("faint", share > 80);
+      names[0].classList.toggle("faint", share < 35);
+      names[1].classList.toggle("faint", share > 65);
     };
     range.addEventListener("input", () => cut(Number(range.value)));
-    const flicker = element("button", "flicker", "Flicker");
-    flicker.type = "button";
-    flicker.setAttribute("aria-label", `Flicker between base and tuned, ${label}`);
     flicker.addEventListener("click", () => cut(Number(range.value) === 100 ? 0 : 100));
-    const under = element("div", "under");
-    under.append(flicker);
-    stage.append(copyOf(shot, tuned), over, element("div", "edge"), ...names, range);
-    cut(50);
-    return [stage, under];
+    stage.append(copyOf(shot, tuned), over, element("div", "edge"), element("div", "knob", "◂▸"), ...names, range);
+    cut(start);
+    return [stage, flicker];
   }
 
-  function sideBySide(shot, base, tuned) {
+  function sideBySide(shot, base, tuned, label) {
     const halves = element("div", "halves");
-    for (const [who, name] of [[base, "base"], [tuned, "tuned"]]) {
-      const stage = element("div", "stage");
-      stage.append(copyOf(shot, who), element("span", "name left", name));
-      halves.append(stage);
-    }
-    return [halves];
+    const still = element("div", "stage");
+    still.append(copyOf(shot, base), element("span", "name left", "base"));
+    const [stage, flicker] = slider(shot, base, tuned, label, 0);
+    halves.append(still, stage);
+    return [halves, flicker];
   }
 
-  function scoreTable(base, tuned, prompt, image) {
+  function scoreTable(base, tuned, prompt, image, flicker) {
     const table = element("table", "pair");
     const head = table.createTHead().insertRow();
-    for (const title of ["", "base", "tuned", "change"]) head.append(element("th", "", title));
+    head.append(element("th"), ...["base", "tuned", "change"].map((title) => element("th", "", title)));
+    head.firstChild.append(flicker);
     data.rewards.forEach((name, what) => {
       const pair = [base, tuned].map((who) => scores(who, what, prompt)[image]);
       const change = pair[1] - pair[0];
@@ -93,9 +92,10 @@
     const shot = pick(`p${prompt}`).querySelector(`.shot[data-image="${image}"]`);
     const [base, tuned] = [data.bases[candidate()], candidate()];
     const label = `picture ${image + 1} of prompt ${prompt}`;
-    const parts = shot ? (menus.view.value === "side" ? sideBySide : slider)(shot, base, tuned, label) : [];
-    if (!shot) parts.push(element("p", "left-out", "Picture left out."));
-    place.replaceChildren(...parts, scoreTable(base, tuned, prompt, image));
+    let [shown, flicker] = [element("p", "left-out", "Picture left out."), ""];
+    if (shot && menus.view.value === "side") [shown, flicker] = sideBySide(shot, base, tuned, label);
+    else if (shot) [shown, flicker] = slider(shot, base, tuned, label, 50);
+    place.replaceChildren(shown, scoreTable(base, tuned, prompt, image, flicker));
   }
 
   // What is near the window is built, with what is chosen now; the rest when it comes near.

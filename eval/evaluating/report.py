@@ -1,26 +1,26 @@
 """report.html: everything a reader needs to believe or doubt a difference, in one page that asks no network.
 
-The page is readable without its script, which adds the slider, menus, search and sorting. Nothing of it may come
-from elsewhere: its Content-Security-Policy allows inline style, the one script by its hash, and `data:` pictures.
+The page is readable without its script, which adds the slider, menus, search and sorting. Nothing of it may
+come from elsewhere: its Content-Security-Policy allows inline style, the one script by its hash, and `data:`
+pictures.
 """
 
 import base64
 import hashlib
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from evaluating import wording
 from evaluating.findings import read_findings, verdict
 from evaluating.report_context import report_context
 from evaluating.report_pictures import embed_pictures
 from evaluating.results import Results
 from evaluating.summary import Summary
 from evaluating.text_files import write_text
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from am_diffusers.comparison import Estimate
 
 HERE = Path(__file__).parent
-MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(
@@ -71,51 +71,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "plain": plain,
-        "change": change,
-        "signed": signed,
-        "share": share,
-        "nats": nats,
-        "p_value": p_value,
+        "plain": wording.plain,
+        "change": wording.change,
+        "signed": wording.signed,
+        "share": wording.share,
+        "digits": wording.digits,
+        "p_value": wording.p_value,
         "verdict": verdict,
     }
     return environment
-
-
-def plain(score: float) -> str:
-    """Four digits, trailing zeros too: `20.10`."""
-    text = f"{score:.0f}" if abs(score) >= 1000 else f"{score:#.4g}"
-    return text.replace("-", MINUS)
-
-
-def change(difference: float) -> str:
-    """With its sign: `+0.353`."""
-    return f"{difference:+.3g}".replace("-", MINUS)
-
-
-def signed(gain: Estimate) -> str:
-    """`+0.53 [+0.41, +0.66]`."""
-    return _with_interval(gain, "{:+.2f}")
-
-
-def share(kept: Estimate) -> str:
-    """`97 % [87 %, 109 %]`."""
-    return _with_interval(kept, "{:.0%}").replace("%", "\N{NO-BREAK SPACE}%")
-
-
-def nats(divergence: Estimate) -> str:
-    """`12.3 [10.1, 14.8]`."""
-    return _with_interval(divergence, "{:#.3g}")
-
-
-def _with_interval(estimate: Estimate, form: str) -> str:
-    """The value, and the interval where there is one."""
-    value = form.format(estimate.value)
-    if estimate.low is not None and estimate.high is not None:
-        value += f" [{form.format(estimate.low)}, {form.format(estimate.high)}]"
-    return value.replace("-", MINUS)
-
-
-def p_value(value: float) -> str:
-    """Two digits, or that it is tiny."""
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"

@@ -4,15 +4,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
+from am_diffusers.comparison import Comparison, Estimate
+from am_diffusers.evaluation import Array
 from evaluating import figures
 from evaluating.figures import Point
 from evaluating.findings import Finding, candidate_labels
 from evaluating.report_pictures import Embedded, gain_order
 from evaluating.results import Results
-from markupsafe import Markup
-
-from am_diffusers.comparison import Comparison, Estimate
-from am_diffusers.evaluation import Array
 
 EXTREMES = 4
 MAX_CATEGORIES = 30
@@ -35,6 +35,20 @@ class Pair(NamedTuple):
     tuned: float
 
 
+class Cost(NamedTuple):
+    """A column of the table of what the gains cost.
+
+    Attributes:
+        kind: diversity, path_kl or change.
+        title: of the column.
+        estimates: of each finding; None = not measured.
+    """
+
+    kind: str
+    title: str
+    estimates: list[Estimate | None]
+
+
 def report_context(
     results: Results, findings: Sequence[Finding], embedded: Mapping[int, Embedded]
 ) -> dict[str, Any]:
@@ -47,6 +61,7 @@ def report_context(
     """
     rewards = list(dict.fromkeys(name for finding in findings for name in finding.against.rewards))
     columns = list(results.prompts.categories.values())
+    costs = _costs(findings)
     return {
         "results": results,
         "num_images": next(iter(results.scores[results.tuned[0].key].values())).shape[1],
@@ -56,7 +71,8 @@ def report_context(
         "settings": _settings(results),
         "bars": _bars([gain for finding in findings for gain in finding.gains.values()]),
         "charts": [_charts(results, finding) for finding in findings],
-        "trade_offs": _trade_offs(findings),
+        "costs": costs,
+        "trade_offs": _trade_offs(findings, costs),
         "extremes": [_extremes(results, finding) for finding in findings],
         "max_categories": MAX_CATEGORIES,
         "prompt_categories": list(zip(*columns, strict=True)) if columns else [()] * len(results.prompts),
@@ -128,18 +144,24 @@ def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
     return figures.category_gains(reward, names, gains) if gains else ""
 
 
-def _trade_offs(findings: Sequence[Finding]) -> dict[str, list[Markup]]:
-    """Figures over all candidates, by what the gain cost: gain against it, for every reward."""
-    features = dict.fromkeys(name for finding in findings for name in finding.against.diversity_kept)
-    charts = {
-        f"diversity ({name})": _cost_charts(
-            findings, [f.against.diversity_kept.get(name) for f in findings], figures.gain_against_diversity
-        )
+def _costs(findings: Sequence[Finding]) -> list[Cost]:
+    """What was measured beside the rewards."""
+    found = [finding.against for finding in findings]
+    features = dict.fromkeys(name for against in found for name in against.diversity_kept)
+    columns = [
+        Cost("diversity", f"Diversity kept ({name})", [against.diversity_kept.get(name) for against in found])
         for name in features
-    }
-    path_kl = [finding.against.path_kl for finding in findings]
-    charts["path KL"] = _cost_charts(findings, path_kl, figures.gain_against_path_kl)
-    return {name: group for name, group in charts.items() if group}
+    ]
+    columns.append(Cost("path_kl", "Path KL in nats", [against.path_kl for against in found]))
+    columns.append(Cost("change", "Change (LPIPS)", [against.change for against in found]))
+    return [column for column in columns if any(column.estimates)]
+
+
+def _trade_offs(findings: Sequence[Finding], costs: Sequence[Cost]) -> dict[str, list[Markup]]:
+    """Figures over all candidates, by what the gain cost: gain against it, for every reward."""
+    draw = {"diversity": figures.gain_against_diversity, "path_kl": figures.gain_against_path_kl}
+    groups = {c.title: _cost_charts(findings, c.estimates, draw[c.kind]) for c in costs if c.kind in draw}
+    return {title: group for title, group in groups.items() if group}
 
 
 def _cost_charts(
@@ -150,8 +172,9 @@ def _cost_charts(
     """One figure a reward of the candidates whose cost is known."""
     points: dict[str, list[Point]] = {}
     for finding, cost in zip(findings, costs, strict=True):
-        for reward, gain in finding.gains.items() if cost else ():
-            assert cost is not None
+        if cost is None:
+            continue
+        for reward, gain in finding.gains.items():
             point = Point(finding.number, finding.candidate.name, cost, gain)
             points.setdefault(reward, []).append(point)
     return [Markup(draw(reward, found)) for reward, found in points.items()]

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from evaluating.results import Results
 from PIL import Image
 
 from am_diffusers.evaluation import Array
+from evaluating.results import Results
 
 # Up to this side the PNG itself is embedded: pixels that can be counted shouldn't be smeared.
 EXACT_SIDE = 128
@@ -35,8 +35,8 @@ def gain_order(base: Array, tuned: Array) -> list[tuple[int, int]]:
 def prompts_to_show(results: Results, number: int) -> list[int]:
     """Prompts whose pictures are embedded, most wanted first.
 
-    Two thirds are those of the largest gains and losses of every candidate by every reward, the rest is spread
-    evenly over the others.
+    Two thirds are those of the largest gains and losses of every candidate by every reward, the rest is
+    spread evenly over the others.
 
     Args:
         results: of the evaluation.
@@ -50,7 +50,7 @@ def prompts_to_show(results: Results, number: int) -> list[int]:
 
 
 def _extremes(results: Results) -> Iterator[int]:
-    """Prompts of the largest gain and the largest loss by every reward, then of the second largest, and so on."""
+    """Prompts of the largest gain and loss by every reward, then of the second largest, and so on."""
     orders = [
         gain_order(results.scores[candidate.base.key][reward], results.scores[candidate.key][reward])
         for candidate in results.tuned
@@ -107,8 +107,8 @@ def data_address(file: Path, side: int) -> str:
             small = picture.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ValueError(
-            f"{file}: expected a readable PNG of the evaluation, got {error}; run the evaluation again: it makes "
-            "missing and damaged pictures anew"
+            f"{file}: expected a readable PNG of the evaluation, got {error}; run the evaluation again: it "
+            "makes missing and damaged pictures anew"
         ) from error
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
