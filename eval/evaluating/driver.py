@@ -3,22 +3,19 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from am_diffusers.evaluation import Array
 from am_diffusers.processes import Processes
-from evaluating.candidates import Candidate
 from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
 from evaluating.notes import make_notes, trained_rewards
 from evaluating.plan import Plan
 from evaluating.renderings import to_markdown
 from evaluating.report import write_report
-from evaluating.score import measure_units, unmeasured
+from evaluating.score import measure_units, reference_features, units_of, unmeasured
 from evaluating.store import Store
 from evaluating.summarising import summarise
 from evaluating.summary import SUMMARY_FILE, write_summary
 from evaluating.tables import comparison_table, write_tables
-from evaluating.work import Share
-
-Chunks = Sequence[tuple[Candidate, list[int]]]
 
 
 def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
@@ -34,8 +31,8 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
     )
     processes.on_main(lambda: store.open(plan.candidates))
     index, number = options.shard
-    share = Share(index * processes.number + processes.index, number * processes.number)
-    chunks = share.of(plan.candidates, len(store.chunks))
+    # A chunk belongs to one process for all candidates: then it has both pictures of every pair.
+    chunks = range(len(store.chunks))[index * processes.number + processes.index :: number * processes.number]
     with processes.together():
         make_pictures(plan, store, chunks, processes)
         take_measures(plan, store, chunks, processes)
@@ -48,12 +45,12 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
             "results, or this command without --shard"
         )
         return
-    yield from conclude(plan, store)
+    yield from conclude(plan, store, processes)
 
 
-def make_pictures(plan: Plan, store: Store, chunks: Chunks, processes: Processes) -> None:
-    """Make the pictures of this share that are missing; no model is loaded if there are none."""
-    batches = missing_batches(store, chunks, plan.options.batch_size)
+def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
+    """Make the pictures of these chunks that are missing; no model is loaded if there are none."""
+    batches = missing_batches(store, plan.candidates, chunks, plan.options.batch_size)
     if not batches:
         return
     # What would fail after hours of pictures shall fail now.
@@ -66,17 +63,22 @@ def make_pictures(plan: Plan, store: Store, chunks: Chunks, processes: Processes
     generator.make(batches)
 
 
-def take_measures(plan: Plan, store: Store, chunks: Chunks, processes: Processes) -> None:
-    """Take every measure of this share that is missing."""
+def take_measures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
+    """Take every measure of these chunks that is missing."""
     for measure in plan.measures:
-        units = unmeasured(store, measure, chunks)
+        units = unmeasured(store, measure, units_of(measure, plan.candidates, chunks))
         if units:
             measure_units(store, measure, units, plan, processes)
 
 
-def conclude(plan: Plan, store: Store) -> Iterator[str]:
+def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
     """Write scores, summary, tables and report of a complete evaluation."""
-    results = replace(collect(plan, store), trained=trained_rewards(plan.candidates), notes=make_notes(plan))
+    results = replace(
+        collect(plan, store),
+        reference_features=references(plan, store, processes),
+        trained=trained_rewards(plan.candidates),
+        notes=make_notes(plan),
+    )
     yield from results.notes
     write_scores(results, store)
     summary = summarise(results)
@@ -87,3 +89,12 @@ def conclude(plan: Plan, store: Store) -> Iterator[str]:
         results, summary, store.folder / "report.html", max_prompts=plan.options.report_prompts
     )
     yield f"report: {file.resolve()}"
+
+
+def references(plan: Plan, store: Store, processes: Processes) -> dict[str, Array]:
+    """Features of the reference pictures by name, if there are any."""
+    folder = plan.options.reference_pictures
+    if folder is None:
+        return {}
+    features = [measure for measure in plan.measures if measure.kind == "features"]
+    return {each.name: reference_features(store, each, folder, plan, processes) for each in features}

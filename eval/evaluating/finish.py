@@ -13,17 +13,16 @@ from evaluating.files import write_whole
 from evaluating.measures import Measure
 from evaluating.plan import Plan
 from evaluating.results import Results
-from evaluating.score import find_values
+from evaluating.score import find_values, units_of, unmeasured
 from evaluating.store import Store
 
 
 def missing_units(plan: Plan, store: Store) -> int:
     """How many chunks of pictures still lack a value of some measure."""
+    chunks = range(len(store.chunks))
     return sum(
-        find_values(store, measure, candidate, chunk) is None
+        len(unmeasured(store, measure, units_of(measure, plan.candidates, chunks)))
         for measure in plan.measures
-        for candidate in plan.candidates
-        for chunk in range(len(store.chunks))
     )
 
 
@@ -47,7 +46,7 @@ def collect(plan: Plan, store: Store) -> Results:
         features=values("features"),
         reference_features={},
         path_kl=_path_kl(store, plan.candidates),
-        changes={},
+        changes=_changes(plan, store, shape),
     )
 
 
@@ -82,6 +81,12 @@ def _line(results: Results, store: Store, candidate: Candidate, picture: Picture
     if candidate.key in results.path_kl:
         line["path_kl"] = results.path_kl[candidate.key][row, column].item()
     return line
+
+
+def _changes(plan: Plan, store: Store, shape: Sequence[int]) -> dict[str, Array]:
+    tuned = [candidate for candidate in plan.candidates if not candidate.is_base]
+    measures = [measure for measure in plan.measures if measure.kind == "changes"]
+    return {each.key: _whole(store, measure, each, shape) for measure in measures for each in tuned}
 
 
 def _whole(store: Store, measure: Measure, candidate: Candidate, shape: Sequence[int]) -> Array:

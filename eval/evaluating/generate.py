@@ -24,13 +24,15 @@ EFFECT_FLOOR = 1e-6
 Batches = list[tuple[Candidate, tuple[Picture, ...]]]
 
 
-def missing_batches(store: Store, share: Sequence[tuple[Candidate, list[int]]], batch_size: int) -> Batches:
-    """Batches of the share with a picture that isn't there or is damaged.
+def missing_batches(
+    store: Store, candidates: Sequence[Candidate], chunks: Sequence[int], batch_size: int
+) -> Batches:
+    """Batches of the chunks with a picture that isn't there or is damaged, candidate by candidate.
 
     Chunks are always cut into the same batches: which pictures share a network pass changes their last bits.
     """
     missing: Batches = []
-    for candidate, chunks in share:
+    for candidate in candidates:
         for chunk in chunks:
             pictures = store.chunks[chunk]
             for start in range(0, len(pictures), batch_size):

@@ -1,21 +1,22 @@
-"""What is measured on pictures: published scores of rewards, and image features."""
+"""What is measured on pictures: published scores of rewards, image features, and how far a picture moved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from am_diffusers.features import FEATURES
 from torch import Tensor
 
 from am_diffusers.command_line import asset_path
 from am_diffusers.config import RewardConfig
+from am_diffusers.features import FEATURES, LPIPS, Features
 from am_diffusers.plan import resolve_reward
-from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, RewardOptions
+from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
 from am_diffusers.suggest import suggest
 from evaluating.options import named
 
-Function = Callable[[Tensor, Sequence[str]], Tensor]
+Function = Callable[[Tensor, Sequence[str], Tensor], Tensor]
+"""Pictures (n, 3, H, W) in [0, 1], prompts, the base's pictures from the same noise -> (n,) or (n, D)."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Measure:
     """Something that is measured on each picture.
 
     Attributes:
-        kind: `rewards` (one number, higher is better) or `features` (a vector).
-        name: a key of `REWARDS`, or of `FEATURES`.
+        kind: `rewards` (one number, higher is better), `features` (a vector) or `changes` (a distance to the
+            base's picture from the same noise; of tuned candidates only).
+        name: a key of `REWARDS` or of `FEATURES`, or `lpips`.
         model: where its weights are; None = it has none.
     """
 
-    kind: Literal["rewards", "features"]
+    kind: Literal["rewards", "features", "changes"]
     name: str
     model: str | None
 
@@ -38,7 +40,7 @@ class Measure:
         return f"{self.name}={self.model}"
 
     def load(self, device: torch.device, batch_size: int | None, prompts: Sequence[str]) -> Function:
-        """Pictures (n, 3, H, W) in [0, 1] and n prompts to values (n,) or (n, D), float.
+        """What measures, with its weights in memory.
 
         Args:
             device: where it runs.
@@ -48,21 +50,33 @@ class Measure:
         Raises:
             ValueError: if the weights are missing or don't fit, or it can't score a prompt.
         """
-        options = RewardOptions("official", device=device, batch_size=batch_size)
-        if self.kind == "features" and self.name in FEATURES:
-            features = FEATURES[self.name].from_pretrained(asset_path(self.model or ""), options=options)
-            return lambda images, _: features.image_features(images)
+        if self.kind == "changes":
+            distance = LPIPS.from_pretrained(device=device)
+            return lambda images, _, base: distance(images, base)
+        if self.kind == "features":
+            encode = self._features(device, batch_size).image_features
+            return lambda images, *_: encode(images)
+        reward = self._reward(device, batch_size)
+        if isinstance(reward, LearnedReward):
+            reward.check_can_score(prompts)
+        return lambda images, texts, _: reward(images, texts)
+
+    def _features(self, device: torch.device, batch_size: int | None) -> ImageFeatures | Features:
+        if self.name in FEATURES:
+            kind = FEATURES[self.name]
+            path = asset_path(self.model or kind.released)
+            return kind.from_pretrained(path, device=device, batch_size=batch_size)
+        reward = self._reward(device, batch_size)
+        if not isinstance(reward, ImageFeatures):
+            raise ValueError(f"--features {self.name}: this reward has no image features")
+        return reward
+
+    def _reward(self, device: torch.device, batch_size: int | None) -> Reward:
         kind = REWARDS[self.name]
         if not issubclass(kind, LearnedReward):
             return kind()
-        reward = kind.from_pretrained(asset_path(self.model or kind.released), options=options)
-        if self.kind == "rewards":
-            reward.check_can_score(prompts)
-            return reward
-        if not isinstance(reward, ImageFeatures):
-            raise ValueError(f"--features {self.name}: this reward has no image features")
-        encode = reward.image_features
-        return lambda images, _: encode(images)
+        options = RewardOptions("official", device=device, batch_size=batch_size)
+        return kind.from_pretrained(asset_path(self.model or kind.released), options=options)
 
 
 def choose_rewards(asked: Sequence[str], declared: dict[str, str]) -> list[Measure]:

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Options:
 def parser() -> argparse.ArgumentParser:
     """Flags, in the order of `--help`."""
     known = argparse.ArgumentParser(
-        description="Compare LoRAs with their base model: the same prompts and noise, real rewards, intervals. "
+        description="Compare LoRAs with their base: the same prompts and noise, real rewards, intervals. "
         "The same command again goes on where it was stopped.",
         allow_abbrev=False,
     )
@@ -130,7 +130,7 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--prompts",
         required=True,
         help="txt, json, jsonl, csv, tsv or parquet file, data set folder, asset: path, hub id, or a preset: "
-        "drawbench, partiprompts, ...",
+        "DrawBench, PartiPrompts, HPDv2, Pick-a-Pic, GenEval, ImageReward, tiny; NAME=FILE is your copy of one",
     )
     group.add_argument("--prompts_column", help="column of the prompt; default: the usual names")
     group.add_argument(
@@ -150,8 +150,8 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="NAME[=MODEL]",
-        help="pickscore, hpsv2, image_reward, clip_score, aesthetic, ...; MODEL: folder, file, asset: path or "
-        "hub id; default: what the model's folder declares, else the released weights",
+        help="pickscore, hpsv2, image_reward, clip_score, aesthetic, ...; MODEL: folder, file, asset: path "
+        "or hub id; default: what the model's folder declares, else the released weights",
     )
     group.add_argument(
         "--features",

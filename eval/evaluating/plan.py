@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from am_diffusers.command_line import asset_path
+from am_diffusers.features import LPIPS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.prompt_presets import find_prompts
@@ -35,7 +36,7 @@ class Plan:
         max_sequence_length: T5 tokens.
         prompts: what is rendered.
         candidates: the base at each sampler setting, then the LoRAs.
-        measures: rewards, then features.
+        measures: rewards, then features, then changes.
     """
 
     options: Options
@@ -87,7 +88,9 @@ def make_plan(options: Options) -> Plan:
         "num_prompts": len(prompts),
         "prompts": digest(list(prompts.prompts)),
     }
-    return Plan(options, settings, source, side, length, prompts, candidates, (*rewards, *features))
+    changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
+    measures = (*rewards, *features, *changes)
+    return Plan(options, settings, source, side, length, prompts, candidates, measures)
 
 
 def declaration(path: str) -> dict[str, Any]:
