@@ -41,7 +41,7 @@ def test_exact(prompt, training):
         ("a bus with a box", "buses with boxes"),
         ("a berry", "berries"),
         ("a man and a child", "men and children"),
-        ("the cat\u2019s toy", "the cat's toys"),
+        ("the cat\u2019s toy", "the toys of a cat"),
         ("a sign that says 'Deep Learning'", "A sign that says Deep Learning."),
         ("a dog gives an apple to a squirrel", "To a squirrel, a dog gives an apple."),
     ],
@@ -63,6 +63,7 @@ def test_reworded(prompt, training):
         ("a red cube and a blue ball", "a blue cube and a red ball"),
         ("red apple, flat style, on a green background", "green apple, flat style, on a red background"),
         ("one cat and two dogs on the grass", "two cats and one dog on the grass"),
+        ("red cube, blue ball", "blue cube, red ball"),
         ("a dog riding a horse", "a horse riding a dog"),
         ("a photo of a bench left of a bear", "a photo of a bear left of a bench"),
         ("a red car and a red bus", "a red car and a bus"),
@@ -115,6 +116,8 @@ def test_lines_count_prompts_and_show_the_first():
     many = find_leaks([f"fox {i}" for i in range(7)], [f"fox {i}" for i in range(7)]).lines()
     assert len(many) == 7
     assert many[-1] == "  and 2 more"
+    mixed = find_leaks(["an owl", "a fox"], ["the owl", "a fox"])
+    assert [leak.index for leak in mixed.leaks] == [1, 0], "exact ones first"
     assert find_leaks(["a fox"], ["an owl"]).lines() == [
         "leak check: 1 evaluation prompts, 1 training prompts: none in both, exact or reworded"
     ]

@@ -14,8 +14,8 @@ def test_repetitions_and_overlong_prompts_are_reported():
         "prompts: 7, 2 of tag",
         "3 prompts repeat an earlier one and count again: 'a fox' at 0, 2, 5; 'an owl' at 1, 4",
         "1 prompts are cut off at the 4 tokens of words: prompt 3 (5 tokens) 'a b c d e'",
-        "2 prompts are cut off at the 6 tokens of letters: prompt 2 (7 tokens) 'A   FOX'; prompt 3 (9 tokens) "
-        "'a b c d e'",
+        "2 prompts are cut off at the 6 tokens of letters: prompt 2 (7 tokens) 'A   FOX'; prompt 3 (9 "
+        "tokens) 'a b c d e'",
     ]
 
 
