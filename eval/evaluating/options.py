@@ -130,7 +130,7 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--prompts",
         required=True,
         help="txt, json, jsonl, csv, tsv or parquet file, data set folder, asset: path, hub id, or a preset: "
-        "DrawBench, PartiPrompts, HPDv2, Pick-a-Pic, GenEval, ImageReward, tiny; NAME=FILE is your copy of one",
+        "DrawBench, PartiPrompts, HPDv2, Pick-a-Pic, GenEval, ImageReward, tiny; NAME=FILE is your own copy",
     )
     group.add_argument("--prompts_column", help="column of the prompt; default: the usual names")
     group.add_argument(
