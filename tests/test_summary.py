@@ -131,8 +131,8 @@ def test_constant_scores_and_pictures_all_alike_break_nothing(tmp_path):
     ("measure", "message"),
     [
         (
-            {"scores": RESULTS.scores | {WEAK.key: {"pickscore": np.full((24, 4), np.nan)}}},
-            "pickscore of lora",
+            {"scores": RESULTS.scores | {WEAK.key: {"ocr": np.full((24, 4), np.nan)}}},
+            "ocr of lora",
         ),
         ({"features": {BASE_20.key: {"clip": np.full((24, 4, 2), np.inf)}}}, "clip of base"),
         ({"path_kl": {WEAK.key: np.full((24, 4), np.inf)}}, "path KL of lora"),
