@@ -13,6 +13,7 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 RESAMPLES = 9999
+_BATCH = 1000  # resamples held in memory at a time; doesn't change them
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,24 @@ class Evaluation:
         return lines
 
 
-def bootstrap(statistic: Callable[..., Array], *samples: Array, seed: int = 0) -> Interval:
+def bootstrap(
+    statistic: Callable[..., Array], *samples: Array, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
     """Statistic of paired samples with its 95 % percentile bootstrap interval over their first dimension.
 
     Args:
         statistic: vectorised: takes the samples and `axis`, reduces that axis.
         samples: arrays of shape (P,), resampled together, P >= 2.
         seed: of the resampling.
+        resamples: how many.
     """
     result = stats.bootstrap(
         samples,
         statistic,
         paired=True,
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
+        batch=min(_BATCH, resamples),
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -153,13 +158,13 @@ def pairwise_distance(features: Array) -> Array:
 def diversity(name: str, base: Array, tuned: Array) -> Diversity:
     """Diversity kept, from image features (P, S, D) of base and tuned pictures."""
     distances = pairwise_distance(base), pairwise_distance(tuned)
+    kept = bootstrap(ratio_of_means, *distances)
+    return Diversity(name, float(distances[0].mean()), float(distances[1].mean()), kept)
 
-    def kept(of_base: Array, of_tuned: Array, axis: int) -> Array:
-        return of_tuned.mean(axis=axis) / of_base.mean(axis=axis)
 
-    return Diversity(
-        name, float(distances[0].mean()), float(distances[1].mean()), bootstrap(kept, *distances)
-    )
+def ratio_of_means(base: Array, tuned: Array, axis: int) -> Array:
+    """Mean of `tuned` over mean of `base`: the diversity kept, from the distances of each prompt."""
+    return tuned.mean(axis=axis) / base.mean(axis=axis)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ By `huggingface_hub`'s card classes and a template of our own: that of Diffusers
 user, and asks the hub whether there is a card already.
 """
 
-import html
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from am_diffusers.evaluation import Evaluation
+from am_diffusers.markdown import escape_markdown
 from am_diffusers.redact import redact_values
 
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
@@ -133,14 +133,6 @@ def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) ->
     file = folder / "README.md"
     file.write_text(str(card), "utf-8")
     return file
-
-
-def escape_markdown(text: str) -> str:
-    """`text` on one line that Markdown and HTML show as it is."""
-    plain = html.escape(" ".join(text.split()), quote=False)
-    inline = re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
-    # Headings, lists, rules and quotes start a line.
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", inline))
 
 
 def _texts(facts: CardFacts) -> dict[str, Any]:

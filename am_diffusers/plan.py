@@ -1,6 +1,5 @@
 """What a run will do, and everything that can be wrong with it before a model is loaded."""
 
-import difflib
 import re
 import tempfile
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.rollout import generator_for
+from am_diffusers.suggest import suggest
 from am_diffusers.trackers import check_tracker
 
 
@@ -156,7 +156,7 @@ def network_calls(method: MethodConfig) -> dict[str, float]:
 def _resolve(config: Config) -> Config:
     """Released weights and held-out rewards where the config leaves them out."""
     evaluation = config.evaluation
-    trained = [_resolve_reward(reward) for reward in config.method.rewards]
+    trained = [resolve_reward(reward) for reward in config.method.rewards]
     held_out = evaluation.eval_rewards
     if evaluation.eval_prompts is None:
         if held_out:
@@ -167,7 +167,7 @@ def _resolve(config: Config) -> Config:
     return replace(
         config,
         method=replace(config.method, rewards=trained),
-        evaluation=replace(evaluation, eval_rewards=[_resolve_reward(reward) for reward in held_out]),
+        evaluation=replace(evaluation, eval_rewards=[resolve_reward(reward) for reward in held_out]),
     )
 
 
@@ -178,11 +178,16 @@ def _other_reward(trained: Collection[str]) -> str:
     raise ValueError("pickscore and hpsv2 are both trained: name a held-out reward in --eval_rewards")
 
 
-def _resolve_reward(reward: RewardConfig) -> RewardConfig:
+def resolve_reward(reward: RewardConfig) -> RewardConfig:
+    """The reward with its weights named, once they can be there; nothing is loaded.
+
+    Raises:
+        ValueError: unknown name (with the nearest known one), numbers that make no sense, or no such file.
+    """
     RewardScale(reward.weight, reward.mean, reward.std)  # checks its numbers
     kind = REWARDS.get(reward.name)
     if kind is None:
-        raise ValueError(f"rewards: unknown reward {_nearest(reward.name, REWARDS)}")
+        raise ValueError(f"rewards: unknown reward {suggest(reward.name, REWARDS)}")
     if not issubclass(kind, LearnedReward):
         if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
             raise ValueError(f"rewards: {reward.name} has no weights: it takes weight, mean and std alone")
@@ -198,7 +203,7 @@ def _resolve_reward(reward: RewardConfig) -> RewardConfig:
 def _check_method(config: Config) -> None:
     method = METHODS.get(config.method.method)
     if method is None:
-        raise ValueError(f"--method: unknown method {_nearest(config.method.method, METHODS)}")
+        raise ValueError(f"--method: unknown method {suggest(config.method.method, METHODS)}")
     trained = [reward.name for reward in config.method.rewards]
     names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
     if len(set(names)) < len(names):
@@ -242,8 +247,3 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot write there: {error}") from error
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"{name!r}: did you mean {close[0]!r}? (known: {', '.join(sorted(known))})"

@@ -5,6 +5,7 @@ one that was told to stop or that failed leaves its work, tells the others its s
 and all leave together. So a checkpoint after SIGTERM is written by processes that agree on the iteration.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -203,6 +204,19 @@ def _status_of(error: Exception) -> Status:
     if isinstance(error, Interrupted):
         return Status.STOPPED
     return Status.NOT_FINITE if isinstance(error, NonFiniteError) else Status.FAILED
+
+
+def check_joined(accelerator: Accelerator) -> None:
+    """Raise ValueError if several processes were launched that don't know of each other.
+
+    Each would do all of the work, in the same folder.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: "
+            "on a CPU set ACCELERATE_USE_CPU=true"
+        )
 
 
 def share(samples: int, processes: Processes) -> Sequence[int]:

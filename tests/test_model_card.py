@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from am_diffusers.evaluation import Diversity, Evaluation, Interval, RewardGain
-from am_diffusers.model_card import CardFacts, Loading, escape_markdown, write_card
+from am_diffusers.markdown import escape_markdown
+from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.models.sd3 import SD3
 
 FACTS = CardFacts(

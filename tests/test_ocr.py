@@ -12,7 +12,7 @@ from text_pictures import picture_of
 from torch.nn.functional import interpolate
 
 from am_diffusers.config import RewardConfig
-from am_diffusers.plan import _resolve_reward
+from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import OCR, OFFICIAL, RewardOptions
 from am_diffusers.rewards.ocr import quoted_text
 from am_diffusers.rewards.onnx_graph import Node, OnnxGraph
@@ -174,7 +174,7 @@ def test_text_that_cannot_be_read_is_refused(ocr: OCR) -> None:
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("am_diffusers.rewards.packaged.find_spec", lambda name: None)
-    for call in (OCR.from_pretrained, lambda: _resolve_reward(RewardConfig("ocr"))):
+    for call in (OCR.from_pretrained, lambda: resolve_reward(RewardConfig("ocr"))):
         with pytest.raises(
             ValueError, match=r'rapidocr_onnxruntime, onnx: run `pip install "am_diffusers\[ocr\]"'
         ):

@@ -1,6 +1,5 @@
 """Config to objects. This package, plan.py (checks), load.py (weights) and estimate/ alone see both."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes, StopSignal
+from am_diffusers.processes import Processes, StopSignal, check_joined
 from am_diffusers.run import Run
 from am_diffusers.saver import Saver, load_progress, lock_folder
 from am_diffusers.trackers import PROJECT, Trackers, start_trackers
@@ -49,18 +48,13 @@ def make_accelerator(config: Config) -> Accelerator:
     log_with = None if config.run.report_to == "none" else config.run.report_to
     folder = Path(config.run.output_dir) / config.run.logging_dir
     accelerator = Accelerator(log_with=log_with, project_dir=folder)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: "
-            "on a CPU set ACCELERATE_USE_CPU=true"
-        )
+    check_joined(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             "accelerate's FSDP and DeepSpeed wrap what this trainer keeps apart: launch "
             "with --multi_gpu, and spread the frozen weights with --shard_weights true"
         )
-    if config.model.shard_weights and launched == 1:
+    if config.model.shard_weights and accelerator.num_processes == 1:
         raise ValueError("--shard_weights spreads weights over processes: launch several, or leave it out")
     return accelerator
 

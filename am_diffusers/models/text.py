@@ -1,13 +1,38 @@
 """Prompt embeddings of Stable Diffusion 3: encoded once by the pipeline, kept, text encoders then freed."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.velocity import Conditioning
+
+TokenCounter = tuple[Callable[[str], int], int]
+
+
+def token_counters(source: Pretrained, max_sequence_length: int) -> dict[str, TokenCounter]:
+    """For CLIP and T5 as this model has them, a function that counts a text's tokens, and how many are read.
+
+    Special tokens are counted. A model without T5 has none; no weights are read.
+    """
+    index = source.config("model_index.json")
+    counters: dict[str, TokenCounter] = {}
+    for name, folder in (("CLIP", "tokenizer"), ("T5", "tokenizer_3")):
+        if index.get(folder, [None])[0] is None:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder=folder, revision=source.revision)
+
+        def count(text: str, tokenizer: Any = tokenizer) -> int:
+            return len(tokenizer(text, verbose=False).input_ids)
+
+        limit = max_sequence_length if name == "T5" else tokenizer.model_max_length
+        counters[name] = (count, limit)
+    return counters
 
 
 class PromptEncoder:

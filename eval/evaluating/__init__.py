@@ -1,1 +1,1 @@
-"""What `evaluate.py`, `leaderboard.py` and `bench_methods.py` are made of; it imports the package, never the reverse."""
+"""What the scripts of this folder are made of; it imports the package, never the reverse."""

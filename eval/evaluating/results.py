@@ -1,13 +1,12 @@
 """Everything that was measured, in memory: what the summary, the tables and the report are made from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from evaluating.candidates import Candidate
 
 from am_diffusers.evaluation import Array
 from am_diffusers.prompt_sets import PromptSet
+from evaluating.candidates import Candidate
 
 
 @dataclass(frozen=True)
@@ -16,15 +15,17 @@ class Results:
 
     Attributes:
         folder: the output folder.
-        settings: what the pictures depend on beside prompts and candidates (settings.json): plain JSON values,
-            among them pretrained_model_name_or_path, sampler, seed, resolution.
+        settings: what the pictures depend on beside prompts and candidates (settings.json): plain JSON
+            values, among them pretrained_model_name_or_path, sampler, seed, resolution.
         prompts: P prompts.
         candidates: bases first; every other one's `base` is among them.
         scores: by candidate key, then reward name: (P, S), in the reward's units, higher is better.
         features: by candidate key, then name of the features: (P, S, D), any norm. May be empty.
         reference_features: by name of the features: (N, D) of reference pictures. May be empty.
-        path_kl: by candidate key: (P, S) in nats, of tuned candidates sampled by a stochastic table. May be empty.
+        path_kl: by candidate key: (P, S) in nats, of tuned candidates of a stochastic table. May be empty.
         changes: by candidate key: (P, S) LPIPS distance to the base picture of the same noise. May be empty.
+        trained: names of the rewards each LoRA was trained on, by candidate name, where its run is known.
+        notes: what a reader must know: leaks, duplicates, truncated prompts.
     """
 
     folder: Path
@@ -36,6 +37,8 @@ class Results:
     reference_features: Mapping[str, Array]
     path_kl: Mapping[str, Array]
     changes: Mapping[str, Array]
+    trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> tuple[Candidate, ...]:

@@ -1,0 +1,44 @@
+"""Compare LoRAs with their base model: the same prompts and noise, real rewards, intervals, a report.
+
+    python eval/evaluate.py --pretrained_model_name_or_path asset:tiny_sd3 --lora_path outputs/tiny_sd3
+        --prompts tiny --rewards pickscore hpsv2 image_reward --output_dir outputs/evaluation
+
+Also under `accelerate launch`, and on many machines with `--shard I/N` and a shared folder. The same command
+again goes on where it was stopped; without `--shard` it does what is missing and writes the results.
+"""
+
+import sys
+
+from accelerate import Accelerator
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from am_diffusers.processes import Interrupted, Processes, StopSignal, check_joined
+from am_diffusers.redact import guard_output, redact
+from evaluating.driver import evaluate
+from evaluating.options import parse
+from evaluating.plan import make_plan
+
+
+def main() -> None:
+    """Plan, evaluate, say where the report is."""
+    guard_output()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    stop = StopSignal()
+    try:
+        plan = make_plan(parse(sys.argv[1:]))
+        accelerator = Accelerator()
+        check_joined(accelerator)
+        with stop.listening():
+            for line in evaluate(plan, Processes(accelerator, stop)):
+                accelerator.print(redact(line))
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}: run the same command again to go on")
+        sys.exit(128 + interrupted.number)
+    except ValueError as error:
+        sys.exit(redact(f"error: {error}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""An evaluation from plan to report: pictures, measures, and the results when nothing is missing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from am_diffusers.evaluation import Array
+from am_diffusers.processes import Processes
+from evaluating.finish import collect, missing_units, write_scores
+from evaluating.generate import Generator, load_model, missing_batches
+from evaluating.notes import make_notes, trained_rewards
+from evaluating.plan import Plan
+from evaluating.renderings import to_markdown
+from evaluating.report import write_report
+from evaluating.score import measure_units, reference_features, units_of, unmeasured
+from evaluating.store import Store
+from evaluating.summarising import summarise
+from evaluating.summary import SUMMARY_FILE, write_summary
+from evaluating.tables import comparison_table, write_tables
+
+
+def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
+    """Do this process's share, then on the main process what can be concluded; yields lines to print.
+
+    Raises:
+        ValueError: what is wrong and what to do about it; everything written before is kept.
+        Interrupted: a signal came.
+    """
+    options = plan.options
+    store = Store(
+        options.output_dir, plan.settings, len(plan.prompts), options.num_images_per_prompt, plan.side
+    )
+    processes.on_main(lambda: store.open(plan.candidates))
+    index, number = options.shard
+    # A chunk belongs to one process for all candidates: then it has both pictures of every pair.
+    chunks = range(len(store.chunks))[index * processes.number + processes.index :: number * processes.number]
+    with processes.together():
+        make_pictures(plan, store, chunks, processes)
+        take_measures(plan, store, chunks, processes)
+    if not processes.is_main:
+        return
+    missing = missing_units(plan, store)
+    if missing:
+        yield (
+            f"this share is done; of others {missing} chunks are missing: the last one to finish writes the "
+            "results, or this command without --shard"
+        )
+        return
+    yield from conclude(plan, store, processes)
+
+
+def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
+    """Make the pictures of these chunks that are missing; no model is loaded if there are none."""
+    batches = missing_batches(store, plan.candidates, chunks, plan.options.batch_size)
+    if not batches:
+        return
+    # What would fail after hours of pictures shall fail now.
+    for measure in plan.measures:
+        measure.load(processes.accelerator.device, plan.options.batch_size, plan.prompts.prompts)
+    model = load_model(plan, batches, processes.accelerator.device)
+    generator = Generator(plan, store, model)
+    generator.check_loras(plan.candidates)
+    model.before_pass = processes.poll
+    generator.make(batches)
+
+
+def take_measures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
+    """Take every measure of these chunks that is missing."""
+    for measure in plan.measures:
+        units = unmeasured(store, measure, units_of(measure, plan.candidates, chunks))
+        if units:
+            measure_units(store, measure, units, plan, processes)
+
+
+def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
+    """Write scores, summary, tables and report of a complete evaluation."""
+    results = replace(
+        collect(plan, store),
+        reference_features=references(plan, store, processes),
+        trained=trained_rewards(plan.candidates),
+        notes=make_notes(plan),
+    )
+    yield from results.notes
+    write_scores(results, store)
+    summary = summarise(results)
+    write_summary(summary, store.folder / SUMMARY_FILE)
+    write_tables(summary, store.folder)
+    yield to_markdown(comparison_table(summary))
+    file = write_report(
+        results, summary, store.folder / "report.html", max_prompts=plan.options.report_prompts
+    )
+    yield f"report: {file.resolve()}"
+
+
+def references(plan: Plan, store: Store, processes: Processes) -> dict[str, Array]:
+    """Features of the reference pictures by name, if there are any."""
+    folder = plan.options.reference_pictures
+    if folder is None:
+        return {}
+    features = [measure for measure in plan.measures if measure.kind == "features"]
+    return {each.name: reference_features(store, each, folder, plan, processes) for each in features}

@@ -1,0 +1,250 @@
+"""The figures of the report, as SVG text: score distributions, gains by category, what a gain cost.
+
+One small panel a figure, so that the page can place them side by side on a wide screen and below each other on a
+narrow one. Text stays text: it can be searched, and is set in the font of the reader.
+"""
+
+import hashlib
+import html
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation import Array
+from am_diffusers.panel import COLOURS, GREY
+from evaluating.wording import plain
+
+WIDTH, HEIGHT = 4.6, 3.1
+BASE_FILL = "#b9b9b9"
+MAX_BINS = 30
+ROW = 0.27
+MARKERS = "oDs^vPX*"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    # Names come from outside: a dollar sign in one is no formula.
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One tuned candidate in a plot of what a gain cost.
+
+    Attributes:
+        number: of the candidate in the report's table.
+        family: candidates that differ in the strength of the LoRA only; joined by a line in the order given.
+        cost: diversity kept (1 = the base's) or path KL (nats).
+        gain: in base standard deviations.
+    """
+
+    number: int
+    family: str
+    cost: Estimate
+    gain: Estimate
+
+
+def distributions(reward: str, base: Array, tuned: Array) -> str:
+    """Histograms of all base and all tuned scores, with their means.
+
+    Args:
+        reward: its name.
+        base: scores of any shape, in the reward's units.
+        tuned: the same for the tuned pictures.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(WIDTH, HEIGHT)
+        edges = np.histogram_bin_edges(np.concatenate([base.ravel(), tuned.ravel()]), "fd")
+        if len(edges) > MAX_BINS + 1:
+            edges = np.linspace(edges[0], edges[-1], MAX_BINS + 1)
+        bins = edges.tolist()
+        axes.hist(base.ravel(), bins, color=BASE_FILL, label=f"base, mean {plain(float(base.mean()))}")
+        axes.hist(
+            tuned.ravel(),
+            bins,
+            histtype="step",
+            color=COLOURS[0],
+            linewidth=1.8,
+            label=f"tuned, mean {plain(float(tuned.mean()))}",
+        )
+        axes.axvline(float(base.mean()), color=GREY, linewidth=1.2, linestyle=":")
+        axes.axvline(float(tuned.mean()), color=COLOURS[0], linewidth=1.2, linestyle=":")
+        axes.set(xlabel=f"{reward} score", ylabel="pictures")
+        axes.set_ylim(top=1.05 * axes.get_ylim()[1])
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        _legend_above(axes)
+        return _svg(figure, f"{reward}: how many pictures got which score, base and tuned")
+
+
+def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate]) -> str:
+    """Gain with its interval, a row a category.
+
+    Args:
+        reward: its name.
+        names: of the categories, with the number of prompts, top row first.
+        gains: theirs, in base standard deviations.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(WIDTH, 0.9 + ROW * len(names))
+        rows = np.arange(len(names))
+        values = np.array([gain.value for gain in gains])
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.errorbar(values, rows, xerr=_whiskers(gains), fmt="o", color=COLOURS[0], capsize=3, markersize=5)
+        axes.set_yticks(rows, [shorten(name) for name in names])
+        axes.set(xlabel=f"gain in {reward} (base sd)", ylim=(len(names) - 0.4, -0.6))
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        return _svg(figure, f"{reward}: gain and 95 % interval by category")
+
+
+def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
+    """Gain against diversity kept, with the base and the front that no candidate beats in both.
+
+    Args:
+        reward: its name.
+        points: of the tuned candidates.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(WIDTH, HEIGHT)
+        _front(axes, points)
+        _cost_points(axes, [_in_percent(point) for point in points], origin=100)
+        axes.set(xlabel="diversity kept (% of the base's)", ylabel=f"gain in {reward} (base sd)")
+        return _svg(figure, f"{reward}: gain against diversity kept")
+
+
+def gain_against_path_kl(reward: str, points: Sequence[Point]) -> str:
+    """Gain against path KL, the base at (0, 0).
+
+    Args:
+        reward: its name.
+        points: of the tuned candidates with a path KL.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(WIDTH, HEIGHT)
+        _cost_points(axes, points, origin=0)
+        axes.set(xlabel="path KL from the base (nats)", ylabel=f"gain in {reward} (base sd)")
+        axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
+        return _svg(figure, f"{reward}: gain against path KL")
+
+
+def shorten(text: str, limit: int = 26) -> str:
+    """`text`, cut in its middle to `limit` characters."""
+    half = (limit - 1) // 2
+    return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other one reaches in one coordinate and beats in the other, by their first coordinate."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def _front(axes: Axes, points: Sequence[Point]) -> None:
+    front = pareto_front([(1.0, 0.0), *((point.cost.value, point.gain.value) for point in points)])
+    if len(front) > 1:
+        kept, gains = zip(*front, strict=True)
+        axes.plot([100 * share for share in kept], gains, "--", color=GREY, linewidth=1, zorder=1)
+
+
+def _in_percent(point: Point) -> Point:
+    return replace(point, cost=point.cost.scaled(100))
+
+
+def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
+    """Every candidate with both intervals and its number, and the base at (`origin`, 0)."""
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label="base", zorder=3)
+    families = list(dict.fromkeys(point.family for point in points))
+    for place, family in enumerate(families):
+        members = [point for point in points if point.family == family]
+        colour = COLOURS[place % len(COLOURS)]
+        costs, gains = [[getattr(p, axis).value for p in members] for axis in ("cost", "gain")]
+        axes.errorbar(
+            costs,
+            gains,
+            xerr=_whiskers([point.cost for point in members]),
+            yerr=_whiskers([point.gain for point in members]),
+            fmt=f"{MARKERS[place % len(MARKERS)]}-",
+            color=colour,
+            ecolor=to_rgba(colour, 0.45),
+            linewidth=1.2,
+            label=shorten(family),
+        )
+        for point in members if len(points) > 1 else ():
+            where = (point.cost.value, point.gain.value)
+            paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+            axes.annotate(
+                f"{point.number}", where, (6, 6), textcoords="offset points", weight="bold", bbox=paper
+            )
+    axes.margins(0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    _legend_above(axes)
+
+
+def _whiskers(estimates: Sequence[Estimate]) -> Array:
+    """Distances from the values to both ends of their intervals, (2, N); 0 where there is none."""
+    low = [e.value - e.low if e.low is not None else 0 for e in estimates]
+    high = [e.high - e.value if e.high is not None else 0 for e in estimates]
+    # An end can lie on the wrong side of its value by rounding.
+    return np.maximum([low, high], 0)
+
+
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend_above(axes: Axes) -> None:
+    """Legend in rows above the panel, where it can't hide a curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an element for an HTML page, its ids its own among other figures."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": ""}), warnings.catch_warnings():
+        # The reader's font has the characters that the one measured here lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
+    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

@@ -1,0 +1,51 @@
+"""Files that are whole or not there, whatever is killed: written under another name, then renamed."""
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+
+class StorageError(ValueError):
+    """A result can't be written; what was written before is kept."""
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make `file` under a name of this process's own, then rename it.
+
+    Args:
+        file: its folder is made if needed; an older file is replaced.
+        write: makes the file at the path it gets.
+
+    Raises:
+        StorageError: the disk is full or not writable; says what to do.
+    """
+    part = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, file)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        # safetensors wraps what the system said into an error of its own.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise StorageError(
+                f"{file}: no space left on the disk: free some and run the same command again; everything "
+                "written before is kept"
+            ) from error
+        if isinstance(error, OSError):
+            raise StorageError(f"{file}: cannot be written: {error}") from error
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text, whole or not at all."""
+    write_whole(file, lambda part: part.write_text(text, "utf-8", newline=""))
+
+
+def write_json(file: Path, document: object) -> None:
+    """Write a JSON document, whole or not at all; NaN and infinity are refused."""
+    write_text(file, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

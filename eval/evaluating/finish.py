@@ -1,0 +1,109 @@
+"""When everything is there: results from the files, and what is written from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from am_diffusers.evaluation import Array
+from am_diffusers.samples import Picture
+from evaluating.candidates import Candidate
+from evaluating.files import write_whole
+from evaluating.measures import Measure
+from evaluating.plan import Plan
+from evaluating.results import Results
+from evaluating.score import find_values, units_of, unmeasured
+from evaluating.store import Store
+
+
+def missing_units(plan: Plan, store: Store) -> int:
+    """How many chunks of pictures still lack a value of some measure."""
+    chunks = range(len(store.chunks))
+    return sum(
+        len(unmeasured(store, measure, units_of(measure, plan.candidates, chunks)))
+        for measure in plan.measures
+    )
+
+
+def collect(plan: Plan, store: Store) -> Results:
+    """Results of a complete evaluation."""
+    shape = (store.num_prompts, store.images_per_prompt)
+
+    def values(kind: str) -> dict[str, dict[str, Array]]:
+        measures = [measure for measure in plan.measures if measure.kind == kind]
+        return {
+            candidate.key: {measure.name: _whole(store, measure, candidate, shape) for measure in measures}
+            for candidate in plan.candidates
+        }
+
+    return Results(
+        folder=store.folder,
+        settings=store.settings,
+        prompts=plan.prompts,
+        candidates=plan.candidates,
+        scores=values("rewards"),
+        features=values("features"),
+        reference_features={},
+        path_kl=_path_kl(store, plan.candidates),
+        changes=_changes(plan, store, shape),
+    )
+
+
+def write_scores(results: Results, store: Store) -> Path:
+    """scores.jsonl: a line a picture, with its prompt, categories, seed, file and scores."""
+    file = results.folder / "scores.jsonl"
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as opened:
+            for candidate in results.candidates:
+                for picture in (picture for chunk in store.chunks for picture in chunk):
+                    line = json.dumps(_line(results, store, candidate, picture), ensure_ascii=False)
+                    opened.write(line + "\n")
+
+    write_whole(file, write)
+    return file
+
+
+def _line(results: Results, store: Store, candidate: Candidate, picture: Picture) -> Mapping[str, object]:
+    row, column = picture
+    scores = {name: values[row, column].item() for name, values in results.scores[candidate.key].items()}
+    line = {
+        "candidate": candidate.key,
+        "prompt_index": row,
+        "image": column,
+        "prompt": results.prompts.prompts[row],
+        "categories": {name: values[row] for name, values in results.prompts.categories.items()},
+        "seed": store.about(candidate, picture)["seed"],
+        "file": str(store.picture(candidate, picture).relative_to(results.folder)),
+        "scores": scores,
+    }
+    if candidate.key in results.path_kl:
+        line["path_kl"] = results.path_kl[candidate.key][row, column].item()
+    return line
+
+
+def _changes(plan: Plan, store: Store, shape: Sequence[int]) -> dict[str, Array]:
+    tuned = [candidate for candidate in plan.candidates if not candidate.is_base]
+    measures = [measure for measure in plan.measures if measure.kind == "changes"]
+    return {each.key: _whole(store, measure, each, shape) for measure in measures for each in tuned}
+
+
+def _whole(store: Store, measure: Measure, candidate: Candidate, shape: Sequence[int]) -> Array:
+    parts = [find_values(store, measure, candidate, chunk) for chunk in range(len(store.chunks))]
+    missing = [chunk for chunk, part in enumerate(parts) if part is None]
+    if missing:
+        raise ValueError(f"{measure.name} of {candidate.key}: chunk {missing[0]} is missing: run this again")
+    whole = np.concatenate([part for part in parts if part is not None]).astype(np.float64)
+    return whole.reshape(*shape, *whole.shape[1:])
+
+
+def _path_kl(store: Store, candidates: Sequence[Candidate]) -> dict[str, Array]:
+    """From the texts of the pictures, where the sampler was stochastic."""
+    found = {}
+    for candidate in candidates:
+        if candidate.is_base or "path_kl" not in store.about(candidate, store.chunks[0][0]):
+            continue
+        values = [store.about(candidate, p)["path_kl"] for chunk in store.chunks for p in chunk]
+        found[candidate.key] = np.array(values).reshape(store.num_prompts, store.images_per_prompt)
+    return found

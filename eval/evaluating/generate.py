@@ -1,0 +1,154 @@
+"""Makes the pictures that aren't there yet, the same ones whoever makes them and in whatever order."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from am_diffusers.load import DTYPES, guided
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.rollout import LatentSpec
+from am_diffusers.samples import Picture, Sampler
+from am_diffusers.velocity import Conditioning
+from evaluating.candidates import Candidate
+from evaluating.plan import Plan
+from evaluating.store import Store
+
+logger = logging.getLogger(__name__)
+EFFECT_FLOOR = 1e-6
+"""Smallest relative change of the velocity by a LoRA that is no rounding error."""
+
+Batches = list[tuple[Candidate, tuple[Picture, ...]]]
+
+
+def missing_batches(
+    store: Store, candidates: Sequence[Candidate], chunks: Sequence[int], batch_size: int
+) -> Batches:
+    """Batches of the chunks with a picture that isn't there or is damaged, candidate by candidate.
+
+    Chunks are always cut into the same batches: which pictures share a network pass changes their last bits.
+    """
+    missing: Batches = []
+    for candidate in candidates:
+        for chunk in chunks:
+            pictures = store.chunks[chunk]
+            for start in range(0, len(pictures), batch_size):
+                batch = pictures[start : start + batch_size]
+                damage = {picture: store.damage(candidate, picture) for picture in batch}
+                for picture, reason in damage.items():
+                    if reason:
+                        logger.warning("%s is made again: %s", store.picture(candidate, picture), reason)
+                if any(reason is not None for reason in damage.values()):
+                    missing.append((candidate, batch))
+    return missing
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The model of a plan, sampling one candidate after the other.
+
+    Attributes:
+        plan: what to make.
+        store: where to put it.
+        model: without a LoRA before and after.
+    """
+
+    plan: Plan
+    store: Store
+    model: SD3
+
+    def check_loras(self, candidates: Sequence[Candidate]) -> None:
+        """Load every LoRA once, before hours are spent.
+
+        Raises:
+            ValueError: one doesn't fit the base model, or changes nothing.
+        """
+        cond = self._encode(1.0)(self.plan.prompts.prompts[:1])
+        for file in dict.fromkeys(candidate.lora for candidate in candidates if candidate.lora):
+            self.model.load_lora(file)
+            effect = self.model.lora_effect(cond, self.plan.side, self.plan.side)
+            self.model.unload_lora()
+            if not effect > EFFECT_FLOOR:
+                raise ValueError(
+                    f"{file} changes the velocity by {effect:.1e} of its size: it has no effect on this base "
+                    "model; was it trained, and on this model?"
+                )
+
+    def make(self, batches: Batches) -> None:
+        """Make and write the pictures of `batches`, ordered by candidate."""
+        loaded: Candidate | None = None
+        for candidate, batch in tqdm(batches, desc="pictures", disable=None):
+            if candidate != loaded:
+                self._load(loaded, candidate)
+                loaded = candidate
+            self._batch(candidate, batch)
+        if loaded is not None and loaded.lora is not None:
+            self.model.unload_lora()
+
+    def _load(self, before: Candidate | None, candidate: Candidate) -> None:
+        if before is not None and before.lora is not None and before.lora != candidate.lora:
+            self.model.unload_lora()
+            before = None
+        if candidate.lora is None:
+            return
+        if before is None or before.lora != candidate.lora:
+            self.model.load_lora(candidate.lora)
+        self.model.set_lora_scale(candidate.lora_scale)
+
+    def _batch(self, candidate: Candidate, batch: Sequence[Picture]) -> None:
+        sampler, prompts = self.sampler(candidate), self.plan.prompts.prompts
+        policy = guided(self.model.policy, candidate.guidance_scale)
+        base = None if candidate.is_base else guided(self.model.base, candidate.guidance_scale)
+        made = sampler.sample(policy, prompts, batch, base=base)
+        for row, picture in enumerate(batch):
+            if self.store.damage(candidate, picture) is None:
+                continue  # made before, with the same batch
+            about: dict[str, object] = {
+                "prompt": prompts[picture.prompt],
+                "candidate": candidate.key,
+                "seed": sampler.generator(picture).initial_seed(),
+            }
+            if made.path_kl is not None:
+                about["path_kl"] = made.path_kl[row].item()
+            self.store.save_picture(candidate, picture, made.pictures[row], about)
+
+    def sampler(self, candidate: Candidate) -> Sampler:
+        """What makes a candidate's pictures; the noise is the same for all candidates."""
+        side = self.plan.side
+        return Sampler(
+            solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps),
+            encode=self._encode(candidate.guidance_scale),
+            decode=self.model.decode,
+            latents=LatentSpec(self.model.latent_shape(side, side), self.model.device),
+            seed=self.plan.options.seed,
+            batch_size=self.plan.options.batch_size,
+        )
+
+    def _encode(self, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
+        return partial(
+            self.model.encode_prompts,
+            max_sequence_length=self.plan.max_sequence_length,
+            negative_prompt=None if guidance_scale == 1 else "",
+        )
+
+
+def load_model(plan: Plan, batches: Batches, device: torch.device) -> SD3:
+    """The base model with the prompts of `batches` encoded and the text encoders freed."""
+    model = SD3.from_pretrained(
+        plan.source.path,
+        weight_dtype=DTYPES[plan.options.mixed_precision],
+        revision=plan.source.revision,
+        variant=plan.source.variant,
+        device=device,
+    )
+    rows = dict.fromkeys([0, *(picture.prompt for _, batch in batches for picture in batch)])
+    model.encode_prompts(
+        [plan.prompts.prompts[row] for row in rows],
+        max_sequence_length=plan.max_sequence_length,
+        negative_prompt="",
+    )
+    model.free_text_encoders()
+    return model

@@ -1,0 +1,213 @@
+"""The command line of `evaluate.py`."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; `parser` explains each.
+
+    Lists are never empty where one is needed, counts are positive, and `shard` is (which, of how many),
+    counted from 0.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None
+    variant: str | None
+    mixed_precision: str
+    lora_path: list[str]
+    lora_scale: list[float]
+    num_inference_steps: list[int]
+    guidance_scale: list[float]
+    sampler: str
+    resolution: int | None
+    max_sequence_length: int | None
+    seed: int
+    num_images_per_prompt: int
+    batch_size: int
+    prompts: str
+    prompts_column: str | None
+    category_columns: list[str] | None
+    prompts_split: str | None
+    max_prompts: int | None
+    train_prompts: str | None
+    rewards: list[str]
+    features: list[str] | None
+    reference_pictures: Path | None
+    lpips: bool
+    layouts: list[str]
+    output_dir: Path
+    shard: tuple[int, int]
+    report_prompts: int
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Options of a command line.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest known one) or a value that makes no sense.
+        SystemExit: after `--help`, and for what argparse refuses.
+    """
+    options, unknown = parser().parse_known_args(argv)
+    if unknown:
+        known = [f"--{field.name}" for field in fields(Options)]
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown flag {unknown[0]}: did you mean {nearest}? (all flags: --help)")
+    return Options(**vars(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags, in the order of `--help`."""
+    known = argparse.ArgumentParser(
+        description="Compare LoRAs with their base: the same prompts and noise, real rewards, intervals. "
+        "The same command again goes on where it was stopped.",
+        allow_abbrev=False,
+    )
+    _model_flags(known.add_argument_group("models"))
+    _sampling_flags(known.add_argument_group("pictures"))
+    _prompt_flags(known.add_argument_group("prompts"))
+    _measure_flags(known.add_argument_group("what is measured"))
+    _output_flags(known.add_argument_group("results"))
+    return known
+
+
+def _model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="base: Diffusers folder, asset: path or hub id"
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--variant", help="weight file variant of the model, e.g. fp16")
+    group.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the transformer"
+    )
+    group.add_argument(
+        "--lora_path",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="one or more LoRAs: file, or folder of a run or checkpoint; none = the base alone is evaluated",
+    )
+    group.add_argument(
+        "--lora_scale", nargs="+", type=positive_float, default=[1.0], help="strengths tried of each LoRA"
+    )
+
+
+def _sampling_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num_inference_steps", nargs="+", type=positive, default=[28], help="denoising steps, each is tried"
+    )
+    group.add_argument(
+        "--guidance_scale",
+        nargs="+",
+        type=positive_float,
+        default=[1.0],
+        help="classifier-free guidance, each is tried; 1.0 = off",
+    )
+    group.add_argument(
+        "--sampler",
+        default="ode_euler",
+        help="ode_euler; memoryless_local_linear, memoryless_euler or ancestral: the SDE of training, which "
+        "gives the path KL too; or a scheduler class of Diffusers, e.g. FlowMatchHeunDiscreteScheduler",
+    )
+    group.add_argument("--resolution", type=positive, help="side in pixels; default: the model's own")
+    group.add_argument(
+        "--max_sequence_length",
+        type=positive,
+        help="T5 tokens, as in training; default: what the model's folder declares, else 256",
+    )
+    group.add_argument("--seed", type=int, default=0, help="all noise is a function of it")
+    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="pictures a prompt")
+    group.add_argument("--batch_size", type=positive, default=16, help="pictures at a time, at most 16")
+
+
+def _prompt_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompts",
+        required=True,
+        help="txt, json, jsonl, csv, tsv or parquet file, data set folder, asset: path, hub id, or a preset: "
+        "DrawBench, PartiPrompts, HPDv2, Pick-a-Pic, GenEval, ImageReward, tiny; NAME=FILE is your copy of one",
+    )
+    group.add_argument("--prompts_column", help="column of the prompt; default: the usual names")
+    group.add_argument(
+        "--category_columns", nargs="*", help="columns to break results down by; default: the usual names"
+    )
+    group.add_argument("--prompts_split", help="split of a data set")
+    group.add_argument("--max_prompts", type=positive, help="only the first so many")
+    group.add_argument(
+        "--train_prompts",
+        help="training list to look for leaks in; default: that of the LoRA's run, if known",
+    )
+
+
+def _measure_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--rewards",
+        nargs="+",
+        required=True,
+        metavar="NAME[=MODEL]",
+        help="pickscore, hpsv2, image_reward, clip_score, aesthetic, ...; MODEL: folder, file, asset: path "
+        "or hub id; default: what the model's folder declares, else the released weights",
+    )
+    group.add_argument(
+        "--features",
+        nargs="*",
+        metavar="NAME[=MODEL]",
+        help="image features for diversity and Frechet distances: dinov2, clip, efficientnet, dreamsim, or a "
+        "reward with image features; default: the last such reward",
+    )
+    group.add_argument(
+        "--reference_pictures", type=Path, help="folder of pictures to take Frechet distances to as well"
+    )
+    group.add_argument("--lpips", action="store_true", help="how far each picture moved (package lpips)")
+
+
+def _output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output_dir", type=Path, required=True, help="folder of everything that is written")
+    group.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="this machine's share, counted from 0"
+    )
+    group.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=("geneval", "hpsv2"),
+        default=[],
+        help="the pictures also in the folders of these judges",
+    )
+    group.add_argument(
+        "--report_prompts", type=positive, default=100, help="at most so many prompts' pictures in the report"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`I/N`: shard I, from 0, of N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, e.g. 0/4, got {text}")
+    return int(match[1]), int(match[2])
+
+
+def named(text: str) -> tuple[str, str | None]:
+    """`NAME=VALUE` as a pair; `NAME` alone has no value."""
+    name, _, value = text.partition("=")
+    return name, value or None

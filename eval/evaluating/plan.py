@@ -1,0 +1,186 @@
+"""From the command line to what is to be done, checked before any weights are read."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from am_diffusers.command_line import asset_path
+from am_diffusers.features import LPIPS
+from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.pretrained import Pretrained, vae_scale
+from am_diffusers.prompt_presets import find_prompts
+from am_diffusers.prompt_sets import PromptSet
+from evaluating.candidates import BASE, Candidate
+from evaluating.measures import Measure, choose_features, choose_rewards
+from evaluating.options import Options
+from evaluating.store import CHUNK, digest
+
+DECLARATION = "am_diffusers.json"
+NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        options: the command line.
+        settings: what all pictures depend on, plain JSON values.
+        source: the base model.
+        side: pictures are side x side pixels.
+        max_sequence_length: T5 tokens.
+        prompts: what is rendered.
+        candidates: the base at each sampler setting, then the LoRAs.
+        measures: rewards, then features, then changes.
+    """
+
+    options: Options
+    settings: dict[str, Any]
+    source: Pretrained
+    side: int
+    max_sequence_length: int
+    prompts: PromptSet
+    candidates: tuple[Candidate, ...]
+    measures: tuple[Measure, ...]
+
+
+def make_plan(options: Options) -> Plan:
+    """Check what was asked for and read the prompts.
+
+    Raises:
+        ValueError: what is wrong and what to do about it.
+    """
+    if options.batch_size > CHUNK:
+        raise ValueError(
+            f"--batch_size {options.batch_size}: pictures are shared out by {CHUNK}, use at most that"
+        )
+    path = asset_path(options.pretrained_model_name_or_path)
+    source = Pretrained(path, options.revision, options.variant)
+    declared = declaration(path)
+    side = options.resolution or _own_resolution(source)
+    source.check(side, side)
+    length = options.max_sequence_length or declared.get("max_sequence_length", 256)
+    candidates = make_candidates(options)
+    rewards = choose_rewards(options.rewards, declared.get("rewards", {}))
+    features = choose_features(options.features, rewards, declared.get("rewards", {}))
+    prompts = find_prompts(
+        asset_path(options.prompts),
+        column=options.prompts_column,
+        category_columns=options.category_columns,
+        split=options.prompts_split,
+        limit=options.max_prompts,
+    )
+    settings = {
+        "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
+        "revision": options.revision,
+        "variant": options.variant,
+        "mixed_precision": options.mixed_precision,
+        "sampler": options.sampler,
+        "resolution": side,
+        "max_sequence_length": length,
+        "seed": options.seed,
+        "num_images_per_prompt": options.num_images_per_prompt,
+        "num_prompts": len(prompts),
+        "prompts": digest(list(prompts.prompts)),
+    }
+    changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
+    measures = (*rewards, *features, *changes)
+    return Plan(options, settings, source, side, length, prompts, candidates, measures)
+
+
+def declaration(path: str) -> dict[str, Any]:
+    """What a model folder says about itself in `am_diffusers.json`: max_sequence_length, rewards.
+
+    Raises:
+        ValueError: if the file is there and isn't a JSON object.
+    """
+    file = Path(path) / DECLARATION
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def make_candidates(options: Options) -> tuple[Candidate, ...]:
+    """The base at each number of steps and guidance, then each LoRA at each scale.
+
+    Raises:
+        ValueError: no such LoRA, or two of one name.
+    """
+    files = [lora_file(text) for text in options.lora_path]
+    names = _names(files)
+    settings = [(steps, scale) for steps in options.num_inference_steps for scale in options.guidance_scale]
+    bases = [Candidate(BASE, *setting) for setting in settings]
+    tuned = [
+        Candidate(name, *setting, lora=file, lora_scale=scale)
+        for name, (_, file) in zip(names, files, strict=True)
+        for scale in options.lora_scale
+        for setting in settings
+    ]
+    candidates = (*bases, *tuned)
+    keys = [candidate.key for candidate in candidates]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the same is asked for twice: {', '.join(keys)}")
+    return candidates
+
+
+def lora_file(text: str) -> tuple[str | None, Path]:
+    """`[NAME=]PATH` as name and the LoRA's file.
+
+    Raises:
+        ValueError: if there is no such file; says where one would be.
+    """
+    name, _, path = text.partition("=") if not Path(text).exists() else ("", "", text)
+    if not path:
+        name, path = "", text
+    if name and not NAME.fullmatch(name):
+        raise ValueError(f"--lora_path {text}: a name has letters, digits, '.', '_' and '-' only")
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ValueError(f"--lora_path {path}: no LoRA file {file}: pass a .safetensors file, or its folder")
+    return name or None, file
+
+
+def run_config(lora: Path) -> dict[str, Any]:
+    """The config of the run that a LoRA came from, {} if it isn't near the file."""
+    for folder in lora.resolve().parents[:3]:
+        file = folder / "config.yaml"
+        if file.is_file():
+            try:
+                found = yaml.safe_load(file.read_text("utf-8"))
+            except (OSError, yaml.YAMLError):
+                return {}
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
+    """Given names, else the last folder that tells one LoRA from the others."""
+    names = []
+    for name, file in files:
+        parts = [part for part in file.resolve().parts[:-1] if NAME.fullmatch(part)]
+        stem = [] if file.name == LORA_FILE else [file.stem]
+        names.append([name] if name else [*parts, *stem])
+    for depth in range(1, 1 + max((len(parts) for parts in names), default=0)):
+        short = ["_".join(parts[-depth:]) for parts in names]
+        if len(set(short)) == len(short) and BASE not in short:
+            return short
+    if not files:
+        return []
+    raise ValueError("two of --lora_path have the same name, or one is called base: name them, NAME=PATH")
+
+
+def _own_resolution(source: Pretrained) -> int:
+    """The side the model was made for, as Diffusers pipelines have it."""
+    transformer, vae = source.config("transformer/config.json"), source.config("vae/config.json")
+    return transformer["sample_size"] * vae_scale(vae)

@@ -1,0 +1,116 @@
+"""A table as Markdown, LaTeX and HTML."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from am_diffusers.markdown import escape_markdown
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a place of a table.
+
+    Attributes:
+        text: plain, to be escaped.
+        best: printed bold.
+        significant: marked with a star.
+    """
+
+    text: str
+    best: bool = False
+    significant: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under titles, names on the left and numbers on the right.
+
+    Attributes:
+        titles: of the columns.
+        names: so many of the first columns hold text, the others numbers.
+        rows: as many cells each as there are titles.
+        notes: sentences below it.
+
+    Raises:
+        ValueError: if a row has another number of cells.
+    """
+
+    titles: tuple[str, ...]
+    names: int
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.titles):
+                raise ValueError(f"Table: {len(self.titles)} titles but a row of {len(row)} cells")
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub's tables, the notes below."""
+    rules = ["---"] * table.names + ["---:"] * (len(table.titles) - table.names)
+    lines = [[escape_markdown(title) for title in table.titles], rules]
+    lines += [[_markdown(cell) for cell in row] for row in table.rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + "".join(f"\n{escape_markdown(note)}\n" for note in table.notes)
+
+
+def to_latex(table: Table) -> str:
+    """A tabular for the package booktabs, the notes as comments above it."""
+    columns = "l" * table.names + "r" * (len(table.titles) - table.names)
+    lines = [[escape_latex(title) for title in table.titles]]
+    lines += [[_latex(cell) for cell in row] for row in table.rows]
+    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    notes = [f"% {' '.join(note.split())}" for note in table.notes]
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([*notes, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]) + "\n"
+
+
+def to_page(tables: Sequence[Table], title: str) -> str:
+    """A web page of tables, with nothing to be loaded."""
+    style = "body{font-family:sans-serif} td,th{padding:.2em .8em;text-align:left;white-space:nowrap}"
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
+    body = f"<h1>{escape(title)}</h1>\n{''.join(map(to_html, tables))}"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+
+
+def to_html(table: Table) -> str:
+    """A `<table>`, the notes as paragraphs."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in table.titles)
+    body = "".join(f"<tr>{''.join(_html(cell) for cell in row)}</tr>\n" for row in table.rows)
+    notes = "".join(f"<p>{escape(note)}</p>\n" for note in table.notes)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n{notes}"
+
+
+def escape_latex(text: str) -> str:
+    """`text` on one line that LaTeX prints as it is."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def _markdown(cell: Cell) -> str:
+    # A number's minus sign opens no list in a cell.
+    text = cell.text if _is_number(cell.text) else escape_markdown(cell.text)
+    return (f"**{text}**" if cell.best else text) + ("\\*" if cell.significant else "")
+
+
+def _latex(cell: Cell) -> str:
+    text = cell.text.replace("-", "$-$", 1) if _is_number(cell.text) else escape_latex(cell.text)
+    return (rf"\textbf{{{text}}}" if cell.best else text) + ("$^{*}$" if cell.significant else "")
+
+
+def _html(cell: Cell) -> str:
+    text = escape(cell.text)
+    return f"<td>{f'<b>{text}</b>' if cell.best else text}{'*' if cell.significant else ''}</td>"
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
