@@ -201,7 +201,8 @@ def test_lpips_is_the_packages() -> None:
     torch.manual_seed(0)
     model = package.LPIPS(net="alex", verbose=False, pnet_rand=True)
     first, second = pictures(3, 64, 64), pictures(3, 64, 64, seed=1)
-    ours = LPIPS(model)(first, second)
+    ours = LPIPS(model)(first.clone().requires_grad_(), second)
+    assert not ours.requires_grad
     expected = model(2 * first - 1, 2 * second - 1)[:, 0, 0, 0]
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
     assert not LPIPS(model)(first, first).any()

@@ -59,7 +59,6 @@ class Features(ABC):
             ValueError: if something is missing (with the command that gets it) or doesn't fit.
         """
 
-    @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """Features (B, D) of `images` (B, 3, H, W) in [0, 1], float32 on the CPU.
 
