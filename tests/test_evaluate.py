@@ -11,7 +11,7 @@ from evaluate_runs import arguments, prepare, run, start
 from finetune_runs import wait_for
 from PIL import Image
 
-FILES = ("summary.json", "scores.jsonl", "table.md", "table.csv", "table.tex")
+FILES = ("summary.json", "scores.jsonl", "comparison.md", "comparison.csv", "comparison.tex")
 
 
 @pytest.fixture(scope="module")

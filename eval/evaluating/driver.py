@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 from am_diffusers.evaluation import Array
 from am_diffusers.processes import Processes
+from am_diffusers.samples import Picture
 from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
+from evaluating.layouts import export_layout
 from evaluating.notes import make_notes, trained_rewards
 from evaluating.plan import Plan
 from evaluating.renderings import to_markdown
@@ -85,6 +88,12 @@ def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
     write_summary(summary, store.folder / SUMMARY_FILE)
     write_tables(summary, store.folder)
     yield to_markdown(comparison_table(summary))
+    for layout, candidate in product(plan.options.layouts, plan.candidates):
+        pictures = [
+            [store.picture(candidate, Picture(prompt, image)) for image in range(store.images_per_prompt)]
+            for prompt in range(store.num_prompts)
+        ]
+        export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, pictures)
     file = write_report(
         results, summary, store.folder / "report.html", max_prompts=plan.options.report_prompts
     )

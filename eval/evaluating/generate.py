@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 EFFECT_FLOOR = 1e-6
 """Smallest relative change of the velocity by a LoRA that is no rounding error."""
 
+ENCODE_GROUP = 16
+"""Prompts encoded at a time."""
+
 Batches = list[tuple[Candidate, tuple[Picture, ...]]]
 
 
@@ -144,11 +147,14 @@ def load_model(plan: Plan, batches: Batches, device: torch.device) -> SD3:
         variant=plan.source.variant,
         device=device,
     )
-    rows = dict.fromkeys([0, *(picture.prompt for _, batch in batches for picture in batch)])
-    model.encode_prompts(
-        [plan.prompts.prompts[row] for row in rows],
-        max_sequence_length=plan.max_sequence_length,
-        negative_prompt="",
-    )
+    # Prompts are always encoded with the same neighbours: the last bits of an embedding depend on them.
+    groups = sorted({0, *(picture.prompt // ENCODE_GROUP for _, batch in batches for picture in batch)})
+    for start in (group * ENCODE_GROUP for group in groups):
+        model.encode_prompts(
+            plan.prompts.prompts[start : start + ENCODE_GROUP],
+            max_sequence_length=plan.max_sequence_length,
+            negative_prompt="",
+            batch_size=ENCODE_GROUP + 1,
+        )
     model.free_text_encoders()
     return model
