@@ -28,7 +28,7 @@ PROMPTS = [
     HOSTILE,
     *(f"a {animal} on a {ground}" for animal in ("cat", "dog", "owl") for ground in ("hill", "sea")),
 ]
-STYLES = ("<b>bold</b>", "flat", "flat", "3d", "", "$x_1$", "3d")
+STYLES = ("<b>bold</b>", "flat", "flat", "3d", "", r"$\frac$", "3d")
 SHOWN = 5
 
 
@@ -126,7 +126,7 @@ def gains(results, reward, place=1):
 def test_nothing_can_leave_the_page(visit, file):
     page = visit(file)
     sent = "url => fetch(url).then(() => 'sent', () => 'refused')"
-    assert page.evaluate(sent, "data:text/plain,x") == "refused"
+    assert page.evaluate(sent, "http://127.0.0.1:9/") == "refused"
     assert visit.complaints
     assert all("Content Security Policy" in complaint for complaint in visit.complaints)
     visit.complaints.clear()
@@ -144,7 +144,7 @@ def test_hostile_prompt_is_text(visit, file):
     assert HOSTILE in page.locator("#p0 h3").text_content()
     assert page.locator("#p0 .tags").text_content() == STYLES[0]
     options = page.locator("select.category option").all_text_contents()
-    assert options == ["all", "$x_1$", "3d", STYLES[0], "flat"]
+    assert options == ["all", r"$\frac$", "3d", STYLES[0], "flat"]
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.scripts.length") == 2
     assert page.locator("#p0 :not(.shot) > img[src=x]").count() == 0
@@ -347,3 +347,13 @@ def test_labels_say_what_differs():
         "base, 4 steps",
         "mine, 4 steps",
     ]
+
+
+def test_cost_figures_have_one_line_a_lora_and_sampler(results, tmp_path):
+    """Scales of one LoRA are joined; other steps are another line."""
+    mixed = synthetic_results(tmp_path, PROMPTS, [*candidates((1.0, 0.5)), *candidates(steps=4)])
+    text = report(mixed, tmp_path / "report.html").read_text()
+    section = text[text.index('<section id="cost">') : text.index('<section id="scores">')]
+    first = section[section.index("<svg") : section.index("</svg>")]
+    assert sorted(set(re.findall(r">(mine, \d steps)<", first))) == ["mine, 4 steps", "mine, 8 steps"]
+    assert set(re.findall(r">([123])</text>", first)) == {"1", "2", "3"}

@@ -1,28 +1,21 @@
 """The figures of the report, as SVG text: score distributions, gains by category, what a gain cost.
 
-One small panel a figure, so that the page can place them side by side on a wide screen and below each other on a
-narrow one. Text stays text: it can be searched, and is set in the font of the reader.
+One small panel a figure, so that the page can place them side by side on a wide screen and below each other
+on a narrow one.
 """
 
-import hashlib
-import html
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from am_diffusers.comparison import Estimate
 from am_diffusers.evaluation import Array
 from am_diffusers.panel import COLOURS, GREY
+from evaluating.svg import legend_above, panel, styled, to_svg, whiskers
 from evaluating.wording import plain
 
 WIDTH, HEIGHT = 4.6, 3.1
@@ -30,21 +23,6 @@ BASE_FILL = "#b9b9b9"
 MAX_BINS = 30
 ROW = 0.27
 MARKERS = "oDs^vPX*"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    # Names come from outside: a dollar sign in one is no formula.
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)
@@ -75,8 +53,8 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
     Returns:
         An `<svg>` element.
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(WIDTH, HEIGHT)
+    with styled():
+        figure, axes = panel(WIDTH, HEIGHT)
         edges = np.histogram_bin_edges(np.concatenate([base.ravel(), tuned.ravel()]), "fd")
         if len(edges) > MAX_BINS + 1:
             edges = np.linspace(edges[0], edges[-1], MAX_BINS + 1)
@@ -95,8 +73,8 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         axes.set(xlabel=f"{reward} score", ylabel="pictures")
         axes.set_ylim(top=1.05 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        _legend_above(axes)
-        return _svg(figure, f"{reward}: how many pictures got which score, base and tuned")
+        legend_above(axes)
+        return to_svg(figure, f"{reward}: how many pictures got which score, base and tuned")
 
 
 def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate]) -> str:
@@ -110,17 +88,28 @@ def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate])
     Returns:
         An `<svg>` element.
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(WIDTH, 0.9 + ROW * len(names))
+    with styled():
+        figure, axes = panel(WIDTH, 0.9 + ROW * len(names))
         rows = np.arange(len(names))
         values = np.array([gain.value for gain in gains])
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.errorbar(values, rows, xerr=_whiskers(gains), fmt="o", color=COLOURS[0], capsize=3, markersize=5)
+        axes.errorbar(values, rows, xerr=whiskers(gains), fmt="o", color=COLOURS[0], capsize=3, markersize=5)
+        axes.set_xlim(_readable_limits(gains))
         axes.set_yticks(rows, [shorten(name) for name in names])
         axes.set(xlabel=f"gain in {reward} (base sd)", ylim=(len(names) - 0.4, -0.6))
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        return _svg(figure, f"{reward}: gain and 95 % interval by category")
+        return to_svg(figure, f"{reward}: gain and 95 % interval by category")
+
+
+def _readable_limits(gains: Sequence[Estimate]) -> tuple[float, float]:
+    """All values, and the intervals of ordinary width: those of two prompts would squeeze the others."""
+    ends = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
+    widest = 3 * float(np.median([high - low for low, high in ends])) if ends else 0.0
+    usual = [end for pair in ends if pair[1] - pair[0] <= widest for end in pair]
+    seen = [0.0, *(gain.value for gain in gains), *usual]
+    margin = 0.05 * (max(seen) - min(seen)) or 1.0
+    return min(seen) - margin, max(seen) + margin
 
 
 def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
@@ -133,12 +122,12 @@ def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
     Returns:
         An `<svg>` element.
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(WIDTH, HEIGHT)
+    with styled():
+        figure, axes = panel(WIDTH, HEIGHT)
         _front(axes, points)
         _cost_points(axes, [_in_percent(point) for point in points], origin=100)
         axes.set(xlabel="diversity kept (% of the base's)", ylabel=f"gain in {reward} (base sd)")
-        return _svg(figure, f"{reward}: gain against diversity kept")
+        return to_svg(figure, f"{reward}: gain against diversity kept")
 
 
 def gain_against_path_kl(reward: str, points: Sequence[Point]) -> str:
@@ -151,12 +140,12 @@ def gain_against_path_kl(reward: str, points: Sequence[Point]) -> str:
     Returns:
         An `<svg>` element.
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(WIDTH, HEIGHT)
+    with styled():
+        figure, axes = panel(WIDTH, HEIGHT)
         _cost_points(axes, points, origin=0)
         axes.set(xlabel="path KL from the base (nats)", ylabel=f"gain in {reward} (base sd)")
         axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
-        return _svg(figure, f"{reward}: gain against path KL")
+        return to_svg(figure, f"{reward}: gain against path KL")
 
 
 def shorten(text: str, limit: int = 26) -> str:
@@ -197,8 +186,8 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
         axes.errorbar(
             costs,
             gains,
-            xerr=_whiskers([point.cost for point in members]),
-            yerr=_whiskers([point.gain for point in members]),
+            xerr=whiskers([point.cost for point in members]),
+            yerr=whiskers([point.gain for point in members]),
             fmt=f"{MARKERS[place % len(MARKERS)]}-",
             color=colour,
             ecolor=to_rgba(colour, 0.45),
@@ -213,38 +202,4 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
             )
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    _legend_above(axes)
-
-
-def _whiskers(estimates: Sequence[Estimate]) -> Array:
-    """Distances from the values to both ends of their intervals, (2, N); 0 where there is none."""
-    low = [e.value - e.low if e.low is not None else 0 for e in estimates]
-    high = [e.high - e.value if e.high is not None else 0 for e in estimates]
-    # An end can lie on the wrong side of its value by rounding.
-    return np.maximum([low, high], 0)
-
-
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _legend_above(axes: Axes) -> None:
-    """Legend in rows above the panel, where it can't hide a curve."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an element for an HTML page, its ids its own among other figures."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": ""}), warnings.catch_warnings():
-        # The reader's font has the characters that the one measured here lacks.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
-    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
-    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+    legend_above(axes)

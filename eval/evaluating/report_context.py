@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -90,7 +91,7 @@ def _settings(results: Results) -> dict[str, str]:
         "LoRA": [str(candidate.lora) for candidate in results.tuned],
         "LoRA scale": [f"{candidate.lora_scale:g}" for candidate in results.tuned],
         "steps": [str(candidate.num_inference_steps) for candidate in results.tuned],
-        "guidance": [f"{candidate.guidance_scale:g}" for candidate in results.tuned],
+        "guidance": [f"{c.guidance_scale:g}" + " (off)" * (c.guidance_scale == 1) for c in results.tuned],
     }
     return settings | {name: values[0] for name, values in common.items() if len(set(values)) == 1}
 
@@ -169,14 +170,16 @@ def _cost_charts(
     costs: Sequence[Estimate | None],
     draw: Callable[[str, Sequence[Point]], str],
 ) -> list[Markup]:
-    """One figure a reward of the candidates whose cost is known."""
+    """One figure a reward of the candidates whose cost is known; those of rising LoRA scale are joined."""
+    families = [replace(finding.candidate, lora_scale=1.0) for finding in findings]
+    names = candidate_labels(families)
     points: dict[str, list[Point]] = {}
-    for finding, cost in zip(findings, costs, strict=True):
+    known = zip(findings, families, costs, strict=True)
+    for finding, family, cost in sorted(known, key=lambda each: each[0].candidate.lora_scale):
         if cost is None:
             continue
         for reward, gain in finding.gains.items():
-            point = Point(finding.number, finding.candidate.name, cost, gain)
-            points.setdefault(reward, []).append(point)
+            points.setdefault(reward, []).append(Point(finding.number, names[family.key], cost, gain))
     return [Markup(draw(reward, found)) for reward, found in points.items()]
 
 

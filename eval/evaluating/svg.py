@@ -1,0 +1,77 @@
+"""Matplotlib figures as SVG elements of an HTML page.
+
+Text stays text: it can be searched, and is set in the font of the reader.
+"""
+
+import hashlib
+import html
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation import Array
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    # Names come from outside: a dollar sign in one is no formula.
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def styled() -> AbstractContextManager[None]:
+    """Inside it figures have the style of the report."""
+    return matplotlib.rc_context(STYLE)
+
+
+def whiskers(estimates: Sequence[Estimate]) -> Array:
+    """Distances from the values to both ends of their intervals, (2, N); 0 where there is none."""
+    low = [e.value - e.low if e.low is not None else 0 for e in estimates]
+    high = [e.high - e.value if e.high is not None else 0 for e in estimates]
+    # An end can lie on the wrong side of its value by rounding.
+    return np.maximum([low, high], 0)
+
+
+def panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with one panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def legend_above(axes: Axes) -> None:
+    """Legend in rows above the panel, where it can't hide a curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
+
+
+def to_svg(figure: Figure, description: str) -> str:
+    """The figure as an element for an HTML page, its ids its own among other figures."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": ""}), warnings.catch_warnings():
+        # The reader's font has the characters that the one measured here lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
+    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
