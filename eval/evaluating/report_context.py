@@ -25,6 +25,8 @@ WORDS = {
     "seed": "seed",
     "resolution": "resolution",
 }
+# Said elsewhere on the page, or a checksum.
+UNSHOWN = ("prompts", "num_prompts", "num_images_per_prompt")
 
 
 class Pair(NamedTuple):
@@ -85,8 +87,9 @@ def report_context(
 def _settings(results: Results) -> dict[str, str]:
     """What holds for all candidates, in words: the settings, and what the tuned candidates have in common."""
     first = [name for name in WORDS if name in results.settings]
-    names = [*first, *(name for name in results.settings if name not in first)]
-    settings = {WORDS.get(name, name): _text(results.settings[name]) for name in names}
+    names = [*first, *(name for name in results.settings if name not in (*first, *UNSHOWN))]
+    shown = {name: results.settings[name] for name in names if results.settings[name] is not None}
+    settings = {WORDS.get(name, name): _text(value) for name, value in shown.items()}
     common = {
         "LoRA": [str(candidate.lora) for candidate in results.tuned],
         "LoRA scale": [f"{candidate.lora_scale:g}" for candidate in results.tuned],

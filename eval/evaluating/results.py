@@ -45,6 +45,13 @@ class Results:
         """The candidates with a LoRA."""
         return tuple(candidate for candidate in self.candidates if not candidate.is_base)
 
+    def role(self, candidate: Candidate, reward: str) -> str:
+        """`trained` or `held-out`: whether a reward is one the candidate was trained on; "" if unknown."""
+        trained = self.trained.get(candidate.name)
+        if trained is None:
+            return ""
+        return "trained" if reward in trained else "held-out"
+
     def picture(self, candidate: Candidate, prompt: int, image: int) -> Path:
         """File of a picture: an 8-bit RGB PNG."""
         return self.folder / "pictures" / candidate.key / f"{prompt:05d}-{image:03d}.png"

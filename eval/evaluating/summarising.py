@@ -47,6 +47,7 @@ def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
             for column, values in results.prompts.categories.items()
         },
         candidates=[_candidate(results, candidate, resamples) for candidate in results.candidates],
+        notes=list(results.notes),
     )
 
 
@@ -128,10 +129,7 @@ def _against_base(results: Results, candidate: Candidate, resamples: int) -> Aga
     features = results.features.get(base, {}), results.features.get(key, {})
     return AgainstBase(
         base=base,
-        rewards={
-            name: _reward(results, results.scores[base][name], scores, resamples)
-            for name, scores in results.scores[key].items()
-        },
+        rewards={name: _reward(results, candidate, name, resamples) for name in results.scores[key]},
         diversity_kept=_kept(_distances(features[0]), _distances(features[1]), resamples),
         frechet=_frechet(*features),
         path_kl=None if path_kl is None else _mean(path_kl, resamples),
@@ -139,7 +137,8 @@ def _against_base(results: Results, candidate: Candidate, resamples: int) -> Aga
     )
 
 
-def _reward(results: Results, base: Array, tuned: Array, resamples: int) -> RewardComparison:
+def _reward(results: Results, candidate: Candidate, name: str, resamples: int) -> RewardComparison:
+    base, tuned = (results.scores[each.key][name] for each in (candidate.base, candidate))
     overall = compare(base, tuned, resamples=resamples)
 
     def of(rows: list[int]) -> Comparison:
@@ -147,6 +146,7 @@ def _reward(results: Results, base: Array, tuned: Array, resamples: int) -> Rewa
 
     columns = results.prompts.categories.items()
     return RewardComparison(
+        results.role(candidate, name),
         overall,
         {
             column: {value: of(rows) for value, rows in _rows_by_value(values).items()}

@@ -27,10 +27,12 @@ class RewardComparison:
     """One reward of a tuned model against its base.
 
     Attributes:
+        role: `trained` or `held-out`; "" if it isn't known what the model was trained on.
         overall: for all prompts.
         categories: for the prompts of each value of each category column; gains in the unit of `overall`.
     """
 
+    role: str
     overall: Comparison
     categories: dict[str, dict[str, Comparison]]
 
@@ -101,6 +103,7 @@ class Summary:
         prompts_sha256: of the prompts in their order.
         categories: by category column, number of prompts of each value.
         candidates: bases first.
+        notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
     """
 
     format: Literal[1]
@@ -111,6 +114,7 @@ class Summary:
     prompts_sha256: str
     categories: dict[str, dict[str, int]]
     candidates: list[CandidateSummary]
+    notes: list[str]
 
     def __post_init__(self) -> None:
         known = {candidate.key for candidate in self.candidates}

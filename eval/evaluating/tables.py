@@ -130,7 +130,7 @@ def comparison_rows(summary: Summary) -> list[dict[str, object]]:
             parts = [("all", "all", result.overall)]
             parts += [(column, v, each) for column, of in result.categories.items() for v, each in of.items()]
             for column, value, each in parts:
-                place = {"reward": reward, "category_column": column, "category": value}
+                place = {"reward": reward, "role": result.role, "category_column": column, "category": value}
                 rows.append(model | place | _flat(each))
     return rows
 
