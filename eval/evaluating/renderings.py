@@ -113,5 +113,5 @@ def _html(cell: Cell) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is a number, with its interval or not, or the `-` of none: nothing to be escaped in a cell."""
+    """Whether it is a number, alone or with its interval, or the `-` of none: nothing to be escaped."""
     return _NUMBER.fullmatch(text) is not None
