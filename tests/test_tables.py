@@ -118,10 +118,16 @@ def test_latex_is_escaped_and_uses_booktabs():
         r"mo|del & n\_1 \& <b> \\",
         r"\midrule",
         r"a\_b|*c* & \textbf{$-$0.58}$^{*}$ \\",
-        r"50\% \textbackslash{}x\{\}\textasciitilde{}\textasciicircum{}\#\$ & - \\",
+        r"50\% \textbackslash{}x\{\}\textasciitilde{}\textasciicircum{}\#\$ & $-$ \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_number_with_its_interval_is_not_escaped():
+    table = Table(("gain",), 0, ((Cell("-0.12 [-0.30, 0.01]", significant=True),),))
+    assert "| -0.12 [-0.30, 0.01]\\* |" in to_markdown(table)
+    assert "$-$0.12 [$-$0.30, 0.01]$^{*}$" in to_latex(table)
 
 
 def test_html_is_escaped_and_loads_nothing():

@@ -13,6 +13,7 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
+_NUMBER = re.compile(r"-|-?\d+(\.\d+)?( \[-?\d+(\.\d+)?, -?\d+(\.\d+)?\])?")
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,12 @@ def escape_latex(text: str) -> str:
 
 
 def _markdown(cell: Cell) -> str:
-    # A number's minus sign opens no list in a cell.
     text = cell.text if _is_number(cell.text) else escape_markdown(cell.text)
     return (f"**{text}**" if cell.best else text) + ("\\*" if cell.significant else "")
 
 
 def _latex(cell: Cell) -> str:
-    text = cell.text.replace("-", "$-$", 1) if _is_number(cell.text) else escape_latex(cell.text)
+    text = cell.text.replace("-", "$-$") if _is_number(cell.text) else escape_latex(cell.text)
     return (rf"\textbf{{{text}}}" if cell.best else text) + ("$^{*}$" if cell.significant else "")
 
 
@@ -113,4 +113,5 @@ def _html(cell: Cell) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
+    """Whether it is a number, alone or with its interval, or the `-` of none: nothing to be escaped."""
+    return _NUMBER.fullmatch(text) is not None

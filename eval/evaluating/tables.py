@@ -37,7 +37,7 @@ NONE = "-"
 MARKS = (
     "Bold: best of the column. *: differs from the base with the same sampler: the 95 % interval of the "
     "paired difference excludes 0 and the Wilcoxon signed-rank test over prompts has "
-    f"p < {LEVEL:g}, each comparison by itself, not corrected for their number."
+    f"p below {LEVEL:g}, each comparison by itself, not corrected for their number."
 )
 
 
