@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from evaluating.candidates import BASE, Candidate
-from evaluating.results import Results
 
 from am_diffusers.prompt_sets import PromptSet
+from evaluating.candidates import BASE, Candidate
+from evaluating.results import Results
 
 SETTINGS = {"pretrained_model_name_or_path": "tiny", "sampler": "ode", "seed": 0, "resolution": 64}
 BASE_20 = Candidate(BASE, 20)

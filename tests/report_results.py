@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from evaluating.candidates import BASE, Candidate
-from evaluating.results import Results
 from PIL import Image
 
 from am_diffusers.prompt_sets import PromptSet
+from evaluating.candidates import BASE, Candidate
+from evaluating.results import Results
 
 HOSTILE = (
     """</script><script>window.hacked = 1</script> "quoted" 'fox' """

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluating import layouts
-from evaluating.layouts import STYLES, export_layout
 from PIL import Image
 
 from am_diffusers.prompt_sets import PromptSet
+from evaluating import layouts
+from evaluating.layouts import STYLES, export_layout
 
 ROWS = (
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
+
 from evaluating import report_pictures
 from evaluating.figures import pareto_front
 from evaluating.findings import candidate_labels
 from evaluating.report import write_report
 from evaluating.report_pictures import data_address, embed_pictures, prompts_to_show
 from evaluating.summarising import summarise
-from PIL import Image
-from playwright.sync_api import sync_playwright
-from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluating import text_files
-from evaluating.summarising import summarise
-from evaluating.summary import read_summary, write_summary
-from evaluating.text_files import write_text
 from evaluation_results import BASE_20, SETTINGS, STRONG, WEAK, make_results
+from safetensors import SafetensorError
 
 from am_diffusers.comparison import compare
 from am_diffusers.evaluation import diversity
 from am_diffusers.frechet import frechet_distance, frechet_from_base
 from am_diffusers.prompt_sets import PromptSet
+from evaluating import files
+from evaluating.files import StorageError, write_text, write_whole
+from evaluating.summarising import summarise
+from evaluating.summary import read_summary, write_summary
 
 RESULTS = make_results()
 
@@ -206,15 +207,25 @@ def test_file_cut_short_or_missing_is_an_error_that_names_it(summary, tmp_path):
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "text.txt"
+    file = tmp_path / "folder/text.txt"
     write_text(file, "first\n")
     assert stat.S_IMODE(file.stat().st_mode) & stat.S_IRUSR
 
-    def full(descriptor):
+    def full(*names):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(text_files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(StorageError, match="no space left on the disk: free some and run the same command"):
         write_text(file, "second\n")
     assert file.read_text() == "first\n"
-    assert os.listdir(tmp_path) == ["text.txt"]
+    assert os.listdir(file.parent) == ["text.txt"]
+
+
+def test_full_disk_that_safetensors_wraps_is_called_that(tmp_path):
+    def full(part):
+        part.write_bytes(b"some of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StorageError, match=r"values\.safetensors: no space left"):
+        write_whole(tmp_path / "values.safetensors", full)
+    assert os.listdir(tmp_path) == []

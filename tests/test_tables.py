@@ -6,8 +6,11 @@ import logging
 import re
 from dataclasses import replace
 
-import leaderboard
 import pytest
+from evaluation_results import SETTINGS, SHIFTS, STRONG, WEAK, make_results
+from markdown_it import MarkdownIt
+
+import leaderboard
 from evaluating.leaderboard import (
     choose_reward,
     find_evaluations,
@@ -18,8 +21,6 @@ from evaluating.renderings import Cell, Table, to_html, to_latex, to_markdown, t
 from evaluating.summarising import summarise
 from evaluating.summary import write_summary
 from evaluating.tables import comparison_rows, comparison_table, in_order, label, number, to_csv, write_tables
-from evaluation_results import SETTINGS, SHIFTS, STRONG, WEAK, make_results
-from markdown_it import MarkdownIt
 
 NASTY = Table(
     ("mo|del", "n_1 & <b>"),

@@ -80,6 +80,7 @@ def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
         collect(plan, store),
         reference_features=references(plan, store, processes),
         trained=trained_rewards(plan.candidates),
+        reward_models={each.name: each.model for each in plan.measures if each.kind == "rewards"},
         notes=make_notes(plan),
     )
     yield from results.notes

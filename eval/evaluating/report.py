@@ -13,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluating import wording
+from evaluating.files import write_text
 from evaluating.findings import read_findings, verdict
 from evaluating.report_context import report_context
 from evaluating.report_pictures import embed_pictures
 from evaluating.results import Results
 from evaluating.summary import Summary
-from evaluating.text_files import write_text
 
 HERE = Path(__file__).parent
 

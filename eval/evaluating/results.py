@@ -25,6 +25,7 @@ class Results:
         path_kl: by candidate key: (P, S) in nats, of tuned candidates of a stochastic table. May be empty.
         changes: by candidate key: (P, S) LPIPS distance to the base picture of the same noise. May be empty.
         trained: names of the rewards each LoRA was trained on, by candidate name, where its run is known.
+        reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know: leaks, duplicates, truncated prompts.
     """
 
@@ -38,6 +39,7 @@ class Results:
     path_kl: Mapping[str, Array]
     changes: Mapping[str, Array]
     trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reward_models: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

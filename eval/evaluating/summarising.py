@@ -47,6 +47,7 @@ def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
             for column, values in results.prompts.categories.items()
         },
         candidates=[_candidate(results, candidate, resamples) for candidate in results.candidates],
+        reward_models=dict(results.reward_models),
         notes=list(results.notes),
     )
 

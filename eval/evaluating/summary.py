@@ -17,7 +17,7 @@ from am_diffusers.comparison import Comparison, Estimate
 from am_diffusers.frechet import FrechetFromBase
 from am_diffusers.prompt_sets import PromptSet
 from am_diffusers.redact import redact_values
-from evaluating.text_files import write_text
+from evaluating.files import write_text
 
 SUMMARY_FILE = "summary.json"
 
@@ -103,6 +103,7 @@ class Summary:
         prompts_sha256: of the prompts in their order.
         categories: by category column, number of prompts of each value.
         candidates: bases first.
+        reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
     """
 
@@ -114,6 +115,7 @@ class Summary:
     prompts_sha256: str
     categories: dict[str, dict[str, int]]
     candidates: list[CandidateSummary]
+    reward_models: dict[str, str | None]
     notes: list[str]
 
     def __post_init__(self) -> None:

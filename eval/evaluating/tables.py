@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from am_diffusers.comparison import LEVEL, Comparison, Estimate
+from evaluating.files import write_text
 from evaluating.renderings import Cell, Table, to_latex, to_markdown
 from evaluating.summary import CandidateSummary, Summary
-from evaluating.text_files import write_text
 
 
 class Column(NamedTuple):
