@@ -174,7 +174,7 @@ def test_unfit_pictures_are_refused_before_anything_is_written(
         export_layout("hpsv2", out, hpsv2(monkeypatch), draw(tmp_path / "in", 8, 2))
     few = hpsv2(monkeypatch, 2)
     monkeypatch.setattr(layouts, "PROMPTS_A_STYLE", 3)
-    with pytest.raises(ValueError, match="3 prompts of each of the styles .* 'photo': 2"):
+    with pytest.raises(ValueError, match=r"3 prompts of each of the styles .* 'photo': 2"):
         export_layout("hpsv2", out, few, draw(tmp_path / "in", 8, 1))
     files = draw(tmp_path / "in", 2, 2)
     files[1][1].unlink()

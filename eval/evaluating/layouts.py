@@ -1,10 +1,10 @@
 """Finished pictures in the folder layouts that official judges read.
 
-    geneval   00012/metadata.jsonl, 00012/samples/0003.png       evaluation/evaluate_images.py of djghosh13/geneval
-    hpsv2     anime/00012.jpg and three more styles              hpsv2.evaluate of the package hpsv2
+    geneval   00012/metadata.jsonl, 00012/samples/0003.png   evaluation/evaluate_images.py of GenEval
+    hpsv2     anime/00012.jpg and three more styles          hpsv2.evaluate of the package hpsv2
 
-Pictures are hard links where the format allows, else copies. Everything is checked before anything is written;
-written again, nothing changes.
+Pictures are hard links where the format allows, else copies. Everything is checked before anything is
+written; written again, nothing changes.
 """
 
 import io
@@ -19,12 +19,13 @@ from pathlib import Path
 from PIL import Image
 
 from am_diffusers.prompt_sets import PromptSet
+from evaluating.files import write_whole
 
 # Styles and prompts of each in the benchmark of HPSv2 (arXiv 2306.09341): the judge goes through 800 files.
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS_A_STYLE = 800
 Plan = dict[Path, Callable[[Path], object]]
-"""By path inside the layout: what writes the file there."""
+"""By path inside the layout: what writes the file at the path it gets."""
 
 
 def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> None:
@@ -39,6 +40,7 @@ def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Seque
 
     Raises:
         ValueError: if a picture is missing, the prompts aren't the judge's, or other files are in the folder.
+        StorageError: if it can't be written.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -53,11 +55,10 @@ def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Seque
     others = [file for file in _files(folder) if file.relative_to(folder) not in plan]
     if others:
         raise ValueError(
-            f"{layout}: {others[0]} is no part of this layout, and the judge might read it: remove it or choose "
-            "another folder"
+            f"{layout}: {others[0]} is no part of this layout, and the judge might read it: remove it, or "
+            "choose another folder"
         )
     for place, write in plan.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
         write(folder / place)
 
 
@@ -108,8 +109,9 @@ def _hpsv2(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
     if not columns or set(Counter(columns[0]).values()) != {PROMPTS_A_STYLE}:
         counts = {name: dict(Counter(column)) for name, column in prompts.categories.items()}
         raise ValueError(
-            f"hpsv2: its judge goes through {PROMPTS_A_STYLE} prompts of each of the styles {', '.join(STYLES)}; "
-            f"the prompts have the categories {str(counts)[:300]}: evaluate on the whole HPDv2 benchmark"
+            f"hpsv2: its judge goes through {PROMPTS_A_STYLE} prompts of each of the styles "
+            f"{', '.join(STYLES)}; the prompts have the categories {str(counts)[:300]}: evaluate on the "
+            "whole HPDv2 benchmark"
         )
     plan: Plan = {}
     seen: Counter[str] = Counter()
@@ -133,12 +135,15 @@ def _files(folder: Path) -> Iterator[Path]:
 def _link(file: Path, source: Path) -> None:
     if file.exists() and file.samefile(source):
         return
-    part = _part(file)
-    try:
-        os.link(source, part)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, part)
-    os.replace(part, file)
+
+    def link_or_copy(part: Path) -> None:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(source, part)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, part)
+
+    write_whole(file, link_or_copy)
 
 
 def _convert(file: Path, source: Path) -> None:
@@ -150,14 +155,5 @@ def _convert(file: Path, source: Path) -> None:
 
 
 def _write(file: Path, data: bytes) -> None:
-    if file.exists() and file.read_bytes() == data:
-        return
-    part = _part(file)
-    part.write_bytes(data)
-    os.replace(part, file)
-
-
-def _part(file: Path) -> Path:
-    part = file.with_name(f".{file.name}.part")
-    part.unlink(missing_ok=True)
-    return part
+    if not file.exists() or file.read_bytes() != data:
+        write_whole(file, lambda part: part.write_bytes(data))
