@@ -73,6 +73,17 @@ def test_pictures_do_not_depend_on_the_batch_size(folder, command, whole, size):
     assert (difference > 0).mean() <= 1e-3
 
 
+def kill_at(argv, output, log, seconds):
+    """Start, and kill so many seconds after the folder is opened; whether it wasn't over by then."""
+    process = start(argv, log)
+    wait_for((output / "settings.json").exists, process)
+    until = time.monotonic() + seconds
+    wait_for(lambda: time.monotonic() > until, process)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
 def test_killed_at_random_moments_the_results_are_the_same(folder, command, whole):
     log, rng = folder / "kill.log", random.Random(0)
     process = start(command("span"), folder / "span.log")
@@ -83,13 +94,7 @@ def test_killed_at_random_moments_the_results_are_the_same(folder, command, whol
     for attempt in range(40):
         output, kills_before = folder / f"kill{attempt}", kills
         for moment in [rng.uniform(0, span) for _ in range(1 + attempt % 3)]:
-            process = start(command(output.name), log)
-            wait_for(lambda: (output / "settings.json").exists(), process)
-            until = time.monotonic() + moment
-            wait_for(lambda: time.monotonic() > until, process)
-            process.kill()
-            process.join()
-            kills += process.exitcode == -signal.SIGKILL
+            kills += kill_at(command(output.name), output, log, moment)
         if kills > kills_before:
             run(command(output.name), log)
             assert_same_results(output, whole)

@@ -44,6 +44,14 @@ def even_sigmas(scheduler: Any, num_steps: int) -> Tensor:
     return _sigmas(scheduler, num_steps, np.linspace(1, 1 / num_steps, num_steps).tolist())
 
 
+def check_solver(name: str) -> None:
+    """Raise ValueError unless `make_solver` knows `name`; lists those that fit."""
+    if name not in TRANSITIONS and name not in SCHEDULERS:
+        kind = "isn't fit for flow models" if hasattr(diffusers, name) else "is unknown"
+        fit = ", ".join([*TRANSITIONS, *SCHEDULERS])
+        raise ValueError(f"the sampler {name!r} {kind}: expected one of {fit}")
+
+
 def make_solver(own: Any, name: str, num_steps: int) -> Solver:
     """A solver of `num_steps` steps by name.
 
@@ -55,15 +63,12 @@ def make_solver(own: Any, name: str, num_steps: int) -> Solver:
     Raises:
         ValueError: for any other name (lists those that fit), or too few steps for the solver.
     """
+    check_solver(name)
     if num_steps < 1:
         raise ValueError(f"expected at least 1 sampling step, got {num_steps}")
     if name in TRANSITIONS:
         sigmas = own_sigmas if name == "ode_euler" else even_sigmas
         return TableSolver(TRANSITIONS[name](sigmas(own, num_steps)))
-    if name not in SCHEDULERS:
-        kind = "isn't fit for flow models" if hasattr(diffusers, name) else "is unknown"
-        fit = ", ".join([*TRANSITIONS, *SCHEDULERS])
-        raise ValueError(f"the sampler {name!r} {kind}: expected one of {fit}")
     return SchedulerSolver(_scheduler(own, name), num_steps)
 
 

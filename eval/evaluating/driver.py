@@ -61,7 +61,7 @@ def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Pr
         measure.load(processes.accelerator.device, plan.options.batch_size, plan.prompts.prompts)
     model = load_model(plan, batches, processes.accelerator.device)
     generator = Generator(plan, store, model)
-    generator.check_loras(plan.candidates)
+    generator.check()
     model.before_pass = processes.poll
     generator.make(batches)
 
@@ -75,7 +75,10 @@ def take_measures(plan: Plan, store: Store, chunks: Sequence[int], processes: Pr
 
 
 def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
-    """Write scores, summary, tables and report of a complete evaluation."""
+    """Write scores, summary, tables, layouts and report of a complete evaluation.
+
+    Without a LoRA there is nothing to compare, hence no report.
+    """
     results = replace(
         collect(plan, store),
         reference_features=references(plan, store, processes),
@@ -95,6 +98,8 @@ def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
             for prompt in range(store.num_prompts)
         ]
         export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, pictures)
+    if not results.tuned:
+        return
     file = write_report(
         results, summary, store.folder / "report.html", max_prompts=plan.options.report_prompts
     )

@@ -63,14 +63,16 @@ class Generator:
     store: Store
     model: SD3
 
-    def check_loras(self, candidates: Sequence[Candidate]) -> None:
-        """Load every LoRA once, before hours are spent.
+    def check(self) -> None:
+        """Make every sampler and load every LoRA once, before hours are spent.
 
         Raises:
-            ValueError: one doesn't fit the base model, or changes nothing.
+            ValueError: a sampler can't do with so few steps, or a LoRA doesn't fit or changes nothing.
         """
+        for candidate in self.plan.candidates:
+            self.sampler(candidate)
         cond = self._encode(1.0)(self.plan.prompts.prompts[:1])
-        for file in dict.fromkeys(candidate.lora for candidate in candidates if candidate.lora):
+        for file in dict.fromkeys(each.lora for each in self.plan.candidates if each.lora):
             self.model.load_lora(file)
             effect = self.model.lora_effect(cond, self.plan.side, self.plan.side)
             self.model.unload_lora()

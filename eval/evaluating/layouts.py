@@ -62,6 +62,11 @@ def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Seque
         write(folder / place)
 
 
+def check_layout(layout: str, prompts: PromptSet, images_per_prompt: int) -> None:
+    """Raise ValueError if the judge couldn't use these prompts, before any picture is made."""
+    LAYOUTS[layout](prompts, [[Path("picture.png")] * images_per_prompt] * len(prompts))
+
+
 def _geneval(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
     """What evaluate_images.py reads: the prompt's line of metadata, and `samples` in any number."""
     plan: Plan = {}

@@ -13,9 +13,11 @@ from am_diffusers.command_line import asset_path
 from am_diffusers.features import LPIPS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
+from am_diffusers.models.schedulers import check_solver
 from am_diffusers.prompt_presets import find_prompts
 from am_diffusers.prompt_sets import PromptSet
 from evaluating.candidates import BASE, Candidate
+from evaluating.layouts import check_layout
 from evaluating.measures import Measure, choose_features, choose_rewards
 from evaluating.options import Options
 from evaluating.store import CHUNK, digest
@@ -59,6 +61,7 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(
             f"--batch_size {options.batch_size}: pictures are shared out by {CHUNK}, use at most that"
         )
+    check_solver(options.sampler)
     path = asset_path(options.pretrained_model_name_or_path)
     source = Pretrained(path, options.revision, options.variant)
     declared = declaration(path)
@@ -75,6 +78,8 @@ def make_plan(options: Options) -> Plan:
         split=options.prompts_split,
         limit=options.max_prompts,
     )
+    for layout in options.layouts:
+        check_layout(layout, prompts, options.num_images_per_prompt)
     settings = {
         "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
         "revision": options.revision,
