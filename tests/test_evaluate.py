@@ -1,16 +1,23 @@
 """`eval/evaluate.py` from command line to summary, on random models."""
 
 import json
+import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluate_runs import arguments, prepare, run, start
+from evaluate_runs import EVALUATE, arguments, prepare, run, start, write_lora
 from finetune_runs import wait_for
 from PIL import Image
 
+TINY_SD3 = Path(__file__).parents[1] / "am_diffusers/assets/tiny_sd3"
+EMBEDDED_PROMPTS = "fox, 3d style\napple, on a blue background\ncar\nowl, flat style\nkey\n"
 FILES = ("summary.json", "scores.jsonl", "comparison.md", "comparison.csv", "comparison.tex")
 
 
@@ -157,3 +164,64 @@ def test_a_further_reward_is_all_that_is_measured(folder, command):
     assert {file: file.stat().st_mtime_ns for file in pictures} == pictures
     line = json.loads((folder / "more/scores.jsonl").read_text().splitlines()[0])
     assert set(line["scores"]) == {"pickscore", "hpsv2", "brightness"}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Command line of a small evaluation of the embedded model; a LoRA far from zero."""
+    folder = tmp_path_factory.mktemp("embedded")
+    write_lora(str(TINY_SD3), folder / "lora", size=0.2)
+    (folder / "prompts.txt").write_text(EMBEDDED_PROMPTS)
+
+    def command(name, *more):
+        return [
+            *("--pretrained_model_name_or_path", "asset:tiny_sd3"),
+            *("--lora_path", str(folder / "lora"), "--prompts", str(folder / "prompts.txt")),
+            *("--rewards", "pickscore", "--num_images_per_prompt", "8", "--num_inference_steps", "10"),
+            *("--output_dir", str(folder / name)),
+            *more,
+        ]
+
+    run(command("whole"), folder / "whole.log")
+    return folder, command
+
+
+def embedded_pixels(output):
+    files = sorted(output.glob("pictures/*/*.png"))
+    assert len(files) == 2 * 5 * 8
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in files])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1", "3", "8"])
+def test_pictures_of_the_embedded_model_by_batch_size(embedded, size):
+    """As on the random model: float32 matrix products of other sizes round in another order."""
+    folder, command = embedded
+    run(command(f"batch{size}", "--batch_size", size), folder / f"batch{size}.log")
+    difference = np.abs(embedded_pixels(folder / f"batch{size}") - embedded_pixels(folder / "whole"))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pictures_of_one_bit_for_bit(embedded):
+    """The same chunks in the same batches, and threads of the same number."""
+    folder, command = embedded
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", str(free_port()), str(EVALUATE), *command("two")],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    assert (embedded_pixels(folder / "two") == embedded_pixels(folder / "whole")).all()
+    assert (folder / "two/summary.json").read_text() == (folder / "whole/summary.json").read_text()
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]

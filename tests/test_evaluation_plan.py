@@ -135,8 +135,10 @@ def test_a_share_that_is_none_is_refused(folder, capsys, text):
 def test_a_model_folder_declares_what_its_pictures_need():
     plan = make_plan(
         parse(
-            ["--pretrained_model_name_or_path", TINY, "--prompts", "tiny", "--output_dir", "out"]
-            + ["--rewards", "pickscore", "hpsv2", "image_reward"]
+            [
+                *("--pretrained_model_name_or_path", TINY, "--prompts", "tiny", "--output_dir", "out"),
+                *("--rewards", "pickscore", "hpsv2", "image_reward"),
+            ]
         )
     )
     assert (plan.side, plan.max_sequence_length, len(plan.prompts)) == (64, 8, 64)
@@ -194,7 +196,7 @@ def test_lora_of_another_base_or_broken_is_refused_before_any_picture(ask, folde
 def test_other_settings_do_not_mix_in_one_folder(ask, folder, tmp_path):
     do(ask(lora_path=str(folder / "first"), output_dir=tmp_path))
     with pytest.raises(
-        ValueError, match="holds results of something else: seed was 0, now 1. choose another"
+        ValueError, match=r"holds results of something else: seed was 0, now 1\. choose another"
     ):
         do(ask(lora_path=str(folder / "first"), output_dir=tmp_path, seed=1))
     with pytest.raises(ValueError, match="lora_sha256 was"):
