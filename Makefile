@@ -52,7 +52,7 @@ format: $(STAMP)
 
 # The committed list of flags, after one was added or changed on purpose.
 cli-surface: $(STAMP)
-	$(BIN)/python tests/cli_surface.py
+	PYTHONPATH=eval $(BIN)/python tests/cli_surface.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache outputs

@@ -24,6 +24,7 @@ def main() -> None:
     """Plan, evaluate, say where the report is."""
     guard_output()
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # which prompts are cut off is said once, in the notes
     transformers_logging.disable_progress_bar()
     stop = StopSignal()
     try:

@@ -1,4 +1,4 @@
-"""Flags of scripts/finetune.py with their types and defaults; `make cli-surface` writes cli_surface.txt."""
+"""Flags of finetune.py and evaluate.py with types and defaults; `make cli-surface` writes cli_surface.txt."""
 
 import dataclasses
 import typing
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from am_diffusers.command_line import SECTIONS
 from am_diffusers.config import RewardConfig
+from evaluating.options import parser
 
 FILE = Path(__file__).with_name("cli_surface.txt")
 
@@ -20,7 +21,17 @@ def cli_surface() -> list[str]:
                 lines += [
                     _line(f"    {key.name}", key, RewardConfig) for key in dataclasses.fields(RewardConfig)
                 ]
-    return lines
+    return [*lines, "eval/evaluate.py", *_evaluate_flags()]
+
+
+def _evaluate_flags() -> list[str]:
+    """Of argparse: name, how many values, default."""
+    flags = [action for action in parser()._actions if action.dest != "help"]
+    return [
+        f"    {flag.option_strings[0]} {flag.nargs or 1}"
+        + (", required" if flag.required else f" = {flag.default!r}")
+        for flag in flags
+    ]
 
 
 def _line(name: str, field: dataclasses.Field[object], owner: type) -> str:
