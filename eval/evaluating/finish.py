@@ -18,12 +18,18 @@ from evaluating.store import Store
 
 
 def missing_units(plan: Plan, store: Store) -> int:
-    """How many chunks of pictures still lack a value of some measure."""
+    """How many chunks of pictures still lack a value of some measure.
+
+    Only once all files are there are they read: while others work, this is a look at names.
+    """
     chunks = range(len(store.chunks))
-    return sum(
-        len(unmeasured(store, measure, units_of(measure, plan.candidates, chunks)))
-        for measure in plan.measures
+    units = {measure: units_of(measure, plan.candidates, chunks) for measure in plan.measures}
+    absent = sum(
+        not store.values_file(measure.kind, candidate, measure.name, chunk).exists()
+        for measure, wanted in units.items()
+        for candidate, chunk in wanted
     )
+    return absent or sum(len(unmeasured(store, measure, wanted)) for measure, wanted in units.items())
 
 
 def collect(plan: Plan, store: Store) -> Results:

@@ -14,7 +14,7 @@ the same whatever the batch size and the number of machines.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Store:
     num_prompts: int
     images_per_prompt: int
     side: int
+    _hashed: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def chunks(self) -> tuple[tuple[Picture, ...], ...]:
@@ -143,7 +144,15 @@ class Store:
         files = [self.picture(candidate, picture) for picture in self.chunks[chunk]]
         if not all(file.exists() for file in files):
             return None
-        return {file.name: sha256(file) for file in files}
+        return {file.name: self._sha(file) for file in files}
+
+    def _sha(self, file: Path) -> str:
+        """SHA-256 of a file, read once unless it changes: every measure asks for it again."""
+        stat = file.stat()
+        state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if file not in self._hashed or self._hashed[file][0] != state:
+            self._hashed[file] = (state, sha256(file))
+        return self._hashed[file][1]
 
     def _agree(self, file: Path, expected: dict[str, Any]) -> None:
         if not file.exists():
