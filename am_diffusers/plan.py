@@ -49,7 +49,8 @@ class Plan:
 
     def used_train_prompts(self) -> list[str]:
         """The training prompts that the run's iterations take, without repetition."""
-        size, steps = self.config.optimizer.train_batch_size, self.config.optimizer.max_train_steps
+        config = self.config.optimizer
+        size, steps = config.train_batch_size // self.config.method.samples_per_prompt, config.max_train_steps
         total, seed = len(self.train_prompts), self.config.run.seed
         if size * steps >= total:
             return list(dict.fromkeys(self.train_prompts))
@@ -108,10 +109,10 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     Raises:
         ValueError: what is wrong and what to do about it.
     """
-    if config.optimizer.train_batch_size % num_processes:
+    if config.optimizer.train_batch_size % (num_processes * config.method.samples_per_prompt):
         raise ValueError(
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
-            f"must be a multiple of their number, {num_processes}"
+            f"must be a multiple of their number, {num_processes}, times --samples_per_prompt"
         )
     check_tracker(config.run.report_to)
     config = _resolve(config)

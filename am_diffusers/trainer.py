@@ -3,8 +3,7 @@
 Everything random is a function of (seed, iteration, sample id), so the number of processes and the sizes of
 micro-batches don't change a run. Processes share the samples of an iteration; the loss of a method is a sum
 over rows that is already divided by the rows of all processes, so gradients are summed over processes, not
-averaged. A LoRA's gradients are a few megabytes: one all-reduce after the last backward pass does it, and
-the passes in between need no wrapper that would synchronise them.
+averaged: a LoRA's few megabytes by one all-reduce after the last backward pass, without a wrapper.
 
 An iteration happens as a whole or not at all, so a checkpoint can be written whatever ends it.
 """
@@ -19,9 +18,8 @@ import torch
 
 from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.checkpoint import CheckpointError
-from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods import Method
-from am_diffusers.methods.base import Collected
+from am_diffusers.methods.base import Collected, Examples
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.out_of_memory import phase
 from am_diffusers.processes import Processes, share
@@ -49,6 +47,7 @@ class TrainOptions:
         loss_micro_batch_size: rows a forward and backward pass.
         max_grad_norm: global gradient norm above which gradients are scaled down.
         validation_steps: iterations between two calls of `validate`.
+        samples_per_prompt: neighbouring samples of an iteration that share a prompt.
         checkpointing_steps: iterations between two checkpoints; None = at the end and when stopped.
         max_skipped_iterations: iterations in a row that are skipped because something isn't finite.
         early_stopping_patience: validations in a row without a new best score that end a run; None = all.
@@ -61,6 +60,7 @@ class TrainOptions:
     loss_micro_batch_size: int
     max_grad_norm: float
     validation_steps: int
+    samples_per_prompt: int = 1
     checkpointing_steps: int | None = None
     max_skipped_iterations: int = 0
     early_stopping_patience: int | None = None
@@ -217,12 +217,12 @@ class Trainer:
         """Training rows of this process's share of the iteration's samples."""
         seed, iteration, batch = self.options.seed, self.state.iteration, self.options.train_batch_size
         samples = share(batch, self.processes)
-        rows = prompt_rows(seed, iteration, batch, len(self.prompts))
+        rows = prompt_rows(seed, iteration, batch, len(self.prompts), self.options.samples_per_prompt)
         cond = self.hooks.encode([self.prompts[rows[sample]] for sample in samples])
         generators = generators_for(seed, iteration, samples)
         return self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
 
-    def _backward(self, examples: MatchingBatch) -> float:
+    def _backward(self, examples: Examples) -> float:
         """Gradients of this process's rows; the loss over all processes."""
         self.state.optimizer.zero_grad()
         scaled = ScaledBackward(list(self.state.parameters.values()))

@@ -9,6 +9,8 @@ from diffusers.optimization import SchedulerType
 
 from am_diffusers.command_line import FIELDS, HINTS, SECTIONS, asset_path, parse_config, to_yaml
 from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
+from am_diffusers.config.belonging import READ_BY
+from am_diffusers.methods import METHODS
 from am_diffusers.transitions import TRANSITIONS
 
 MINIMAL = """
@@ -138,10 +140,18 @@ def test_no_flag_is_accepted_and_ignored():
     """Every field is read where config becomes objects."""
     root = Path(__file__).parents[1]
     package = root / "am_diffusers"
-    readers = [package / "plan.py", package / "load.py", *sorted((package / "build").glob("*.py"))]
+    readers = [package / "plan.py", package / "load.py", *sorted((package / "build").rglob("*.py"))]
     source = "".join(path.read_text() for path in [*readers, root / "scripts/finetune.py"])
     fields = [*FIELDS, *(field.name for field in dataclasses.fields(RewardConfig))]
     assert [name for name in fields if not re.search(rf"\.{name}\b", source)] == []
+
+
+def test_a_flag_of_another_method_is_refused(minimal, monkeypatch):
+    monkeypatch.setitem(METHODS, "other", METHODS["adjoint_matching"])
+    with pytest.raises(ValueError, match="--pairing is for adjoint_matching, not for other: leave it out"):
+        parse_config([*minimal, "--method", "other", "--pairing", "left"])
+    assert parse_config([*minimal, "--method", "other"]).method.method == "other"
+    assert set(READ_BY) <= set(FIELDS)
 
 
 def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():

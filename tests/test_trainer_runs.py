@@ -9,7 +9,7 @@ from finetune_runs import read_metrics, tiny_config, write_rewards
 from safetensors.torch import load_file
 
 from am_diffusers.build import build, make_accelerator
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
@@ -150,7 +150,7 @@ def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_di
     changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     run.execute()
-    monkeypatch.setattr("am_diffusers.build.method.base_rewards", None)  # would be an error to call
+    monkeypatch.setattr("am_diffusers.build.methods.parts.base_rewards", None)  # would be an error to call
     again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     assert again.trainer.method.settings.tilt == run.trainer.method.settings.tilt
     again.lock.release()

@@ -34,6 +34,7 @@ def make_trainer(
             loss_micro_batch_size=int(optimizer.loss_micro_batch_size),
             max_grad_norm=optimizer.max_grad_norm,
             validation_steps=config.evaluation.validation_steps,
+            samples_per_prompt=config.method.samples_per_prompt,
             checkpointing_steps=config.checkpoint.checkpointing_steps,
             max_skipped_iterations=optimizer.max_skipped_iterations,
             early_stopping_patience=config.evaluation.early_stopping_patience,

@@ -60,6 +60,7 @@ def _method(c: MethodConfig) -> list[Check]:
     return [
         (c.rewards, "rewards", "a list with at least one reward"),
         (c.num_inference_steps >= 2, "num_inference_steps", "at least 2: the last one is deterministic"),
+        (c.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
         (c.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
         (
             c.loss_steps == "all" or 1 <= c.loss_steps < c.num_inference_steps,

@@ -17,6 +17,8 @@ class MethodConfig:
         transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
         pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
         adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
+        samples_per_prompt: neighbouring samples of an iteration that share a prompt; train_batch_size is a
+            multiple of it on each process. Methods that compare samples of a prompt need 2 or more.
         reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
         loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1 (half of them
             the last ones with noise, the others drawn at random).
@@ -34,6 +36,7 @@ class MethodConfig:
     )
     pairing: Literal["right", "left", "trapezoid"] = "right"
     adjoint: Literal["lean", "full"] = "lean"
+    samples_per_prompt: int = 1
     reward_scale: float = 1.0
     loss_steps: int | Literal["all"] = "all"
     mask_quantile: float | None = 0.9

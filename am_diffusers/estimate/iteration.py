@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.build.auto import SETTINGS
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker, Usage

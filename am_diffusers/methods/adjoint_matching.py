@@ -70,7 +70,7 @@ class AdjointMatchingSettings:
             raise ValueError(f"adjoint must be lean or full, got {self.adjoint!r}")
 
 
-class AdjointMatching(Method):
+class AdjointMatching(Method[MatchingBatch]):
     """Adjoint Matching with any table whose steps all add noise except the last.
 
     Args:
@@ -114,7 +114,7 @@ class AdjointMatching(Method):
     @torch.no_grad()
     def collect(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
-    ) -> Collected:
+    ) -> Collected[MatchingBatch]:
         """Trajectories, adjoints and targets of the samples, see `Method.collect`.
 
         Raises:
