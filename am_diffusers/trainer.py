@@ -141,11 +141,10 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came to one of the processes.
-            IterationError: a picture, reward, adjoint, loss or gradient is not finite and no more iterations
-                may be skipped, or there is another error; names the iteration and what it was computed
-                from. Parameters and method are left as they were.
+            IterationError: something is not finite and no more iterations may be skipped, or there is another
+                error; names the iteration and the cause. Parameters and method are left as they were.
         """
-        started, before = time.perf_counter(), self.method.state_dict()
+        started, roll_back = time.perf_counter(), self.method.snapshot()
         progress = self.state.progress
         (learning_rate,) = set(self.state.lr_schedule.get_last_lr())
         metrics: dict[str, float] = {}
@@ -156,7 +155,7 @@ class Trainer:
                 metrics["grad_norm"] = self._gradient_norm()
                 metrics |= self.hooks.more()
         except Exception as error:
-            self.method.load_state_dict(before)
+            roll_back()
             self.hooks.forget()
             if not isinstance(error, ValueError):
                 raise
@@ -220,7 +219,10 @@ class Trainer:
         rows = prompt_rows(seed, iteration, batch, len(self.prompts), self.options.samples_per_prompt)
         cond = self.hooks.encode([self.prompts[rows[sample]] for sample in samples])
         generators = generators_for(seed, iteration, samples)
-        return self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
+        collected = self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
+        for text in collected.warnings if self.processes.is_main else ():
+            logger.warning("iteration %d: %s", iteration, text)
+        return collected
 
     def _backward(self, examples: Examples) -> float:
         """Gradients of this process's rows; the loss over all processes."""
@@ -243,8 +245,6 @@ class Trainer:
         self.processes.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm).item()
         if not norm < float("inf"):
-            raise NonFiniteError(
-                f"gradient norm is {norm} though the loss is finite: lower learning_rate, or use float32 "
-                "(mixed_precision no)"
-            )
+            remedy = "lower learning_rate, or use float32 (mixed_precision no)"
+            raise NonFiniteError(f"gradient norm is {norm} though the loss is finite: {remedy}")
         return norm

@@ -69,6 +69,8 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
 def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
     """Mean scores of each reward in its own units since the last call, over all processes."""
     means = {name: scores.mean() for name, scores in reward.drain().items()}
+    if not means:  # on all processes alike: an iteration without pictures
+        return {}
     if processes.number == 1:
         return {f"reward/{name}": mean.item() for name, mean in means.items()}
     mean: Tensor = processes.sum(torch.stack(list(means.values()))) / processes.number

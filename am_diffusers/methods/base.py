@@ -55,13 +55,15 @@ class Collected(Generic[E]):
 
     Attributes:
         examples: rows to train on; every rank has the same number.
-        rewards: rewards of this rank's samples, (B,).
-        metrics: numbers to log, already over all ranks.
+        rewards: rewards of this rank's samples, (B,); empty without a rollout.
+        metrics: numbers to log, already over all ranks; those of rollouts are left out where there was none.
+        warnings: what a user should know now, the same on all ranks.
     """
 
     examples: E
     rewards: Tensor
     metrics: dict[str, float]
+    warnings: Sequence[str] = ()
 
 
 class Method(ABC, Generic[E]):
@@ -97,6 +99,16 @@ class Method(ABC, Generic[E]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that brings the method back to where it is now."""
+        state, local = self.state_dict(), self.local_state_dict()
+
+        def roll_back() -> None:
+            self.load_state_dict(state)
+            self.load_local_state_dicts([local], 0, 1)
+
+        return roll_back
 
     def local_state_dict(self) -> dict[str, Any]:
         """What must survive a restart and differs between ranks, such as a buffer; {} for most methods.
