@@ -95,7 +95,7 @@ class Saver:
             if local is not None:
                 save_state(folder, local_name(self.processes.index, self.processes.number), local)
         except (OSError, SafetensorError) as error:  # the latter when safetensors meets a full disk
-            where = "" if folder.exists() else f"; {folder} isn't there: do all processes see the same folder?"
+            where = "" if folder.exists() else f"; do all processes see the same folder? {folder} is missing"
             raise DiskFullError(
                 f"{self.checkpoints.folder}: cannot write a checkpoint ({error}){where}: free some space or "
                 "check the permissions; checkpoints that exist are untouched"

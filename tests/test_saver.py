@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_processes import run_both
 
+from am_diffusers import saver
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
 from am_diffusers.processes import is_secondhand
 from am_diffusers.saver import Saver
@@ -85,15 +86,13 @@ def test_free_space_counts_the_parts_of_all_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_without_room_for_its_part_ends_the_checkpoint_of_all(
-    tmp_path, monkeypatch, policy, index
-):
+def test_a_process_without_room_for_its_part_ends_the_checkpoint_of_all(tmp_path, monkeypatch, policy, index):
     def full(folder, name, state):
         if name.startswith(f"local-{index:05d}"):
             raise OSError("No space left on device")
         return original(folder, name, state)
 
-    original = __import__("am_diffusers.saver").saver.save_state
+    original = saver.save_state
     monkeypatch.setattr("am_diffusers.saver.save_state", full)
     results = run_both(lambda processes: make_saver(tmp_path, processes, policy=policy).save())
     assert list(tmp_path.iterdir()) == []
