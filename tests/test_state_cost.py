@@ -108,7 +108,7 @@ def test_the_exact_linear_quadratic_control_is_the_fixed_point(build, kind):
 
 @pytest.mark.parametrize("kind", ["lean", "full"])
 def test_adjoint_matching_passes_the_state_cost_on(kind):
-    """At the exact control, targets are its velocities on average: within 4 standard errors of 4000 samples."""
+    """At the exact control, targets average to its velocities: within 4 standard errors, 4000 samples."""
     num, chain = 4000, Chain.solve(memoryless_local_linear(uniform_sigmas(6)))
     settings = AdjointMatchingSettings(
         reward_scale=REWARD_SCALE, adjoint=kind, mask_quantile=None, state_cost=state_cost

@@ -5,7 +5,8 @@ import dataclasses
 from am_diffusers.config import Config
 from am_diffusers.methods import METHODS
 
-ADJOINT_MATCHING = ("adjoint_matching",)
+BUFFERED = ("buffered_adjoint_matching",)
+ADJOINT_MATCHING = ("adjoint_matching", *BUFFERED)
 TERMINAL = ADJOINT_MATCHING
 
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -13,8 +14,14 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "pairing": ADJOINT_MATCHING,
     "adjoint": ADJOINT_MATCHING,
     "loss_steps": ADJOINT_MATCHING,
+    "step_selection": ADJOINT_MATCHING,
+    "guidance_mode": ADJOINT_MATCHING,
     "mask_quantile": ADJOINT_MATCHING,
     "sigma_jitter": ADJOINT_MATCHING,
+    "buffer_size": BUFFERED,
+    "buffer_refresh": BUFFERED,
+    "buffer_storage": BUFFERED,
+    "buffer_max_gb": BUFFERED,
     "divergence": TERMINAL,
     "divergence_q": TERMINAL,
     "divergence_samples": TERMINAL,

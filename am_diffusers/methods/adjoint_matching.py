@@ -133,7 +133,7 @@ class AdjointMatching(Method[MatchingBatch]):
         """
         swept = self.sweep(cond, generators, shared)
         samples = torch.arange(len(cond))[:, None].expand(swept.rows.keep.shape)
-        examples, masked = kept_batch(swept.rows, samples, cond, self.gather)
+        examples, masked = kept_batch(swept.rows, samples, cond, self.gather, all_kept=self.mask is None)
         if self.settings.offload and torch.device(self.latents.device).type == "cuda":
             examples = examples.pin_memory()
         return Collected(examples, swept.rewards, swept.metrics | {"masked": masked}, swept.warnings)

@@ -1,7 +1,7 @@
 """Rows of an iteration: what the chunks of a rollout contribute, masked and weighted for the regression."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -59,10 +59,6 @@ class SampleRows:
     weight: Tensor
     keep: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "SampleRows":
-        """The same with each tensor replaced by a function of it."""
-        return replace(self, **{name: function(value) for name, value in vars(self).items()})
-
 
 @dataclass(frozen=True, eq=False)
 class Swept:
@@ -114,7 +110,7 @@ def sample_rows(
 
 
 def kept_batch(
-    rows: SampleRows, samples: Tensor, cond: Conditioning, gather: Gather
+    rows: SampleRows, samples: Tensor, cond: Conditioning, gather: Gather, *, all_kept: bool = False
 ) -> tuple[MatchingBatch, float]:
     """Rows weighted for a mean over the kept rows of all ranks, and the share that is masked.
 
@@ -126,6 +122,7 @@ def kept_batch(
         samples: row of `cond` each row belongs to, (B, S) int64 on the CPU.
         cond: conditioning.
         gather: concatenates a 1-D tensor over ranks.
+        all_kept: there's no mask: the number of rows is known without a look at them.
     """
     keep = rows.keep.flatten()
     num_kept = gather(keep.sum()[None])
@@ -139,4 +136,5 @@ def kept_batch(
     )
     masked = 1 - num_kept.sum().item() / (len(num_kept) * keep.numel())
     kept_first = keep.argsort(descending=True, stable=True)
-    return batch.index(kept_first[: int(num_kept.max().clamp(min=1))]), masked
+    num_rows = len(keep) if all_kept else int(num_kept.max().clamp(min=1))
+    return batch.index(kept_first[:num_rows]), masked

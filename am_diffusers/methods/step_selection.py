@@ -4,7 +4,7 @@ The loss over all N steps with noise is estimated from n of them. A step that is
 pi_k counts n / (N pi_k) times in the mean over the selected rows, so that the expectation over selections is
 the mean over all steps: exactly without a mask, and with one as far as it keeps the same share of every step.
 
-- `last_and_random`, as published (arXiv 2409.08861, appendix H): the last n // 2 steps always, others drawn
+- `last_and_random`, as published (arXiv 2409.08861): the last n // 2 steps always, others drawn
   uniformly, all with factor 1. Not an unbiased estimate: it weighs the last steps more.
 - `stratified`: one step from each of n runs of neighbouring steps.
 - `pps` (probability proportional to size): proportional to a running mean of each step's residual, mixed
@@ -53,7 +53,8 @@ class StepSelection:
             raise ValueError(f"step_selection must be one of {', '.join(SELECTIONS)}, got {kind!r}")
         if steps == "all" and kind != "last_and_random":
             raise ValueError(f"step_selection {kind} selects nothing from all steps: give their number")
-        self.steps, self.kind, self.decay = steps, kind, decay
+        self.steps: int | Literal["all"] = steps
+        self.kind, self.decay = kind, decay
         self._residuals: dict[int, float] = {}
 
     def select(self, table: Transitions, generator: torch.Generator) -> Selected:
@@ -86,8 +87,9 @@ class StepSelection:
         sums, counts = (residuals.double() * kept).sum(0), kept.sum(0)
         for step, total, count in zip(steps, sums.tolist(), counts.tolist(), strict=True):
             if count:
-                old = self._residuals.get(step, total / count)
-                self._residuals[step] = self.decay * old + (1 - self.decay) * total / count
+                mean = total / count
+                old = self._residuals.setdefault(step, mean)
+                self._residuals[step] = self.decay * old + (1 - self.decay) * mean
 
     def state_dict(self) -> dict[str, float]:
         """Mean residual by step, JSON-serialisable."""

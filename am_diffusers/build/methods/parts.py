@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.load import make_sampler, micro_batch
+from am_diffusers.load import guided, make_sampler, micro_batch
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
 from am_diffusers.terminal import GradientOptions, RewardOfLatents
+from am_diffusers.velocity import VelocityField
 
 
 def reward_of_latents(model: SD3, reward: Reward) -> RewardOfLatents:
@@ -23,6 +25,28 @@ def reward_of_latents(model: SD3, reward: Reward) -> RewardOfLatents:
         return reward(model.decode(latents), prompts)
 
     return scored
+
+
+class Fields(NamedTuple):
+    """Whose velocities a method takes: guided ones where `guidance_mode` says so.
+
+    Attributes:
+        policy: trained.
+        base: it is matched to.
+        rollout: followed by trajectories; None = the policy.
+    """
+
+    policy: VelocityField
+    base: VelocityField
+    rollout: VelocityField | None
+
+
+def make_fields(config: Config, model: SD3) -> Fields:
+    """The fields of a training iteration."""
+    scale = config.method.rollout_guidance_scale
+    if config.method.guidance_mode == "everywhere":
+        return Fields(guided(model.policy, scale), guided(model.base, scale), None)
+    return Fields(model.policy, model.base, None if scale == 1 else guided(model.policy, scale))
 
 
 def gradient_options(config: Config) -> GradientOptions:
