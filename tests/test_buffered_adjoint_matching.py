@@ -227,8 +227,8 @@ def test_the_estimated_bytes_are_those_of_latents_and_targets():
 def test_the_law_reached_is_that_of_adjoint_matching():
     """N(.3, .5) with a quadratic reward: mean and std within 2 % of the tilted law's and of on-policy's.
 
-    Exact moments of the tuned chains, as in test_adjoint_matching_training; seed 0, 64 samples, 100 iterations,
-    of which the buffered run rolls out 25 with 256 samples stored.
+    Exact moments of the tuned chains, as in test_adjoint_matching_training; seed 0, 64 samples, 100
+    iterations, of which the buffered run rolls out 25, with 256 samples stored.
     """
     law, table = gaussian(0.3, 0.5), memoryless_local_linear(uniform_sigmas(80))
     moments = {}
@@ -246,6 +246,5 @@ def test_the_law_reached_is_that_of_adjoint_matching():
             method = BufferedAdjointMatching(method, lambda p: unconditional(len(p)), BufferSettings(4, 4))
         train(method, [weights], num_samples=64, iterations=100, lr=0.05)
         moments[name] = end_moments(table, policy, law.field())
-    print(moments)
     assert moments["buffered"] == pytest.approx((0.65, 0.5), rel=0.02)
     assert moments["buffered"] == pytest.approx(moments["on-policy"], rel=0.02)

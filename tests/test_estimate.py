@@ -150,6 +150,18 @@ def test_an_iteration_makes_the_announced_calls(
     assert found.peak == max(usage.peak for usage in found.phases.values())
 
 
+def test_collections_of_a_buffered_run_count_in_their_share_of_iterations(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    buffered = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 2}
+    found = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **buffered)
+    whole = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir)
+    assert found.peak == whole.peak
+    for name, phase in whole.phases.items():
+        flops, share = found.phases[name].flops.total(), 2 if name in (ROLLOUT, ADJOINT, REWARD) else 1
+        assert flops == phase.flops.total() // share, name
+
+
 def test_the_reward_is_differentiated_beside_the_graph_of_the_last_step(
     tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
 ) -> None:
