@@ -13,6 +13,7 @@ from am_diffusers.config.belonging import READ_BY
 from am_diffusers.methods import METHODS
 from am_diffusers.transitions import TRANSITIONS
 
+BUFFERED = "buffered_adjoint_matching"
 MINIMAL = """
 pretrained_model_name_or_path: asset:tiny_sd3
 train_prompts: prompts.txt
@@ -97,6 +98,15 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
     ("extra", "message"),
     [
         (["--learnig_rate", "1"], "'learnig_rate': did you mean 'learning_rate'"),
+        (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
+        (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
+        (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
+        (
+            ["--method", BUFFERED, "--buffer_size", "40"],
+            "--buffer_size must be a multiple of train_batch_size",
+        ),
+        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
+        (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
         (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
         (["--learning_rate", "fast"], "learning_rate"),

@@ -1,5 +1,6 @@
 """Real processes of `scripts/finetune.py`, killed and stopped: the final LoRA is the same, bit by bit."""
 
+import json
 import os
 import random
 import signal
@@ -145,6 +146,8 @@ def kill_when_filled(folder, name, iteration):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    newest = max((folder / name).glob("checkpoint-*/local-*.json"))
+    assert len(json.loads(newest.read_text())["generations"]) == 2
 
 
 def test_killed_with_a_filled_buffer_the_final_lora_is_bit_identical(buffered, whole_buffered):
