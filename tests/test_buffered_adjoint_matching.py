@@ -210,6 +210,8 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
         collect(method, num=4, iteration=7)
     with pytest.raises(ValueError, match="6 samples of the buffer can't be shared by 4 processes"):
         method.load_local_state_dicts([method.local_state_dict()], 0, 4)
+    with pytest.raises(ValueError, match="full adjoints depend on the policy"):
+        buffered(adjoint="full")
     for wrong in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             BufferSettings(*wrong)

@@ -105,6 +105,7 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
             ["--method", BUFFERED, "--buffer_size", "40"],
             "--buffer_size must be a multiple of train_batch_size",
         ),
+        (["--method", BUFFERED, "--adjoint", "full"], "--adjoint must be lean with a buffer"),
         (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
         (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),

@@ -120,6 +120,11 @@ def _buffer(c: Config) -> list[Check]:
             "buffer_size",
             f"a multiple of train_batch_size, {batch}: it is filled and emptied a collection at a time",
         ),
+        (
+            not used or c.method.adjoint == "lean",
+            "adjoint",
+            "lean with a buffer: full adjoints depend on the policy, so that stored ones would be outdated",
+        ),
         (c.buffer.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
         (c.buffer.buffer_max_gb > 0, "buffer_max_gb", "positive"),
     ]

@@ -3,7 +3,7 @@
     every `refresh` iterations:   roll out, sweep, store rows (latents, sigma, target, weight)
     every iteration:              the matching loss on as many rows, drawn from the last collections
 
-The targets of Adjoint Matching (arXiv 2409.08861) are made from the trajectory and the base alone, so the
+The targets of lean Adjoint Matching (arXiv 2409.08861) are made of the trajectory and the base alone, so the
 policy does not make them stale: only the law of the states ages. At the optimum both agree, so the fixed
 point is that of Adjoint Matching; away from it, rows are up to `refresh` x `generations` iterations old, as
 logged (`buffer/age_mean`, `buffer/age_max`). Each row is trained on `refresh` times on average. Replay with
@@ -62,6 +62,9 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         encode: prompts to their conditioning; rows are stored with their prompts alone.
         settings: size and refreshment of the buffer.
         store: where latents and targets are kept, see `replay.Store`.
+
+    Raises:
+        ValueError: if the adjoint is the full one, whose targets the policy makes stale.
     """
 
     needs_reward_gradient = True
@@ -73,6 +76,10 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         settings: BufferSettings,
         store: Store = in_memory,
     ) -> None:
+        if inner.settings.adjoint != "lean":
+            raise ValueError(
+                "a buffer needs adjoint='lean': full adjoints depend on the policy and age with it"
+            )
         self.inner, self.encode, self.settings = inner, encode, settings
         self.replay = Replay(settings.generations, store)
         self._iteration, self._collected = 0, 0
