@@ -1,5 +1,7 @@
 """The buffer of trajectories: what is drawn, over ranks and restarts, and the law that training reaches."""
 
+import resource
+
 import pytest
 import torch
 from oracles import THREE_MODES, CountingField, gaussian, unconditional
@@ -109,12 +111,10 @@ def test_rows_keep_their_prompts_and_only_those_that_are_drawn_are_encoded():
         cond = Conditioning(tuple(f"iteration {iteration} sample {b}" for b in range(6)))
         examples = method.collect(cond, generators_for(0, iteration, range(6)), None).examples
     assert len(encoded[1]) == len(set(encoded[1])) <= 12
-    for row, state in enumerate(method.replay.state()):
-        stored = state["rows"]["latents"]
-        for x, sample in zip(examples.latents, examples.samples, strict=True):
-            b, _ = divmod(int((stored.flatten(0, 1) == x).all(1).nonzero()[:1].sum()), stored.shape[1])
-            if (stored == x).all(-1).any():
-                assert examples.cond.prompts[sample] == f"iteration {row} sample {b}"
+    stored = torch.stack([state["rows"]["latents"] for state in method.replay.state()])
+    for x, sample in zip(examples.latents, examples.samples.tolist(), strict=True):
+        ((iteration, b, _),) = (stored == x).all(-1).nonzero().tolist()
+        assert examples.cond.prompts[sample] == f"iteration {iteration} sample {b}"
 
 
 def test_masked_rows_stay_masked_and_leave_loss_and_denominator():
@@ -158,13 +158,22 @@ def test_what_is_on_the_disk_is_what_is_in_memory_and_no_file_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_killed_processes_are_removed_and_a_full_disk_is_explained(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / ".tensors-abc").write_bytes(b"0")
+    (tmp_path / "metrics.jsonl").write_text("")
     DiskTensors(tmp_path).clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_explained_and_leaves_no_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"no room for the buffer .*lower --buffer_size"):
+            DiskTensors(tmp_path)(torch.ones(100, 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
-    tmp_path.rmdir()
-    with pytest.raises(FileNotFoundError):
-        DiskTensors(tmp_path)(torch.ones(3))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])

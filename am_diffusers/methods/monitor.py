@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LIMITS = {"steps": 4.0, "iterations": 10.0}
-"""How many times a reference a norm may be. On configs/tiny_sd3.yaml mean norms stay below 1.9 times that of the
-last step; with guidance 7 in the adjoint they are 5 to 10 times it from the first iteration on."""
+"""How many times a reference a norm may be. On configs/tiny_sd3.yaml mean norms stay below 1.9 times that of
+the last step; with guidance 7 in the adjoint they are 5 to 10 times it from the first iteration on."""
 DECAY = 0.98
 """Of the reference, a geometric mean over about 50 iterations: growth by 5 % an iteration is noticed."""
 CAUSES = {
