@@ -13,6 +13,11 @@ matching, for study) differentiates the policy and the running cost as well:
 
 In both, the last step is the base's deterministic one; the pass at k = K-1 that differentiates it also
 provides its velocity, hence x_K.
+
+A running *state cost* f, the general form of stochastic optimal control (ibid., section 2), adds
+(sigma[k] - sigma[k+1]) * f(x_k, sigma[k]) to the cost of a trajectory for every k and its gradient to
+adjoint_k. Like the path KL it is a cost: small is good. With a memoryless table the final law is then the
+base's times exp(reward_scale * reward) * E_base[exp(-sum of those costs) | x_K]: f changes what is sampled.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +28,11 @@ import torch
 from torch import Tensor
 
 from am_diffusers.rollout import Trajectory
-from am_diffusers.velocity import VelocityField
+from am_diffusers.velocity import Conditioning, VelocityField
 
 TerminalAdjoint = Callable[[Tensor], Tensor]
+StateCost = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""Differentiable running cost f of states (B, ...), sigmas (B,) and conditioning: (B,), per unit of sigma."""
 
 
 class NonFiniteError(ValueError):
@@ -53,7 +60,12 @@ def terminal_adjoint(gradient: Tensor, reward_scale: float) -> Tensor:
 
 
 def lean_adjoint(
-    base: VelocityField, trajectory: Trajectory, terminal: TerminalAdjoint, *, with_first: bool = True
+    base: VelocityField,
+    trajectory: Trajectory,
+    terminal: TerminalAdjoint,
+    *,
+    with_first: bool = True,
+    state_cost: StateCost | None = None,
 ) -> AdjointSweep:
     """Lean adjoint along a trajectory: K-1 vjps of the base, at k = K-1 .. 1.
 
@@ -62,11 +74,13 @@ def lean_adjoint(
         trajectory: rollout of the policy.
         terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+        state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    return _sweep(base, trajectory, terminal, partial(_lean_step, base, trajectory), with_first)
+    step = partial(_lean_step, base, trajectory)
+    return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
 
 
 def full_adjoint(
@@ -76,6 +90,7 @@ def full_adjoint(
     terminal: TerminalAdjoint,
     *,
     with_first: bool = True,
+    state_cost: StateCost | None = None,
 ) -> AdjointSweep:
     """Basic adjoint of the discrete chain, through the policy: K-1 vjps of the base, K-2 of the policy.
 
@@ -85,11 +100,13 @@ def full_adjoint(
         trajectory: rollout of `policy`.
         terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+        state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    return _sweep(base, trajectory, terminal, partial(_full_step, base, policy, trajectory), with_first)
+    step = partial(_full_step, base, policy, trajectory)
+    return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
 
 
 def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
@@ -106,11 +123,14 @@ def _sweep(
     terminal: TerminalAdjoint,
     step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     with_first: bool,
+    running: Callable[[int], Tensor | float],
 ) -> AdjointSweep:
     last = trajectory.transitions.num_steps - 1
     final, adjoints, velocities = _last_step(base, trajectory, terminal)
+    adjoints[last] = adjoints[last] + running(last)
     for k in range(last - 1, 0, -1):
-        velocities[k], adjoints[k] = step(k, adjoints[k + 1])
+        velocities[k], without_cost = step(k, adjoints[k + 1])
+        adjoints[k] = without_cost + running(k)
     for k, adjoint in adjoints.items():
         sigma = trajectory.transitions.sigmas[k].item()
         require_finite(f"adjoint of step {k} (sigma {sigma:.4f})", adjoint, trajectory.cond.prompts)
@@ -118,6 +138,23 @@ def _sweep(
         with torch.no_grad():
             velocities[0] = base(*trajectory.at(0))
     return AdjointSweep(final, adjoints, velocities)
+
+
+def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[int], Tensor | float]:
+    """The part of adjoint_k that step k's own state cost makes, by k."""
+    if state_cost is None:
+        return lambda k: 0.0
+    sigmas = trajectory.transitions.sigmas
+
+    def gradient(k: int) -> Tensor:
+        x, sigma, cond = trajectory.at(k)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            total = state_cost(x, sigma, cond).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        return (sigmas[k] - sigmas[k + 1]).item() * gradient
+
+    return gradient
 
 
 def _last_step(

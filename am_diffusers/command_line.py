@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config.belonging import check_belonging
 from am_diffusers.config.checks import check_values
 from am_diffusers.redact import redact_values
 
@@ -99,6 +100,7 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     }
     config = Config(**sections)
     check_values(config)
+    check_belonging(config)
     if parsed.print_config:
         sys.stdout.write(to_yaml(config))
         sys.exit()

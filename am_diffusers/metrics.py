@@ -16,7 +16,8 @@ class MetricsLog:
         total: iterations of the run, for the progress bar.
         start: iterations that are finished; 0 = an earlier file is replaced.
         enabled: whether this process is the one that writes.
-        bar: metrics in the progress bar, by the label they have there.
+        bar: metrics in the progress bar, by the label they have there; the last known ones, as some methods
+            don't measure each in every iteration.
         track: also receives (metrics, iteration), e.g. `accelerator.log`.
     """
 
@@ -30,7 +31,7 @@ class MetricsLog:
         bar: Mapping[str, str] | None = None,
         track: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
-        self._in_bar = bar or {}
+        self._in_bar, self._known = bar or {}, dict[str, float]()
         self._file = None
         if enabled:
             keep_lines(path, start)
@@ -48,8 +49,9 @@ class MetricsLog:
         self._file.flush()
         if self._track is not None:
             self._track(dict(metrics), iteration)
+        self._known |= metrics
         self._bar.set_postfix(
-            {label: f"{metrics[name]:.3g}" for label, name in self._in_bar.items() if name in metrics}
+            {label: f"{self._known[name]:.3g}" for label, name in self._in_bar.items() if name in self._known}
         )
         self._bar.update()
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from am_diffusers.buffer_size import check_buffer
 from am_diffusers.command_line import asset_path, to_yaml
-from am_diffusers.config import Config, MethodConfig, RewardConfig
+from am_diffusers.config import Config, RewardConfig
 from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
+from am_diffusers.network_calls import network_calls
 from am_diffusers.optimizers import check_optimizer
 from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
@@ -49,7 +51,8 @@ class Plan:
 
     def used_train_prompts(self) -> list[str]:
         """The training prompts that the run's iterations take, without repetition."""
-        size, steps = self.config.optimizer.train_batch_size, self.config.optimizer.max_train_steps
+        config = self.config.optimizer
+        size, steps = config.train_batch_size // self.config.method.samples_per_prompt, config.max_train_steps
         total, seed = len(self.train_prompts), self.config.run.seed
         if size * steps >= total:
             return list(dict.fromkeys(self.train_prompts))
@@ -70,13 +73,13 @@ class Plan:
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
         share = samples // self.num_processes
-        calls = network_calls(self.config.method)
+        calls = network_calls(self.config)
         images = evaluation.eval_images_per_prompt * len(self.eval_prompts)
         lines = [
             f"samples an iteration: {samples} = {self.num_processes} processes x {share}",
             f"iterations: {optimizer.max_train_steps}",
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
-            *(f"transformer calls a sample, {name}: {count}" for name, count in calls.items() if count),
+            *(f"transformer calls a sample, {name}: {count:.4g}" for name, count in calls.items() if count),
             *self._base_pictures(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
@@ -108,10 +111,10 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     Raises:
         ValueError: what is wrong and what to do about it.
     """
-    if config.optimizer.train_batch_size % num_processes:
+    if config.optimizer.train_batch_size % (num_processes * config.method.samples_per_prompt):
         raise ValueError(
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
-            f"must be a multiple of their number, {num_processes}"
+            f"must be a multiple of their number, {num_processes}, times --samples_per_prompt"
         )
     check_tracker(config.run.report_to)
     config = _resolve(config)
@@ -124,6 +127,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(path, model.revision, model.variant)
     try:
         source.check(model.resolution, model.resolution)
+        check_buffer(config, source)
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise
@@ -134,23 +138,6 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
-
-
-def network_calls(method: MethodConfig) -> dict[str, float]:
-    """Transformer calls of one sample in an iteration, by kind, before masking.
-
-    Guidance counts two calls for each.
-    """
-    steps, guided = method.num_inference_steps, method.rollout_guidance_scale != 1
-    trained = steps - 1 if method.loss_steps == "all" else method.loss_steps
-    return {
-        "policy, rollout": (steps - 1) * (2 if guided else 1),
-        "policy, residuals for the mask": trained if guided else 0,
-        "base, forward and backward": steps - 1,
-        "policy, forward and backward for the full adjoint": steps - 2 if method.adjoint == "full" else 0,
-        "base, forward if step 0 is trained": 1,
-        "policy, forward and backward of the loss": trained,
-    }
 
 
 def _resolve(config: Config) -> Config:

@@ -36,23 +36,27 @@ def load_prompts(
     return check_texts(source, texts)
 
 
-def prompt_rows(seed: int, iteration: int, batch_size: int, num_prompts: int) -> list[int]:
+def prompt_rows(
+    seed: int, iteration: int, batch_size: int, num_prompts: int, samples_per_prompt: int = 1
+) -> list[int]:
     """Which prompts iteration `iteration` takes: every prompt once an epoch, in a new order each epoch.
 
     Args:
         seed: seed of the run.
         iteration: optimizer step, from 0.
-        batch_size: samples an iteration, over all processes.
+        batch_size: samples an iteration, over all processes; a multiple of `samples_per_prompt`.
         num_prompts: length of the prompt list.
+        samples_per_prompt: neighbouring samples that share a prompt.
 
     Returns:
         `batch_size` indices into the prompt list.
     """
-    first = iteration * batch_size
-    epochs = range(first // num_prompts, (first + batch_size - 1) // num_prompts + 1)
+    groups = batch_size // samples_per_prompt
+    first = iteration * groups
+    epochs = range(first // num_prompts, (first + groups - 1) // num_prompts + 1)
     order = [row for epoch in epochs for row in _permutation(seed, epoch, num_prompts)]
     offset = first - epochs[0] * num_prompts
-    return order[offset : offset + batch_size]
+    return [row for row in order[offset : offset + groups] for _ in range(samples_per_prompt)]
 
 
 def fill_up(prompts: Sequence[str], pool: Sequence[str], number: int, seed: int) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from am_diffusers.train_state import Progress, TrainState
 
 logger = logging.getLogger(__name__)
 
-STATE, SETTINGS = "state", "settings"
+STATE, SETTINGS, LOCAL = "state", "settings", "local"
 LOCK_FILE = ".lock"
 
 
@@ -32,9 +33,10 @@ class Saver:
 
     Attributes:
         checkpoints: where they lie.
-        processes: those of the run; the main one writes, all read.
+        processes: those of the run. The main one writes, all read; each writes its part of a method's state
+            that differs between them, for which they must see the same folder.
         state: parameters, optimizer, EMA, counters.
-        method: with a state of its own, the same on all processes.
+        method: with a state of its own.
         settings: what the run was told, JSON-serialisable; compared when it goes on.
         save_lora: writes the LoRA, averaged too if there is an EMA, into a folder: a checkpoint can be
             loaded into a pipeline as it is.
@@ -56,44 +58,89 @@ class Saver:
             CheckpointError: no room for it, and such checkpoints aren't to be skipped.
         """
         try:
-            self.processes.on_main(self._save_or_skip)
+            with self.processes.together(stoppable=False):
+                self._save()
         except PeerError as error:
-            raise CheckpointError("the main process could not write a checkpoint; it says why") from error
-
-    def _save_or_skip(self) -> None:
-        try:
-            self._save()
-        except DiskFullError as error:
-            if self.on_full_disk == "stop":
-                raise
-            logger.warning("no checkpoint after iteration %d: %s", self.state.iteration, error)
+            raise CheckpointError("another process could not write a checkpoint; it says why") from error
 
     def _save(self) -> None:
-        iteration = self.state.iteration
-        state = {"train": self.state.state_dict(), "method": self.method.state_dict()}
-        # Twice the parameters for the LoRA as Diffusers reads it, and its mean.
-        lora_bytes = 2 * tensor_bytes(state["train"]["parameters"])
-        folder = self.checkpoints.begin(iteration, tensor_bytes(state) + lora_bytes)
+        """Begin, write, publish: each on all processes, or the checkpoint is given up on all."""
+        local = self.method.local_state_dict()
+        local_bytes = int(self.processes.sum(torch.tensor(tensor_bytes(local))))
+        with_local = bool(self.processes.sum(torch.tensor(int(bool(local)))))
+        for action in (
+            lambda: self._begin(local_bytes),
+            lambda: self._write(local if with_local else None),
+            lambda: self.processes.is_main and self.checkpoints.publish(self.state.iteration),
+        ):
+            if not self._everywhere(action):
+                return
+
+    def _begin(self, local_bytes: int) -> None:
+        if self.processes.is_main:
+            train = self.state.state_dict()
+            # Twice the parameters for the LoRA as Diffusers reads it, and its mean.
+            own = tensor_bytes([train, self.method.state_dict()]) + 2 * tensor_bytes(train["parameters"])
+            self.checkpoints.begin(self.state.iteration, own + local_bytes)
+
+    def _write(self, local: dict[str, Any] | None) -> None:
+        """This process's files; the main one's are those that all processes have in common."""
+        folder = self.checkpoints.staging(self.state.iteration)
         try:
-            save_state(folder, STATE, state)
-            save_state(folder, SETTINGS, dict(self.settings))
-            self.save_lora(folder)
+            if self.processes.is_main:
+                common = {"train": self.state.state_dict(), "method": self.method.state_dict()}
+                save_state(folder, STATE, common)
+                save_state(folder, SETTINGS, dict(self.settings))
+                self.save_lora(folder)
+            if local is not None:
+                save_state(folder, local_name(self.processes.index, self.processes.number), local)
         except (OSError, SafetensorError) as error:  # the latter when safetensors meets a full disk
-            raise self.checkpoints.no_room(error) from error
-        self.checkpoints.publish(iteration)
+            where = "" if folder.exists() else f"; do all processes see the same folder? {folder} is missing"
+            raise DiskFullError(
+                f"{self.checkpoints.folder}: cannot write a checkpoint ({error}){where}: free some space or "
+                "check the permissions; checkpoints that exist are untouched"
+            ) from error
+
+    def _everywhere(self, action: Callable[[], object]) -> bool:
+        """Run `action` on each process; False if one had no room and such checkpoints are skipped."""
+        failure: DiskFullError | None = None
+        try:
+            action()
+        except DiskFullError as error:
+            failure = error
+        if not self.processes.sum(torch.tensor(int(failure is not None))):
+            return True
+        if self.processes.is_main:
+            self.checkpoints.clean()  # only now that nobody writes there any more
+        if self.on_full_disk == "stop":
+            if failure is not None:
+                raise failure
+            self.processes.agree()  # the one without room leaves here, and so do all
+        if failure is not None:
+            logger.warning("no checkpoint after iteration %d: %s", self.state.iteration, failure)
+        return False
 
     def restore(self, folder: Path) -> None:
-        """Go on from a verified checkpoint; called on all processes.
+        """Go on from a verified checkpoint; called on all processes, of which there may be more or fewer.
 
         Raises:
             CheckpointError: if it belongs to another model or method.
         """
         state = load_state(folder, STATE)
+        parts = sorted(folder.glob(f"{LOCAL}-*.json"))  # the manifest says that none is missing
+        local = [load_state(folder, part.stem) for part in parts]
         try:
             self.state.load_state_dict(state["train"])
             self.method.load_state_dict(state["method"])
+            if local:
+                self.method.load_local_state_dicts(local, self.processes.index, self.processes.number)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
+
+
+def local_name(index: int, number: int) -> str:
+    """What the part of one of `number` processes is called; in alphabetical order they are in rank order."""
+    return f"{LOCAL}-{index:05d}-of-{number:05d}"
 
 
 def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes) -> Path | None:

@@ -3,8 +3,7 @@
 Everything random is a function of (seed, iteration, sample id), so the number of processes and the sizes of
 micro-batches don't change a run. Processes share the samples of an iteration; the loss of a method is a sum
 over rows that is already divided by the rows of all processes, so gradients are summed over processes, not
-averaged. A LoRA's gradients are a few megabytes: one all-reduce after the last backward pass does it, and
-the passes in between need no wrapper that would synchronise them.
+averaged: a LoRA's few megabytes by one all-reduce after the last backward pass, without a wrapper.
 
 An iteration happens as a whole or not at all, so a checkpoint can be written whatever ends it.
 """
@@ -19,9 +18,8 @@ import torch
 
 from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.checkpoint import CheckpointError
-from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods import Method
-from am_diffusers.methods.base import Collected
+from am_diffusers.methods.base import Collected, Examples
 from am_diffusers.metrics import MetricsLog
 from am_diffusers.out_of_memory import phase
 from am_diffusers.processes import Processes, share
@@ -49,6 +47,7 @@ class TrainOptions:
         loss_micro_batch_size: rows a forward and backward pass.
         max_grad_norm: global gradient norm above which gradients are scaled down.
         validation_steps: iterations between two calls of `validate`.
+        samples_per_prompt: neighbouring samples of an iteration that share a prompt.
         checkpointing_steps: iterations between two checkpoints; None = at the end and when stopped.
         max_skipped_iterations: iterations in a row that are skipped because something isn't finite.
         early_stopping_patience: validations in a row without a new best score that end a run; None = all.
@@ -61,6 +60,7 @@ class TrainOptions:
     loss_micro_batch_size: int
     max_grad_norm: float
     validation_steps: int
+    samples_per_prompt: int = 1
     checkpointing_steps: int | None = None
     max_skipped_iterations: int = 0
     early_stopping_patience: int | None = None
@@ -141,11 +141,10 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came to one of the processes.
-            IterationError: a picture, reward, adjoint, loss or gradient is not finite and no more iterations
-                may be skipped, or there is another error; names the iteration and what it was computed
-                from. Parameters and method are left as they were.
+            IterationError: something is not finite and no more iterations may be skipped, or there is another
+                error; names the iteration and the cause. Parameters and method are left as they were.
         """
-        started, before = time.perf_counter(), self.method.state_dict()
+        started, roll_back = time.perf_counter(), self.method.snapshot()
         progress = self.state.progress
         (learning_rate,) = set(self.state.lr_schedule.get_last_lr())
         metrics: dict[str, float] = {}
@@ -156,7 +155,7 @@ class Trainer:
                 metrics["grad_norm"] = self._gradient_norm()
                 metrics |= self.hooks.more()
         except Exception as error:
-            self.method.load_state_dict(before)
+            roll_back()
             self.hooks.forget()
             if not isinstance(error, ValueError):
                 raise
@@ -217,12 +216,15 @@ class Trainer:
         """Training rows of this process's share of the iteration's samples."""
         seed, iteration, batch = self.options.seed, self.state.iteration, self.options.train_batch_size
         samples = share(batch, self.processes)
-        rows = prompt_rows(seed, iteration, batch, len(self.prompts))
+        rows = prompt_rows(seed, iteration, batch, len(self.prompts), self.options.samples_per_prompt)
         cond = self.hooks.encode([self.prompts[rows[sample]] for sample in samples])
         generators = generators_for(seed, iteration, samples)
-        return self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
+        collected = self.method.collect(cond, generators, generator_for(seed, iteration, "shared"))
+        for text in collected.warnings if self.processes.is_main else ():
+            logger.warning("iteration %d: %s", iteration, text)
+        return collected
 
-    def _backward(self, examples: MatchingBatch) -> float:
+    def _backward(self, examples: Examples) -> float:
         """Gradients of this process's rows; the loss over all processes."""
         self.state.optimizer.zero_grad()
         scaled = ScaledBackward(list(self.state.parameters.values()))
@@ -243,8 +245,6 @@ class Trainer:
         self.processes.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm).item()
         if not norm < float("inf"):
-            raise NonFiniteError(
-                f"gradient norm is {norm} though the loss is finite: lower learning_rate, or use float32 "
-                "(mixed_precision no)"
-            )
+            remedy = "lower learning_rate, or use float32 (mixed_precision no)"
+            raise NonFiniteError(f"gradient norm is {norm} though the loss is finite: {remedy}")
         return norm

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.build import make_accelerator
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_log, make_state, make_trainer
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config

@@ -44,7 +44,11 @@ def noises():
     return torch.randn(7, 5, 2, dtype=torch.float64)
 
 
-def cost_to_go(table, k, x, field, noises, *, running_cost):
+def state_cost(x, sigma, cond):
+    return sigma * torch.cos(3 * x[:, 0] * x[:, 1]) + x[:, 1] ** 2
+
+
+def cost_to_go(table, k, x, field, noises, *, running_cost, state_cost=None):
     """Cost of the rest of the chain from x_k, with the noise fixed: path KL if asked for, and -reward."""
     total = torch.zeros(len(x), dtype=x.dtype)
     for j in range(k, table.num_steps):
@@ -53,38 +57,42 @@ def cost_to_go(table, k, x, field, noises, *, running_cost):
         velocity = follow(x, sigma, COND)
         if running_cost:
             total = total + table.path_kl(j, velocity, BASE(x, sigma, COND))
+        if state_cost is not None:
+            total = total + (table.sigmas[j] - table.sigmas[j + 1]) * state_cost(x, sigma, COND)
         x = table.step(j, x, velocity, noises[j])
     return total - REWARD_SCALE * reward(x, COND.prompts)
 
 
-def assert_adjoints_are_gradients(sweep, trajectory, field, noises, *, running_cost):
+def assert_adjoints_are_gradients(sweep, trajectory, field, noises, *, running_cost, state_cost=None):
     table = trajectory.transitions
     states = [*trajectory.latents, sweep.final]
     assert sorted(sweep.adjoints) == list(range(1, table.num_steps + 1))
     for k, adjoint in sweep.adjoints.items():
         x = states[k].clone().requires_grad_(True)
-        cost = cost_to_go(table, k, x, field, noises, running_cost=running_cost)
+        cost = cost_to_go(table, k, x, field, noises, running_cost=running_cost, state_cost=state_cost)
         torch.testing.assert_close(adjoint, torch.autograd.grad(cost.sum(), x)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("cost", [None, state_cost])
 @pytest.mark.parametrize("build", STOCHASTIC)
 @pytest.mark.parametrize("policy", [BASE, SHIFTED])
 def test_lean_adjoint_is_the_gradient_through_the_rollout_of_the_base_or_of_a_constant_shift(
-    build, policy, noises
+    build, policy, cost, noises
 ):
     table = build(shifted_sigmas(6, 3.0))
     trajectory = rollout(policy, table, COND, noises[6], lambda k: noises[k])
-    sweep = lean_adjoint(BASE, trajectory, terminal)
-    assert_adjoints_are_gradients(sweep, trajectory, policy, noises, running_cost=False)
+    sweep = lean_adjoint(BASE, trajectory, terminal, state_cost=cost)
+    assert_adjoints_are_gradients(sweep, trajectory, policy, noises, running_cost=False, state_cost=cost)
 
 
+@pytest.mark.parametrize("cost", [None, state_cost])
 @pytest.mark.parametrize("build", STOCHASTIC)
-def test_full_adjoint_is_the_gradient_of_path_kl_and_terminal_cost_through_the_policy(build, noises):
+def test_full_adjoint_is_the_gradient_of_all_costs_through_the_policy(build, cost, noises):
     table = build(uniform_sigmas(6))
     trajectory = rollout(POLICY, table, COND, noises[6], lambda k: noises[k])
-    sweep = full_adjoint(BASE, POLICY, trajectory, terminal)
-    assert_adjoints_are_gradients(sweep, trajectory, POLICY, noises, running_cost=True)
-    lean = lean_adjoint(BASE, trajectory, terminal)
+    sweep = full_adjoint(BASE, POLICY, trajectory, terminal, state_cost=cost)
+    assert_adjoints_are_gradients(sweep, trajectory, POLICY, noises, running_cost=True, state_cost=cost)
+    lean = lean_adjoint(BASE, trajectory, terminal, state_cost=cost)
     assert not torch.allclose(lean.adjoints[1], sweep.adjoints[1], rtol=0.01)
 
 

@@ -25,7 +25,7 @@ from am_diffusers.transitions import (
     ode_euler,
     uniform_sigmas,
 )
-from am_diffusers.velocity import CallableField
+from am_diffusers.velocity import CallableField, Conditioning, GuidedField
 
 BASE = THREE_MODES.field()
 OFFSET = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) + 0.3 * torch.tanh(x))
@@ -96,6 +96,44 @@ def test_a_rollout_by_another_field_costs_one_policy_call_per_selected_step():
     along_other = collect(make(BASE, steps=3, mask_quantile=None)).examples
     assert torch.equal(guided.latents, along_other.latents)
     assert torch.equal(guided.target, along_other.target)
+
+
+def conditional(field):
+    """A field of its own for the negative prompt, so that guidance changes states and Jacobians."""
+
+    def velocity(x, sigma, cond):
+        shift = torch.zeros(len(x), 1).double() if cond.embeddings is None else cond.embeddings[:, 0]
+        return field(x, sigma, cond) + shift * torch.sin(2 * x)
+
+    return CallableField(velocity)
+
+
+@pytest.mark.parametrize("adjoint", ["lean", "full"])
+def test_guidance_everywhere_is_adjoint_matching_of_the_guided_fields(adjoint):
+    """Against fields that combine both branches in one function, with derivatives by autograd."""
+    cond = Conditioning(
+        tuple("abc"), torch.full((3, 1, 1), 0.7).double(), None, torch.full((3, 1, 1), -0.4).double()
+    )
+
+    def combined(field):
+        def velocity(x, sigma, cond):
+            low, high = (conditional(field)(x, sigma, c) for c in (cond.negative(), cond))
+            return low + 3 * (high - low)
+
+        return CallableField(velocity)
+
+    results = []
+    for wrap in (lambda field: GuidedField(conditional(field), 3.0), combined):
+        method = make(wrap(OFFSET), wrap(BASE), adjoint=adjoint, mask_quantile=None)
+        generators = generators_for(0, 0, range(3))
+        results.append(method.collect(cond, generators, generator_for(0, 0, "shared")))
+        results[-1].metrics["loss"] = total_loss(method, results[-1])
+    ours, theirs = results
+    torch.testing.assert_close(ours.examples.target, theirs.examples.target, rtol=1e-11, atol=1e-11)
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-11)
+    unguided = make(conditional(OFFSET), conditional(BASE), adjoint=adjoint, mask_quantile=None)
+    other = unguided.collect(cond, generators_for(0, 0, range(3)), generator_for(0, 0, "shared"))
+    assert not torch.allclose(other.examples.target, ours.examples.target, rtol=0.01)
 
 
 # ------------------------------------------------------------------------------ rows, noise, metrics

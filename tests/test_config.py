@@ -9,8 +9,11 @@ from diffusers.optimization import SchedulerType
 
 from am_diffusers.command_line import FIELDS, HINTS, SECTIONS, asset_path, parse_config, to_yaml
 from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
+from am_diffusers.config.belonging import READ_BY
+from am_diffusers.methods import METHODS
 from am_diffusers.transitions import TRANSITIONS
 
+BUFFERED = "buffered_adjoint_matching"
 MINIMAL = """
 pretrained_model_name_or_path: asset:tiny_sd3
 train_prompts: prompts.txt
@@ -95,6 +98,16 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
     ("extra", "message"),
     [
         (["--learnig_rate", "1"], "'learnig_rate': did you mean 'learning_rate'"),
+        (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
+        (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
+        (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
+        (
+            ["--method", BUFFERED, "--buffer_size", "40"],
+            "--buffer_size must be a multiple of train_batch_size",
+        ),
+        (["--method", BUFFERED, "--adjoint", "full"], "--adjoint must be lean with a buffer"),
+        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
+        (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
         (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
         (["--learning_rate", "fast"], "learning_rate"),
@@ -138,10 +151,21 @@ def test_no_flag_is_accepted_and_ignored():
     """Every field is read where config becomes objects."""
     root = Path(__file__).parents[1]
     package = root / "am_diffusers"
-    readers = [package / "plan.py", package / "load.py", *sorted((package / "build").glob("*.py"))]
+    readers = [package / f"{name}.py" for name in ("plan", "network_calls", "buffer_size", "load")]
+    readers += sorted((package / "build").rglob("*.py"))
     source = "".join(path.read_text() for path in [*readers, root / "scripts/finetune.py"])
     fields = [*FIELDS, *(field.name for field in dataclasses.fields(RewardConfig))]
     assert [name for name in fields if not re.search(rf"\.{name}\b", source)] == []
+
+
+def test_a_flag_of_another_method_is_refused(minimal, monkeypatch):
+    monkeypatch.setitem(METHODS, "other", METHODS["adjoint_matching"])
+    with pytest.raises(
+        ValueError, match=r"--pairing is for adjoint_matching, .*, not for other: leave it out"
+    ):
+        parse_config([*minimal, "--method", "other", "--pairing", "left"])
+    assert parse_config([*minimal, "--method", "other"]).method.method == "other"
+    assert set(READ_BY) <= set(FIELDS)
 
 
 def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():

@@ -19,7 +19,8 @@ from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.gpus import find_gpu
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
-from am_diffusers.plan import Plan, make_plan, network_calls
+from am_diffusers.network_calls import network_calls
+from am_diffusers.plan import Plan, make_plan
 from am_diffusers.rewards import REWARDS, RewardOptions
 from am_diffusers.rewards.skeleton import skeleton
 
@@ -138,7 +139,7 @@ def test_an_iteration_makes_the_announced_calls(
 ) -> None:
     plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, rollout_micro_batch_size=3)
     found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
-    calls, samples = network_calls(plan.config.method), plan.config.optimizer.train_batch_size
+    calls, samples = network_calls(plan.config), plan.config.optimizer.train_batch_size
     base = transformer_flops()
     step_0 = calls["base, forward if step 0 is trained"]
     policy = (found.phases[ROLLOUT].flops[torch.float32] / samples - step_0 * base) / calls["policy, rollout"]
@@ -147,6 +148,18 @@ def test_an_iteration_makes_the_announced_calls(
     adjoint = found.phases[ADJOINT].flops[torch.float32] / samples / calls["base, forward and backward"]
     assert 1.9 * base < adjoint < 2.5 * base
     assert found.peak == max(usage.peak for usage in found.phases.values())
+
+
+def test_collections_of_a_buffered_run_count_in_their_share_of_iterations(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    buffered = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 2}
+    found = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **buffered)
+    whole = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir)
+    assert found.peak == whole.peak
+    for name, phase in whole.phases.items():
+        flops, share = found.phases[name].flops.total(), 2 if name in (ROLLOUT, ADJOINT, REWARD) else 1
+        assert flops == phase.flops.total() // share, name
 
 
 def test_the_reward_is_differentiated_beside_the_graph_of_the_last_step(

@@ -152,6 +152,8 @@ class FullDisk:
     iteration, parameters = 3, {}
     state_dict = staticmethod(lambda: {"parameters": {}})
 
+    local_state_dict = clean = staticmethod(dict)
+
     def begin(self, iteration, expected):
         raise DiskFullError("no room")
 

@@ -122,3 +122,9 @@ def test_prompts_are_filled_up_at_random_without_repetition():
     assert fill_up(pool[:4], pool[:6], 16, seed=0)[:4] == pool[:4]
     assert sorted(fill_up(pool[:4], pool[:6], 16, seed=0)) == sorted(pool[:6])
     assert fill_up(["mine", "mine"], pool, 1, seed=0) == ["mine", "mine"]
+
+
+def test_a_group_of_samples_shares_a_prompt():
+    single = [row for iteration in range(4) for row in prompt_rows(3, iteration, 2, 5)]
+    grouped = [row for iteration in range(4) for row in prompt_rows(3, iteration, 6, 5, samples_per_prompt=3)]
+    assert grouped == [row for row in single for _ in range(3)]

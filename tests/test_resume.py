@@ -50,10 +50,17 @@ class Buffered(Method):
         return matching_loss(self.policy, example), {}
 
     def state_dict(self):
-        return {"buffer": list(self.buffer), "count": self.count}
+        return {"count": self.count}
 
     def load_state_dict(self, state):
-        self.buffer, self.count = list(state["buffer"]), state["count"]
+        self.count = state["count"]
+
+    def local_state_dict(self):
+        return {"buffer": list(self.buffer)}
+
+    def load_local_state_dicts(self, states, rank, ranks):
+        (state,) = states
+        self.buffer = list(state["buffer"])
 
 
 def make_trainer(folder, *, wanted="latest", validate=lambda iteration: {}, use_ema=True, **changes):

@@ -131,6 +131,16 @@ def test_metrics_schedule_and_pictures_follow_the_iterations(tmp_path):
     assert shown == [0, 4, 6]
 
 
+def test_the_bar_shows_the_last_known_numbers_and_the_log_those_of_its_iteration(tmp_path):
+    bar = {"loss": "loss", "reward": "reward"}
+    log = MetricsLog(tmp_path / "metrics.jsonl", total=2, bar=bar)
+    log.write(0, {"loss": 1.0, "reward": 3.0})
+    log.write(1, {"loss": 2.0})
+    assert log._bar.postfix == "loss=2, reward=3"
+    log.close()
+    assert read_metrics(tmp_path)[1] == {"iteration": 1, "loss": 2.0}
+
+
 def test_gradients_are_clipped_and_the_norm_before_is_logged(tmp_path):
     trainer, _, weight = make_trainer(tmp_path, max_grad_norm=0.01)
     assert trainer.iterate()["grad_norm"] > 0.01

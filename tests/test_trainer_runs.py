@@ -9,15 +9,18 @@ from finetune_runs import read_metrics, tiny_config, write_rewards
 from safetensors.torch import load_file
 
 from am_diffusers.build import build, make_accelerator
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import make_plan, network_calls
+from am_diffusers.network_calls import network_calls
+from am_diffusers.plan import make_plan
 from am_diffusers.trainer import IterationError
+
+BUFFERED = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 3}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,8 @@ def test_settings_for_memory_do_not_change_a_run(
         {"transitions": "ancestral", "pairing": "trapezoid", "sigma_jitter": 0.3},
         {"adjoint": "full", "loss_steps": 2, "mask_quantile": None},
         {"rollout_guidance_scale": 2.0, "eval_guidance_scale": 2.0},
+        {"rollout_guidance_scale": 2.0, "guidance_mode": "everywhere", "adjoint": "full"},
+        {"loss_steps": 2, "step_selection": "pps", "mask_quantile": None},
         {"rewards": [{"name": "brightness", "weight": 2.0}], "lora_layers": ["attn.to_q"]},
         {"divergence": "forward_kl", "reward_scale": 0.1},
         {"reward_smoothing_std": 0.1, "reward_smoothing_samples": 2},
@@ -92,7 +97,14 @@ def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, changes, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"loss_steps": 1}, {"adjoint": "full"}, {"rollout_guidance_scale": 2.0}],
+    [
+        {},
+        {"loss_steps": 1},
+        {"adjoint": "full"},
+        {"rollout_guidance_scale": 2.0},
+        {"rollout_guidance_scale": 2.0, "guidance_mode": "everywhere", "adjoint": "full"},
+        BUFFERED,
+    ],
 )
 def test_the_announced_network_calls_are_those_made(
     tiny_sd3_dir, rewards_dir, tmp_path, monkeypatch, changes
@@ -102,11 +114,43 @@ def test_the_announced_network_calls_are_those_made(
     calls = []
     original = SD3.velocity
     monkeypatch.setattr(SD3, "velocity", lambda *args: calls.append(0) or original(*args))
-    run.trainer.iterate()
+    iterations = changes.get("buffer_refresh", 1)
+    for _ in range(iterations):
+        run.trainer.iterate()
     config = parse_config(["--config", str(tmp_path / "run.yaml")])
-    announced = network_calls(config.method)
+    announced = {name: number * iterations for name, number in network_calls(config).items()}
     first = announced.pop("base, forward if step 0 is trained")
     assert sum(announced.values()) <= len(calls) <= sum(announced.values()) + first
+
+
+@pytest.mark.parametrize("storage", ["cpu", "disk"])
+def test_a_buffered_run_trains_and_logs_rewards_where_it_rolls_out(
+    tiny_sd3_dir, rewards_dir, tmp_path, storage
+):
+    changes = {**BUFFERED, "buffer_refresh": 2, "buffer_size": 8, "buffer_storage": storage}
+    run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=3, checkpointing_steps=2, **changes)
+    run.execute()
+    lines = read_metrics(tmp_path / "out")
+    assert [("reward" in line, "reward/pickscore" in line) for line in lines] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+    assert [line["buffer/age_max"] for line in lines] == [0, 1, 2]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert (tmp_path / "out/samples/panel.png").exists()
+    assert not list((tmp_path / "out").glob(".tensors-*"))
+    (part,) = (tmp_path / "out/checkpoint-000003").glob("local-*.json")
+    assert [len(g["prompts"]) for g in json.loads(part.read_text())["generations"]] == [4, 4]
+
+
+def test_a_buffer_beyond_the_limit_is_refused_before_a_model_is_loaded(tiny_sd3_dir, rewards_dir, tmp_path):
+    write_rewards(tmp_path)
+    path = tiny_config(tiny_sd3_dir, tmp_path, **BUFFERED, buffer_max_gb=1e-6)
+    with pytest.raises(
+        ValueError, match=r"would hold 0.\d+ GiB .*--buffer_max_gb 1e-06: lower --buffer_size"
+    ):
+        make_plan(parse_config(["--config", str(path)]), 1)
 
 
 def test_clipping_starts_after_the_first_iteration(tiny_sd3_dir, rewards_dir, tmp_path, reference_losses):
@@ -150,7 +194,7 @@ def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_di
     changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     run.execute()
-    monkeypatch.setattr("am_diffusers.build.method.base_rewards", None)  # would be an error to call
+    monkeypatch.setattr("am_diffusers.build.methods.parts.base_rewards", None)  # would be an error to call
     again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     assert again.trainer.method.settings.tilt == run.trainer.method.settings.tilt
     again.lock.release()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from am_diffusers.auto_batch import Passes, largest_fitting
+from am_diffusers.build.methods.parts import make_fields
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.load import encoder, latent_spec, weighted
@@ -61,11 +62,11 @@ def _search(
 def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
     """The passes of this run."""
     config, options = plan.config, plan.config.method
-    reward = weighted(rewards, config)
+    reward, fields = weighted(rewards, config), make_fields(config, model)
     trained = options.num_inference_steps - 1 if options.loss_steps == "all" else options.loss_steps
     return Passes(
-        model.base,
-        model.policy,
+        fields.base,
+        fields.policy,
         lambda latents, prompts: reward(model.decode(latents), prompts),
         latent_spec(config, model),
         encoder(config, model, options.rollout_guidance_scale),

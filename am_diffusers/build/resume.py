@@ -26,6 +26,8 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "free_text_encoders",
     "shard_weights",
     "max_skipped_iterations",
+    "buffer_storage",
+    "buffer_max_gb",
 }
 DECISIVE_IN_RUN = {"seed"}
 FREE_OF_A_REWARD = {"batch_size", "device"}

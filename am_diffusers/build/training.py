@@ -34,6 +34,7 @@ def make_trainer(
             loss_micro_batch_size=int(optimizer.loss_micro_batch_size),
             max_grad_norm=optimizer.max_grad_norm,
             validation_steps=config.evaluation.validation_steps,
+            samples_per_prompt=config.method.samples_per_prompt,
             checkpointing_steps=config.checkpoint.checkpointing_steps,
             max_skipped_iterations=optimizer.max_skipped_iterations,
             early_stopping_patience=config.evaluation.early_stopping_patience,
@@ -68,6 +69,8 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
 def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
     """Mean scores of each reward in its own units since the last call, over all processes."""
     means = {name: scores.mean() for name, scores in reward.drain().items()}
+    if not means:  # on all processes alike: an iteration without pictures
+        return {}
     if processes.number == 1:
         return {f"reward/{name}": mean.item() for name, mean in means.items()}
     mean: Tensor = processes.sum(torch.stack(list(means.values()))) / processes.number

@@ -7,6 +7,7 @@ Config objects stop at `build/`; nothing below it knows them.
 
 from dataclasses import dataclass
 
+from am_diffusers.config.buffer import BufferConfig
 from am_diffusers.config.checkpoint import CheckpointConfig
 from am_diffusers.config.evaluation import EvaluationConfig
 from am_diffusers.config.method import MethodConfig
@@ -16,6 +17,7 @@ from am_diffusers.config.rewards import RewardConfig, TerminalConfig
 from am_diffusers.config.run import RunConfig
 
 __all__ = [
+    "BufferConfig",
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
@@ -39,6 +41,7 @@ class Config:
     prompts: PromptConfig
     method: MethodConfig
     terminal: TerminalConfig
+    buffer: BufferConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig

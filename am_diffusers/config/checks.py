@@ -29,6 +29,7 @@ def check_values(config: Config) -> None:
         *_model(config.model),
         *_method(config.method),
         *_terminal(config.terminal),
+        *_buffer(config),
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
@@ -60,11 +61,27 @@ def _method(c: MethodConfig) -> list[Check]:
     return [
         (c.rewards, "rewards", "a list with at least one reward"),
         (c.num_inference_steps >= 2, "num_inference_steps", "at least 2: the last one is deterministic"),
+        (c.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
         (c.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
         (
             c.loss_steps == "all" or 1 <= c.loss_steps < c.num_inference_steps,
             "loss_steps",
             "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
+        ),
+        (
+            c.loss_steps != "all" or c.step_selection == "last_and_random",
+            "step_selection",
+            "left out with loss_steps all: there is nothing to select",
+        ),
+        (
+            c.rollout_guidance_scale == 1 or c.guidance_mode != "none",
+            "rollout_guidance_scale",
+            "1 with guidance_mode none",
+        ),
+        (
+            c.rollout_guidance_scale != 1 or c.guidance_mode != "everywhere",
+            "rollout_guidance_scale",
+            "other than 1 with guidance_mode everywhere",
         ),
         (
             c.mask_quantile is None or 0 < c.mask_quantile < 1,
@@ -92,6 +109,24 @@ def _terminal(c: TerminalConfig) -> list[Check]:
             "reward_clip_quantile",
             "in (0, 1), or null to clip nothing",
         ),
+    ]
+
+
+def _buffer(c: Config) -> list[Check]:
+    batch, used = c.optimizer.train_batch_size, c.method.method == "buffered_adjoint_matching"
+    return [
+        (
+            not used or (c.buffer.buffer_size >= batch and c.buffer.buffer_size % batch == 0),
+            "buffer_size",
+            f"a multiple of train_batch_size, {batch}: it is filled and emptied a collection at a time",
+        ),
+        (
+            not used or c.method.adjoint == "lean",
+            "adjoint",
+            "lean with a buffer: full adjoints depend on the policy, so that stored ones would be outdated",
+        ),
+        (c.buffer.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
+        (c.buffer.buffer_max_gb > 0, "buffer_max_gb", "positive"),
     ]
 
 

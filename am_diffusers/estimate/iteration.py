@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.build.auto import SETTINGS
-from am_diffusers.build.method import METHOD_BUILDERS
+from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker, Usage
@@ -20,6 +20,7 @@ from am_diffusers.load import encoder, guided, make_sampler, weighted
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, gather_from_one
+from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 from am_diffusers.models.field import SD3Field
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
@@ -209,6 +210,8 @@ def _method(plan: Plan, pretence: Pretence, tracker: Tracker, processes: Process
     model.policy = Field(model.policy, tracker, costs)  # pyright: ignore[reportAttributeAccessIssue]
     reward = weighted(pretence.rewards, config)
     method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
+    if isinstance(method, BufferedAdjointMatching):
+        method = method.inner  # in an iteration that collects, which needs most
     if not isinstance(method, AdjointMatching):
         raise ValueError(f"no estimate for the method {config.method.method}")
     method.gather = gather_from_one

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from accelerate import Accelerator
 
+from am_diffusers.config.belonging import BUFFERED
 from am_diffusers.estimate.iteration import (
     ADJOINT,
     LOSS,
@@ -31,6 +32,8 @@ UTILISATION = 0.4
 USABLE = 0.9
 """Share of a card's memory that is counted on: the rest is CUDA's context, workspaces and fragmentation."""
 ENCODING = "prompt encoding"
+COLLECTING = (ROLLOUT, ADJOINT, REWARD)
+"""Phases that a method with a buffer has in some iterations only."""
 GIB = 2**30
 KNOBS = {
     ENCODING: "mixed_precision",
@@ -95,6 +98,7 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
     """
     plan = estimable(plan)
     samples, in_memory = _samples(plan, on_gpu)
+    every = plan.config.buffer.buffer_refresh if plan.config.method.method in BUFFERED else 1
     pretence, tracker = pretend(plan, on_gpu=on_gpu), Tracker()
     with tracker:
         resident = _hold_weights(plan, pretence, tracker)
@@ -107,8 +111,8 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
             state = run_iteration(plan, pretence, tracker, Processes(accelerator), samples=in_memory)
             pictures = sample_pictures(plan, pretence, tracker)
     for name in set(tracker.phases) - {SAMPLING}:
-        usage = tracker.phases[name]
-        usage.flops = Counter({dtype: n * samples // in_memory for dtype, n in usage.flops.items()})
+        usage, share = tracker.phases[name], in_memory * (every if name in COLLECTING else 1)
+        usage.flops = Counter({dtype: n * samples // share for dtype, n in usage.flops.items()})
     resident |= _hold_state(resident["LoRA"], state)
     weights = resident["transformer"] + resident["VAE"] + pretence.text_bytes
     encoding = Usage(weights, weights)

@@ -2,5 +2,9 @@
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Method
+from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 
-METHODS: dict[str, type[Method]] = {"adjoint_matching": AdjointMatching}
+METHODS: dict[str, type[Method]] = {
+    "adjoint_matching": AdjointMatching,
+    "buffered_adjoint_matching": BufferedAdjointMatching,
+}

@@ -8,17 +8,21 @@ calls, K-1 base vjps, one base call at step 0 if that step is selected, and the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from am_diffusers import adjoint, matching
+from am_diffusers import matching
+from am_diffusers.adjoint import AdjointSweep, StateCost, full_adjoint, lean_adjoint
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.rows import Rows, masked_batch
-from am_diffusers.methods.statistics import statistics
+from am_diffusers.methods.monitor import AdjointMonitor
+from am_diffusers.methods.rows import Rows, Swept, kept_batch, sample_rows
+from am_diffusers.methods.statistics import adjoint_norms, everywhere, means, statistics
+from am_diffusers.methods.step_selection import Selection, StepSelection
 from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
 from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
@@ -34,8 +38,8 @@ class AdjointMatchingSettings:
         reward_scale: lambda of the tilt exp(lambda * reward), > 0.
         pairing: which adjoint belongs to a step; `left` is the published code's.
         adjoint: `lean`, or `full` for study (same optimum, more noise, more passes).
-        steps: number of steps a sample is trained on: half of them the last ones with noise, the others
-            drawn uniformly from the rest (published: K/2, the last 25 % and as many others); or "all".
+        steps: number of steps a sample is trained on (published: K/2), or "all".
+        step_selection: which ones, see step_selection.py; published: the last 25 % and as many others.
         mask_quantile: share of rows kept per step, in (0, 1); None keeps all and is the only unbiased
             choice: on a mixture of three modes .9 reaches 40 % of the tilt's KL, None 92 %.
         mask_decay: of the running quantile, in [0, 1).
@@ -43,6 +47,7 @@ class AdjointMatchingSettings:
         offload: keep latents and targets on the CPU until the loss of their rows is taken.
         gradient: how the reward's gradient is taken.
         tilt: the law aimed at, if it isn't p_base * exp(reward_scale * reward).
+        state_cost: running cost of the states along a trajectory, see adjoint.py; None = 0.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -52,12 +57,14 @@ class AdjointMatchingSettings:
     pairing: Pairing = "right"
     adjoint: Literal["lean", "full"] = "lean"
     steps: int | Literal["all"] = "all"
+    step_selection: Selection = "last_and_random"
     mask_quantile: float | None = 0.9
     mask_decay: float = 0.9
     collect_batch_size: int | None = None
     offload: bool = False
     gradient: GradientOptions = PLAIN
     tilt: Tilt | None = None
+    state_cost: StateCost | None = None
 
     def __post_init__(self) -> None:
         if self.reward_scale <= 0:
@@ -70,7 +77,7 @@ class AdjointMatchingSettings:
             raise ValueError(f"adjoint must be lean or full, got {self.adjoint!r}")
 
 
-class AdjointMatching(Method):
+class AdjointMatching(Method[MatchingBatch]):
     """Adjoint Matching with any table whose steps all add noise except the last.
 
     Args:
@@ -110,11 +117,13 @@ class AdjointMatching(Method):
         self.rollout_policy, self.gather = rollout_policy, gather
         quantile = settings.mask_quantile
         self.mask = None if quantile is None else QuantileMask(quantile, settings.mask_decay)
+        self.selection = StepSelection(settings.steps, settings.step_selection)
+        self.monitor = AdjointMonitor()
 
     @torch.no_grad()
     def collect(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
-    ) -> Collected:
+    ) -> Collected[MatchingBatch]:
         """Trajectories, adjoints and targets of the samples, see `Method.collect`.
 
         Raises:
@@ -122,32 +131,47 @@ class AdjointMatching(Method):
             NonFiniteError: if a reward, gradient or adjoint is not finite.
             PhaseMemoryError: if memory runs out.
         """
+        swept = self.sweep(cond, generators, shared)
+        samples = torch.arange(len(cond))[:, None].expand(swept.rows.keep.shape)
+        examples, masked = kept_batch(swept.rows, samples, cond, self.gather, all_kept=self.mask is None)
+        if self.settings.offload and torch.device(self.latents.device).type == "cuda":
+            examples = examples.pin_memory()
+        return Collected(examples, swept.rewards, swept.metrics | {"masked": masked}, swept.warnings)
+
+    @torch.no_grad()
+    def sweep(
+        self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
+    ) -> Swept:
+        """Trajectories of this rank's samples with adjoints and targets; raises as `collect`."""
         table = self.transitions(shared) if callable(self.transitions) else self.transitions
-        steps = matching.select_steps(table, self.settings.steps, shared)
+        selected = self.selection.select(table, shared)
         chunks = []
         for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
             ids = rows.tolist()
-            chunk = self._collect_chunk(table, steps, cond.index(ids), [generators[i] for i in ids])
+            chunk = self._collect_chunk(table, selected.steps, cond.index(ids), [generators[i] for i in ids])
             chunks.append(chunk.to_cpu() if self.settings.offload else chunk)
         collected = Rows.cat(chunks)
-        examples, masked = masked_batch(collected, table, steps, cond, self.mask, self.gather)
-        if self.settings.offload and torch.device(self.latents.device).type == "cuda":
-            examples = examples.pin_memory()
-        metrics = self._metrics(collected.stats) | {"masked": masked}
-        return Collected(examples, collected.stats["reward"], metrics)
+        metrics, warnings = self._metrics(collected.stats)
+        rows = sample_rows(
+            collected, table, selected, mask=self.mask, selection=self.selection, gather=self.gather
+        )
+        return Swept(rows, collected.stats["reward"], metrics, warnings)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
         return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Thresholds of the mask and of clipping."""
+        """Thresholds of the mask and of clipping, sizes of the steps, references of the adjoint norms."""
         mask = {} if self.mask is None else {"mask": self.mask.state_dict()}
-        return mask | {"clip_norm": self.terminal.clip_norm}
+        own = {"selection": self.selection.state_dict(), "monitor": self.monitor.state_dict()}
+        return mask | own | {"clip_norm": self.terminal.clip_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.terminal.clip_norm = state["clip_norm"]
+        self.selection.load_state_dict(state.get("selection", {}))
+        self.monitor.load_state_dict(state.get("monitor", {}))
         if self.mask is not None:
             self.mask.load_state_dict(state.get("mask", {}))
 
@@ -186,7 +210,7 @@ class AdjointMatching(Method):
 
     def _sweep(
         self, trajectory: Trajectory, generators: Sequence[torch.Generator], *, with_first: bool
-    ) -> tuple[Terminal, adjoint.AdjointSweep]:
+    ) -> tuple[Terminal, AdjointSweep]:
         """The trajectory's rewards and their gradients, and the adjoints."""
         found: list[Terminal] = []
 
@@ -195,20 +219,17 @@ class AdjointMatching(Method):
             found.append(self.terminal(final, prompts, lambda: self.latents.draw(generators)))
             return found[0].adjoint
 
-        if self.settings.adjoint == "lean":
-            sweep = adjoint.lean_adjoint(self.base, trajectory, terminal, with_first=with_first)
-        else:
-            sweep = adjoint.full_adjoint(self.base, self.policy, trajectory, terminal, with_first=with_first)
+        full = self.settings.adjoint == "full"
+        run = partial(full_adjoint, self.base, self.policy) if full else partial(lean_adjoint, self.base)
+        sweep = run(trajectory, terminal, with_first=with_first, state_cost=self.settings.state_cost)
         return found[0], sweep
 
     def _policy_velocity(self, trajectory: Trajectory, k: int) -> Tensor:
         """The trained policy's velocity at x_k: known from the rollout if that followed it."""
         return trajectory.velocities[k] if self.rollout_policy is None else self.policy(*trajectory.at(k))
 
-    def _metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
-        """Means of the statistics over the samples of all ranks."""
-        everywhere = self.gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
-        columns = dict(zip(stats, everywhere.T, strict=True))
+    def _metrics(self, stats: dict[str, Tensor]) -> tuple[dict[str, float], list[str]]:
+        """Means of the statistics over the samples of all ranks, and what the monitor says of them."""
+        columns = everywhere(stats, self.gather)
         self.terminal.update(columns["reward_gradient_norm"])
-        means = {name: column.mean().item() for name, column in columns.items()}
-        return means | {"reward_std": columns["reward"].std(correction=0).item()}
+        return means(columns), self.monitor.update(adjoint_norms(columns))

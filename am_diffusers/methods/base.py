@@ -11,12 +11,11 @@ is taken in `collect`. The trainer undoes any averaging over ranks that its wrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from am_diffusers.matching import MatchingBatch
 from am_diffusers.velocity import Conditioning
 
 Gather = Callable[[Tensor], Tensor]
@@ -28,22 +27,46 @@ def gather_from_one(values: Tensor) -> Tensor:
     return values
 
 
+class Examples(Protocol):
+    """Training rows of a method, for instance a `MatchingBatch`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Factor of each row in the loss, (N,); a batch whose rows all have 0 adds nothing."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def split(self: "E", micro_batch_size: int, /) -> "Sequence[E]":
+        """Consecutive batches of at most `micro_batch_size` rows."""
+        ...
+
+    def describe(self) -> str:
+        """The rows in one line, for an error message: prompts, noise levels."""
+        ...
+
+
+E = TypeVar("E", bound=Examples)
+
+
 @dataclass(frozen=True, eq=False)
-class Collected:
+class Collected(Generic[E]):
     """Training rows of one iteration on this rank.
 
     Attributes:
-        examples: rows to regress on; every rank has the same number.
-        rewards: rewards of this rank's samples, (B,).
-        metrics: numbers to log, already over all ranks.
+        examples: rows to train on; every rank has the same number.
+        rewards: rewards of this rank's samples, (B,); empty without a rollout.
+        metrics: numbers to log, already over all ranks; those of rollouts are left out where there was none.
+        warnings: what a user should know now, the same on all ranks.
     """
 
-    examples: MatchingBatch
+    examples: E
     rewards: Tensor
     metrics: dict[str, float]
+    warnings: Sequence[str] = ()
 
 
-class Method(ABC):
+class Method(ABC, Generic[E]):
     """A fine-tuning method: a way to make training rows and the loss of a row.
 
     Attributes:
@@ -55,7 +78,7 @@ class Method(ABC):
     @abstractmethod
     def collect(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
-    ) -> Collected:
+    ) -> Collected[E]:
         """Training rows of this rank's samples, without gradient.
 
         Args:
@@ -66,13 +89,39 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, example: E) -> tuple[Tensor, dict[str, float]]:
         """Loss of some rows, differentiable in the policy's parameters, and numbers to log."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart, JSON-serialisable numbers or tensors."""
+        """What must survive a restart and is the same on all ranks, JSON-serialisable numbers or tensors."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that brings the method back to where it is now."""
+        state, local = self.state_dict(), self.local_state_dict()
+
+        def roll_back() -> None:
+            self.load_state_dict(state)
+            self.load_local_state_dicts([local], 0, 1)
+
+        return roll_back
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What must survive a restart and differs between ranks, such as a buffer; {} for most methods.
+
+        A snapshot that later calls don't change: references to tensors that are never written to will do.
+        """
+        return {}
+
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+        """Restores this rank's part of what all ranks returned, of which there may have been more or fewer.
+
+        Args:
+            states: what `local_state_dict` returned on each rank, in rank order.
+            rank: this one, from 0.
+            ranks: how many there are now.
+        """

@@ -1,6 +1,7 @@
 """Rows of an iteration: what the chunks of a rollout contribute, masked and weighted for the regression."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch, QuantileMask, matching_weight
 from am_diffusers.methods.base import Gather
+from am_diffusers.methods.step_selection import Selected, StepSelection
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning
 
@@ -39,13 +41,76 @@ class Rows(NamedTuple):
         return cls(torch.cat(latents), torch.cat(target), torch.cat(residuals), merged)
 
 
-def masked_batch(
+@dataclass(frozen=True, eq=False)
+class SampleRows:
+    """Rows of B samples, S each, before they are weighted for a mean over rows.
+
+    Attributes:
+        latents: states x_k, (B, S, ...).
+        target: velocities to regress on, (B, S, ...).
+        sigmas: noise levels, (B, S).
+        weight: factors of the squared errors, (B, S).
+        keep: 1, or 0 for a row that is masked, (B, S).
+    """
+
+    latents: Tensor
+    target: Tensor
+    sigmas: Tensor
+    weight: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What a rollout and its sweep gave.
+
+    Attributes:
+        rows: of this rank's B samples at the S selected steps.
+        rewards: (B,).
+        metrics: numbers to log, over all ranks.
+        warnings: see `Collected`.
+    """
+
+    rows: SampleRows
+    rewards: Tensor
+    metrics: dict[str, float]
+    warnings: Sequence[str]
+
+
+def sample_rows(
     rows: Rows,
     table: Transitions,
-    steps: Sequence[int],
-    cond: Conditioning,
+    selected: Selected,
+    *,
     mask: QuantileMask | None,
+    selection: StepSelection,
     gather: Gather,
+) -> SampleRows:
+    """Rows of this rank's B samples with weights and mask, whose thresholds the residuals of all ranks move.
+
+    Args:
+        rows: at the S selected steps.
+        table: the table of the rollout.
+        selected: the steps and their factors.
+        mask: None keeps every row.
+        selection: follows the residuals of all ranks.
+        gather: concatenates a 1-D tensor over ranks.
+    """
+    steps, residuals = selected.steps, rows.residuals
+    everywhere = gather(residuals.flatten()).reshape(-1, len(steps))
+    keep, keep_everywhere = torch.ones_like(residuals), torch.ones_like(everywhere)
+    if mask is not None:
+        mask.update(steps, everywhere)
+        keep, keep_everywhere = (mask.keep(steps, r).to(r) for r in (residuals, everywhere))
+    selection.update(steps, everywhere, keep_everywhere)
+    weights = [matching_weight(table, k) * f for k, f in zip(steps, selected.factors, strict=True)]
+    per_step = keep.new_tensor([table.sigmas[steps].tolist(), weights])
+    sigmas, weight = (column.expand_as(keep) for column in per_step)
+    return SampleRows(rows.latents, rows.target, sigmas, weight, keep)
+
+
+def kept_batch(
+    rows: SampleRows, samples: Tensor, cond: Conditioning, gather: Gather, *, all_kept: bool = False
 ) -> tuple[MatchingBatch, float]:
     """Rows weighted for a mean over the kept rows of all ranks, and the share that is masked.
 
@@ -53,30 +118,23 @@ def masked_batch(
     the same number of backward passes; the surplus has weight 0.
 
     Args:
-        rows: of this rank's B samples.
-        table: the table of the rollout.
-        steps: the S steps that are trained on.
-        cond: conditioning of the B samples.
-        mask: its thresholds are moved by the residuals of all ranks; None keeps every row.
+        rows: of this rank, as many as of the others.
+        samples: row of `cond` each row belongs to, (B, S) int64 on the CPU.
+        cond: conditioning.
         gather: concatenates a 1-D tensor over ranks.
+        all_kept: there's no mask: the number of rows is known without a look at them.
     """
-    everywhere = gather(rows.residuals.flatten()).reshape(-1, len(steps))
-    keep, keep_everywhere = torch.ones_like(rows.residuals), torch.ones_like(everywhere)
-    num_rows = keep.numel()
-    if mask is not None:
-        mask.update(steps, everywhere)
-        keep, keep_everywhere = (mask.keep(steps, r).to(r) for r in (rows.residuals, everywhere))
-        num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
-    num_kept = keep_everywhere.sum()
-    per_step = keep.new_tensor([[table.sigmas[k], matching_weight(table, k)] for k in steps])
-    sigmas, weight = (column.expand_as(keep).flatten() for column in per_step.T)
+    keep = rows.keep.flatten()
+    num_kept = gather(keep.sum()[None])
     batch = MatchingBatch(
         latents=rows.latents.flatten(0, 1),
-        sigmas=sigmas,
+        sigmas=rows.sigmas.flatten(),
         target=rows.target.flatten(0, 1),
-        weight=weight * keep.flatten() / num_kept.clamp(min=1),
-        samples=torch.arange(len(cond)).repeat_interleave(len(steps)),
+        weight=rows.weight.flatten() * keep / num_kept.sum().clamp(min=1),
+        samples=samples.flatten(),
         cond=cond,
     )
-    kept_first = keep.flatten().argsort(descending=True, stable=True)
-    return batch.index(kept_first[:num_rows]), 1 - num_kept.item() / everywhere.numel()
+    masked = 1 - num_kept.sum().item() / (len(num_kept) * keep.numel())
+    kept_first = keep.argsort(descending=True, stable=True)
+    num_rows = len(keep) if all_kept else int(num_kept.max().clamp(min=1))
+    return batch.index(kept_first[:num_rows]), masked

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from am_diffusers.adjoint import AdjointSweep
+from am_diffusers.methods.base import Gather
 from am_diffusers.rollout import Trajectory
 from am_diffusers.terminal import Terminal
+
+ADJOINT_NORM = "adjoint_norm/"
 
 
 def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) -> dict[str, Tensor]:
@@ -26,6 +29,27 @@ def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) 
         "reward_gradient_norm": terminal.gradient_norms,
         "reward_slope": terminal.slopes,
         "path_kl": sum(path_kl.values(), torch.zeros_like(terminal.rewards)),
-        **{f"adjoint_norm/{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
+        **{f"{ADJOINT_NORM}{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
         **first,
+    }
+
+
+def everywhere(stats: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
+    """Each statistic of the samples of all ranks, in one exchange."""
+    values = gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
+    return dict(zip(stats, values.T, strict=True))
+
+
+def means(columns: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each statistic, and the standard deviation of the rewards."""
+    found = {name: column.mean().item() for name, column in columns.items()}
+    return found | {"reward_std": columns["reward"].std(correction=0).item()}
+
+
+def adjoint_norms(columns: dict[str, Tensor]) -> dict[int, float]:
+    """The median norm of adjoint_k by k: single samples in the tail don't move it."""
+    return {
+        int(name.removeprefix(ADJOINT_NORM)): column.median().item()
+        for name, column in columns.items()
+        if name.startswith(ADJOINT_NORM)
     }

@@ -1,64 +1,52 @@
-"""Config to method: what is trained, towards which law."""
+"""What several methods are built with: rewards of latents, their gradients, the law aimed at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.load import latent_spec, make_sampler, micro_batch
-from am_diffusers.methods import Method
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
+from am_diffusers.load import guided, make_sampler, micro_batch
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
-from am_diffusers.terminal import GradientOptions
-from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
-from am_diffusers.velocity import GuidedField
+from am_diffusers.terminal import GradientOptions, RewardOfLatents
+from am_diffusers.velocity import VelocityField
 
 
-def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
-    """Adjoint Matching of a model on a reward of its decoded pictures."""
-    config = plan.config
-    options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
+def reward_of_latents(model: SD3, reward: Reward) -> RewardOfLatents:
+    """The reward of decoded latents."""
 
-    def jittered(shared: torch.Generator) -> Transitions:
-        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
-
-    def reward_of_latents(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    def scored(latents: Tensor, prompts: Sequence[str]) -> Tensor:
         return reward(model.decode(latents), prompts)
 
-    scale = options.rollout_guidance_scale
-    return AdjointMatching(
-        model.policy,
-        model.base,
-        reward_of_latents,
-        jittered if options.sigma_jitter else table(sigmas),
-        latents=latent_spec(config, model),
-        settings=AdjointMatchingSettings(
-            reward_scale=options.reward_scale,
-            pairing=options.pairing,
-            adjoint=options.adjoint,
-            steps=options.loss_steps,
-            mask_quantile=options.mask_quantile,
-            collect_batch_size=micro_batch(config.optimizer.rollout_micro_batch_size),
-            offload=config.optimizer.offload_trajectories,
-            gradient=gradient_options(config),
-            tilt=make_tilt(plan, model, reward, processes),
-        ),
-        rollout_policy=None if scale == 1 else GuidedField(model.policy, scale),
-        gather=processes.gather,
-    )
+    return scored
 
 
-METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
-    "adjoint_matching": adjoint_matching,
-}
+class Fields(NamedTuple):
+    """Whose velocities a method takes: guided ones where `guidance_mode` says so.
+
+    Attributes:
+        policy: trained.
+        base: it is matched to.
+        rollout: followed by trajectories; None = the policy.
+    """
+
+    policy: VelocityField
+    base: VelocityField
+    rollout: VelocityField | None
+
+
+def make_fields(config: Config, model: SD3) -> Fields:
+    """The fields of a training iteration."""
+    scale = config.method.rollout_guidance_scale
+    if config.method.guidance_mode == "everywhere":
+        return Fields(guided(model.policy, scale), guided(model.base, scale), None)
+    return Fields(model.policy, model.base, None if scale == 1 else guided(model.policy, scale))
 
 
 def gradient_options(config: Config) -> GradientOptions:

@@ -1,0 +1,16 @@
+"""Config to method: one file a method, and what they share in `parts.py`."""
+
+from collections.abc import Callable
+
+from am_diffusers.build.methods.adjoint_matching import adjoint_matching
+from am_diffusers.build.methods.buffered_adjoint_matching import buffered_adjoint_matching
+from am_diffusers.methods import Method
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
+from am_diffusers.rewards import Reward
+
+METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
+    "adjoint_matching": adjoint_matching,
+    "buffered_adjoint_matching": buffered_adjoint_matching,
+}

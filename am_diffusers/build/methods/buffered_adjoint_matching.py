@@ -1,0 +1,28 @@
+"""Config to buffered Adjoint Matching."""
+
+from pathlib import Path
+
+from am_diffusers.build.methods.adjoint_matching import adjoint_matching
+from am_diffusers.disk_tensors import DiskTensors
+from am_diffusers.load import encoder
+from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching, BufferSettings
+from am_diffusers.methods.replay import in_memory
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.plan import Plan
+from am_diffusers.processes import Processes
+from am_diffusers.rewards import Reward
+
+
+def buffered_adjoint_matching(
+    plan: Plan, model: SD3, reward: Reward, processes: Processes
+) -> BufferedAdjointMatching:
+    """Adjoint Matching on trajectories that are used again; on the disk they lie in the output folder."""
+    config, options = plan.config, plan.config.buffer
+    disk = DiskTensors(Path(config.run.output_dir))
+    processes.on_main(disk.clean)
+    return BufferedAdjointMatching(
+        adjoint_matching(plan, model, reward, processes),
+        encoder(config, model, config.method.rollout_guidance_scale),
+        BufferSettings(options.buffer_size // config.optimizer.train_batch_size, options.buffer_refresh),
+        disk if options.buffer_storage == "disk" else in_memory,
+    )

@@ -1,0 +1,58 @@
+"""Which methods read which of the fields that aren't for all: a flag that would be ignored is refused."""
+
+import dataclasses
+
+from am_diffusers.config import Config
+from am_diffusers.methods import METHODS
+
+BUFFERED = ("buffered_adjoint_matching",)
+ADJOINT_MATCHING = ("adjoint_matching", *BUFFERED)
+TERMINAL = ADJOINT_MATCHING
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "transitions": ADJOINT_MATCHING,
+    "pairing": ADJOINT_MATCHING,
+    "adjoint": ADJOINT_MATCHING,
+    "loss_steps": ADJOINT_MATCHING,
+    "step_selection": ADJOINT_MATCHING,
+    "guidance_mode": ADJOINT_MATCHING,
+    "mask_quantile": ADJOINT_MATCHING,
+    "sigma_jitter": ADJOINT_MATCHING,
+    "buffer_size": BUFFERED,
+    "buffer_refresh": BUFFERED,
+    "buffer_storage": BUFFERED,
+    "buffer_max_gb": BUFFERED,
+    "divergence": TERMINAL,
+    "divergence_q": TERMINAL,
+    "divergence_samples": TERMINAL,
+    "divergence_prompts": TERMINAL,
+    "divergence_max_slope": TERMINAL,
+    "reward_smoothing_std": TERMINAL,
+    "reward_smoothing_samples": TERMINAL,
+    "reward_clip_quantile": TERMINAL,
+}
+"""Names of fields of the sections and the methods that read them; those not named here: all methods."""
+
+
+def check_belonging(config: Config) -> None:
+    """Check that no field is set that the method doesn't read.
+
+    Raises:
+        ValueError: naming each such flag and the methods it belongs to.
+    """
+    method = config.method.method
+    if method not in METHODS:
+        return  # said with the nearest name by `make_plan`
+    ignored = []
+    for section in vars(config).values():
+        for field in dataclasses.fields(section):
+            readers = READ_BY.get(field.name)
+            if readers and method not in readers and getattr(section, field.name) != _default(field):
+                ignored.append(f"--{field.name} is for {', '.join(readers)}, not for {method}: leave it out")
+    if ignored:
+        raise ValueError("\n".join(ignored))
+
+
+def _default(field: "dataclasses.Field[object]") -> object:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
