@@ -16,6 +16,9 @@ from am_diffusers.rollout import LatentSpec, generator_for
 from am_diffusers.solver import Solver
 from am_diffusers.velocity import Conditioning, VelocityField
 
+PURPOSE = "picture"
+"""Stream of noise of the pictures that are shown and evaluated."""
+
 
 class Picture(NamedTuple):
     """Which picture: the index of its prompt and its index among the pictures of that prompt."""
@@ -66,7 +69,7 @@ class Sampler:
     latents: LatentSpec
     seed: int
     batch_size: int
-    purpose: str = "picture"
+    purpose: str = PURPOSE
 
     def pictures(self, field: VelocityField, prompts: Sequence[str], which: Sequence[Picture]) -> Tensor:
         """Pictures (N, 3, H, W) in [0, 1] on the CPU, see `sample`."""

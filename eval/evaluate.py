@@ -8,8 +8,11 @@ again goes on where it was stopped; without `--shard` it does what is missing an
 """
 
 import sys
+from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -29,7 +32,8 @@ def main() -> None:
     stop = StopSignal()
     try:
         plan = make_plan(parse(sys.argv[1:]))
-        accelerator = Accelerator()
+        # Processes that are done wait for the slowest: no reason to end the job.
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
         check_joined(accelerator)
         with stop.listening():
             for line in evaluate(plan, Processes(accelerator, stop)):
@@ -37,6 +41,8 @@ def main() -> None:
     except Interrupted as interrupted:
         print(f"\n{interrupted}: run the same command again to go on")
         sys.exit(128 + interrupted.number)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory: pass a smaller --batch_size; what was made is kept ({error})")
     except ValueError as error:
         sys.exit(redact(f"error: {error}"))
 

@@ -1,19 +1,25 @@
 """What `eval/evaluate.py` refuses, before any weights are read where it can."""
 
 import json
-from pathlib import Path
+import math
+import shutil
+import threading
 
 import pytest
+import torch
 from accelerate import Accelerator
 from evaluate_runs import write_lora
 from reward_models import save_pickscore
 from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.sd3 import SD3
 from am_diffusers.processes import Processes
 from evaluating.driver import evaluate
 from evaluating.options import parse
 from evaluating.plan import lora_file, make_plan
+from evaluating.runs import run_config
+from evaluating.store import Store
 
 TINY = "asset:tiny_sd3"
 
@@ -81,6 +87,7 @@ def do(plan):
         ({"layouts": "geneval"}, "geneval: prompt 0"),
         ({"layouts": "hpsv2"}, "hpsv2: "),
         ({"num_image_per_prompt": 3}, "did you mean --num_images_per_prompt"),
+        ({"reference_pictures": "nowhere"}, r"expected at least 2 of \.png"),
     ],
 )
 def test_bad_input_is_named_with_its_remedy(ask, folder, tmp_path, changes, message):
@@ -94,7 +101,7 @@ def test_bad_input_is_named_with_its_remedy(ask, folder, tmp_path, changes, mess
 
 
 @pytest.mark.parametrize("flag", ["--num_images_per_prompt", "--max_prompts", "--num_inference_steps"])
-def test_zero_pictures_are_refused(folder, capsys, flag):
+def test_zero_pictures_are_refused(capsys, flag):
     with pytest.raises(SystemExit):
         parse(
             [
@@ -114,7 +121,7 @@ def test_zero_pictures_are_refused(folder, capsys, flag):
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b"])
-def test_a_share_that_is_none_is_refused(folder, capsys, text):
+def test_a_share_that_is_none_is_refused(capsys, text):
     with pytest.raises(SystemExit):
         parse(
             [
@@ -175,7 +182,7 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
 
 def test_lora_without_effect_is_refused_before_any_picture(ask, folder, tmp_path):
     plan = ask(lora_path=str(folder / "nothing"), output_dir=tmp_path)
-    with pytest.raises(ValueError, match="it has no effect on this base model; was it trained"):
+    with pytest.raises(ValueError, match="it has no effect on this base model, or too much; was it trained"):
         do(plan)
     assert not list(tmp_path.glob("pictures/*/*.png"))
 
@@ -207,6 +214,99 @@ def test_other_settings_do_not_mix_in_one_folder(ask, folder, tmp_path):
     assert [each["key"] for each in after["candidates"]][:2] == [each["key"] for each in before["candidates"]]
     assert after["candidates"][1]["scores"] == before["candidates"][1]["scores"]
     assert len(after["candidates"]) == 3
+
+
+def test_pictures_that_are_not_finite_are_refused_not_scored(ask, folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"at scale 1e\+30 changes the velocity by .* or too much"):
+        do(ask(lora_path=str(folder / "first"), lora_scale=1e30, output_dir=tmp_path / "scale"))
+    monkeypatch.setattr(SD3, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
+    with pytest.raises(ValueError, match="base-steps2-guidance1 makes NaN or infinity of 'a red fox'"):
+        do(ask(lora_path=str(folder / "first"), output_dir=tmp_path / "decode"))
+    assert not list(tmp_path.glob("*/pictures/*/*.png"))
+
+
+def first_score(folder):
+    return json.loads((folder / "scores.jsonl").read_text().splitlines()[0])["scores"]["pickscore"]
+
+
+def test_changed_weights_at_the_same_place_are_noticed(ask, folder, tmp_path, tiny_sd3_dir):
+    weights, model, out = tmp_path / "pickscore", tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder / "pickscore", weights)
+    shutil.copytree(tiny_sd3_dir, model)
+    asked = {"rewards": f"pickscore={weights}", "output_dir": out, "pretrained_model_name_or_path": model}
+    do(ask(**asked))
+    before = first_score(out)
+    tensors = load_file(weights / "model.safetensors")
+    save_file(tensors | {"logit_scale": tensors["logit_scale"] + 1}, weights / "model.safetensors")
+    do(ask(**asked))
+    assert first_score(out) == pytest.approx(before * math.e, rel=1e-4)
+    config = model / "transformer/config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ValueError, match="base_weights was"):
+        do(ask(**asked))
+
+
+def test_a_picture_of_something_else_is_made_again(ask, folder, tmp_path, caplog):
+    asked = {"lora_path": str(folder / "first"), "output_dir": tmp_path}
+    do(ask(**asked))
+    base, tuned = sorted(tmp_path.glob("pictures/*/00000-000.png"))
+    content, scores = base.read_bytes(), (tmp_path / "scores.jsonl").read_text()
+    shutil.copy(tuned, base)
+    do(ask(**asked))
+    assert "it is a picture of" in caplog.text
+    assert base.read_bytes() == content
+    assert (tmp_path / "scores.jsonl").read_text() == scores
+
+
+def test_a_lora_written_anew_meanwhile_is_noticed(ask, folder, tmp_path):
+    shutil.copytree(folder / "first", tmp_path / "lora")
+    plan = ask(lora_path=str(tmp_path / "lora"), output_dir=tmp_path / "out")
+    lines = evaluate(plan, Processes(Accelerator()))
+    next(lines)  # the folder is open, no picture is made
+    shutil.copy(folder / "second" / LORA_FILE, tmp_path / "lora" / LORA_FILE)
+    with pytest.raises(ValueError, match="lora_sha256 was"):
+        list(lines)
+
+
+def test_of_two_that_start_together_with_other_settings_one_is_refused(ask, tmp_path):
+    plans = [ask(output_dir=tmp_path, seed=seed) for seed in (0, 1)]
+    stores = [Store(tmp_path, plan.settings, plan.prompts.prompts, 1, 64) for plan in plans]
+    refused = []
+
+    def begin(store, barrier):
+        barrier.wait()
+        try:
+            store.open(())
+        except ValueError as error:
+            refused.append(str(error))
+
+    for _ in range(20):
+        (tmp_path / "settings.json").unlink(missing_ok=True)
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=begin, args=(store, barrier)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(refused) == 20
+
+
+def test_a_config_of_another_tool_says_nothing(tmp_path):
+    lora = tmp_path / "x/lora" / LORA_FILE
+    lora.parent.mkdir(parents=True)
+    for text in ("rewards: [clip, other]\n", "rewards: [3]\ntrain_prompts: a\n", ": ["):
+        (tmp_path / "x/config.yaml").write_text(text)
+        assert run_config(lora) == {}
+    ours = "pretrained_model_name_or_path: m\ntrain_prompts: t.txt\nrewards: [{name: hpsv2}]\n"
+    (tmp_path / "x/config.yaml").write_text(ours)
+    assert run_config(lora)["train_prompts"] == "t.txt"
+
+
+def test_train_prompts_that_are_not_there_are_an_error_at_once(ask, folder, tmp_path):
+    plan = ask(lora_path=str(folder / "first"), output_dir=tmp_path, train_prompts="nosuch.txt")
+    with pytest.raises(ValueError, match=r"nosuch\.txt: no such file"):
+        do(plan)
+    assert not list(tmp_path.glob("pictures/*/*.png"))
 
 
 def test_a_score_that_is_not_finite_names_the_picture_and_keeps_the_rest(ask, folder, tmp_path, monkeypatch):
@@ -269,11 +369,3 @@ def test_frechet_distance_to_reference_pictures(ask, folder, tmp_path):
     distances = [candidate["reference"]["pickscore"] for candidate in candidates]
     assert distances[0] == pytest.approx(0, abs=1e-6)
     assert distances[1] > 1e-3
-    with pytest.raises(ValueError, match="expected at least 2 of"):
-        do(
-            ask(
-                lora_path=str(folder / "first"),
-                output_dir=tmp_path / "a",
-                reference_pictures=Path(folder / "first"),
-            )
-        )

@@ -1,20 +1,26 @@
 """An evaluation from plan to report: pictures, measures, and the results when nothing is missing."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from am_diffusers.evaluation import Array
 from am_diffusers.processes import Processes
+from am_diffusers.prompt_presets import describe_source
 from am_diffusers.samples import Picture
 from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
 from evaluating.layouts import export_layout
-from evaluating.notes import make_notes, trained_rewards
+from evaluating.notes import make_notes
 from evaluating.plan import Plan
+from evaluating.references import find_references, reference_features
 from evaluating.renderings import to_markdown
 from evaluating.report import write_report
-from evaluating.score import measure_units, reference_features, units_of, unmeasured
+from evaluating.runs import trained_rewards
+from evaluating.score import measure_units, units_of, unmeasured
 from evaluating.store import Store
 from evaluating.summarising import summarise
 from evaluating.summary import SUMMARY_FILE, write_summary
@@ -30,9 +36,11 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
     """
     options = plan.options
     store = Store(
-        options.output_dir, plan.settings, len(plan.prompts), options.num_images_per_prompt, plan.side
+        options.output_dir, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side
     )
     processes.on_main(lambda: store.open(plan.candidates))
+    notes = make_notes(plan)
+    yield from notes
     index, number = options.shard
     # A chunk belongs to one process for all candidates: then it has both pictures of every pair.
     chunks = range(len(store.chunks))[index * processes.number + processes.index :: number * processes.number]
@@ -48,12 +56,14 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
             "results, or this command without --shard"
         )
         return
-    yield from conclude(plan, store, processes)
+    yield from conclude(plan, store, notes, processes)
 
 
 def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
     """Make the pictures of these chunks that are missing; no model is loaded if there are none."""
-    batches = missing_batches(store, plan.candidates, chunks, plan.options.batch_size)
+    # What was measured was sound, and is still there if it has the same checksum.
+    units = unmeasured(store, plan.measures[0], units_of(plan.measures[0], plan.candidates, chunks))
+    batches = missing_batches(store, units, plan.options.batch_size)
     if not batches:
         return
     # What would fail after hours of pictures shall fail now.
@@ -64,6 +74,10 @@ def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Pr
     generator.check()
     model.before_pass = processes.poll
     generator.make(batches)
+    # Model and fields refer to each other: without this they would stay while the rewards need the room.
+    del model, generator
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def take_measures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
@@ -74,19 +88,21 @@ def take_measures(plan: Plan, store: Store, chunks: Sequence[int], processes: Pr
             measure_units(store, measure, units, plan, processes)
 
 
-def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
+def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processes) -> Iterator[str]:
     """Write scores, summary, tables, layouts and report of a complete evaluation.
 
     Without a LoRA there is nothing to compare, hence no report.
     """
     results = replace(
         collect(plan, store),
+        settings={"prompt_source": describe_source(plan.options.prompts), **store.settings},
         reference_features=references(plan, store, processes),
         trained=trained_rewards(plan.candidates),
-        reward_models={each.name: each.model for each in plan.measures if each.kind == "rewards"},
-        notes=make_notes(plan),
+        reward_models={
+            m.name: f"{m.model} {m.weights}".strip() for m in plan.measures if m.kind == "rewards"
+        },
+        notes=tuple(notes),
     )
-    yield from results.notes
     write_scores(results, store)
     summary = summarise(results)
     write_summary(summary, store.folder / SUMMARY_FILE)
@@ -95,7 +111,7 @@ def conclude(plan: Plan, store: Store, processes: Processes) -> Iterator[str]:
     for layout, candidate in product(plan.options.layouts, plan.candidates):
         pictures = [
             [store.picture(candidate, Picture(prompt, image)) for image in range(store.images_per_prompt)]
-            for prompt in range(store.num_prompts)
+            for prompt in range(len(store.prompts))
         ]
         export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, pictures)
     if not results.tuned:
@@ -112,4 +128,5 @@ def references(plan: Plan, store: Store, processes: Processes) -> dict[str, Arra
     if folder is None:
         return {}
     features = [measure for measure in plan.measures if measure.kind == "features"]
-    return {each.name: reference_features(store, each, folder, plan, processes) for each in features}
+    files = find_references(folder, features)
+    return {each.name: reference_features(store, each, files, processes) for each in features}

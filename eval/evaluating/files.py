@@ -3,32 +3,40 @@
 import errno
 import json
 import os
-import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 
 class StorageError(ValueError):
     """A result can't be written; what was written before is kept."""
 
 
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make `file` under a name of this process's own, then rename it.
+def write_whole(file: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
+    """Let `write` make `file` under a name that nobody else has, then rename it.
 
     Args:
-        file: its folder is made if needed; an older file is replaced.
+        file: its folder is made if needed.
         write: makes the file at the path it gets.
+        replace: whether an older file is replaced; else it stays, also when several write at the same time.
 
     Raises:
         StorageError: the disk is full or not writable; says what to do.
     """
-    part = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}")
+    part = file.with_name(f".{file.name}.{uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(part)
-        os.replace(part, file)
+        if replace:
+            os.replace(part, file)
+        else:
+            with suppress(FileExistsError):
+                os.link(part, file)
+            part.unlink()
     except Exception as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         # safetensors wraps what the system said into an error of its own.
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(error):
@@ -46,6 +54,7 @@ def write_text(file: Path, text: str) -> None:
     write_whole(file, lambda part: part.write_text(text, "utf-8", newline=""))
 
 
-def write_json(file: Path, document: object) -> None:
-    """Write a JSON document, whole or not at all; NaN and infinity are refused."""
-    write_text(file, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json_once(file: Path, document: object) -> None:
+    """Write a JSON document unless the file is there; NaN and infinity are refused."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(file, lambda part: part.write_text(text, "utf-8"), replace=False)

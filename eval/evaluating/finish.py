@@ -34,7 +34,7 @@ def missing_units(plan: Plan, store: Store) -> int:
 
 def collect(plan: Plan, store: Store) -> Results:
     """Results of a complete evaluation."""
-    shape = (store.num_prompts, store.images_per_prompt)
+    shape = (len(store.prompts), store.images_per_prompt)
 
     def values(kind: str) -> dict[str, dict[str, Array]]:
         measures = [measure for measure in plan.measures if measure.kind == kind]
@@ -105,11 +105,11 @@ def _whole(store: Store, measure: Measure, candidate: Candidate, shape: Sequence
 
 
 def _path_kl(store: Store, candidates: Sequence[Candidate]) -> dict[str, Array]:
-    """From the texts of the pictures, where the sampler was stochastic."""
-    found = {}
-    for candidate in candidates:
-        if candidate.is_base or "path_kl" not in store.about(candidate, store.chunks[0][0]):
-            continue
-        values = [store.about(candidate, p)["path_kl"] for chunk in store.chunks for p in chunk]
-        found[candidate.key] = np.array(values).reshape(store.num_prompts, store.images_per_prompt)
-    return found
+    """From the texts of the pictures, where the sampler was a stochastic table."""
+    pictures = [picture for chunk in store.chunks for picture in chunk]
+    shape = (len(store.prompts), store.images_per_prompt)
+    return {
+        candidate.key: np.array([store.path_kl(candidate, each) for each in pictures]).reshape(shape)
+        for candidate in candidates
+        if store.has_path_kl(candidate)
+    }

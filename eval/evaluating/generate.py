@@ -11,7 +11,7 @@ from tqdm import tqdm
 from am_diffusers.load import DTYPES, guided
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.rollout import LatentSpec
-from am_diffusers.samples import Picture, Sampler
+from am_diffusers.samples import Picture, Sampled, Sampler
 from am_diffusers.velocity import Conditioning
 from evaluating.candidates import Candidate
 from evaluating.plan import Plan
@@ -27,25 +27,22 @@ ENCODE_GROUP = 16
 Batches = list[tuple[Candidate, tuple[Picture, ...]]]
 
 
-def missing_batches(
-    store: Store, candidates: Sequence[Candidate], chunks: Sequence[int], batch_size: int
-) -> Batches:
-    """Batches of the chunks with a picture that isn't there or is damaged, candidate by candidate.
+def missing_batches(store: Store, units: Sequence[tuple[Candidate, int]], batch_size: int) -> Batches:
+    """Batches of chunks with a picture that isn't there or is damaged, in the order of the chunks.
 
     Chunks are always cut into the same batches: which pictures share a network pass changes their last bits.
     """
     missing: Batches = []
-    for candidate in candidates:
-        for chunk in chunks:
-            pictures = store.chunks[chunk]
-            for start in range(0, len(pictures), batch_size):
-                batch = pictures[start : start + batch_size]
-                damage = {picture: store.damage(candidate, picture) for picture in batch}
-                for picture, reason in damage.items():
-                    if reason:
-                        logger.warning("%s is made again: %s", store.picture(candidate, picture), reason)
-                if any(reason is not None for reason in damage.values()):
-                    missing.append((candidate, batch))
+    for candidate, chunk in units:
+        pictures = store.chunks[chunk]
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures[start : start + batch_size]
+            damage = {picture: store.damage(candidate, picture) for picture in batch}
+            for picture, reason in damage.items():
+                if reason:
+                    logger.warning("%s is made again: %s", store.picture(candidate, picture), reason)
+            if any(reason is not None for reason in damage.values()):
+                missing.append((candidate, batch))
     return missing
 
 
@@ -64,23 +61,29 @@ class Generator:
     model: SD3
 
     def check(self) -> None:
-        """Make every sampler and load every LoRA once, before hours are spent.
+        """Make every sampler and load every LoRA at every scale once, before hours are spent.
 
         Raises:
-            ValueError: a sampler can't do with so few steps, or a LoRA doesn't fit or changes nothing.
+            ValueError: a sampler can't do with so few steps, or a LoRA doesn't fit, changes nothing or
+                too much.
         """
         for candidate in self.plan.candidates:
             self.sampler(candidate)
         cond = self._encode(1.0)(self.plan.prompts.prompts[:1])
-        for file in dict.fromkeys(each.lora for each in self.plan.candidates if each.lora):
-            self.model.load_lora(file)
+        tuned = {(each.lora, each.lora_scale): each for each in self.plan.candidates if each.lora}
+        before: Candidate | None = None
+        for candidate in tuned.values():
+            self._load(before, candidate)
+            before = candidate
             effect = self.model.lora_effect(cond, self.plan.side, self.plan.side)
-            self.model.unload_lora()
-            if not effect > EFFECT_FLOOR:
+            if not EFFECT_FLOOR < effect < float("inf"):
+                name = f"{candidate.lora} at scale {candidate.lora_scale:g}"
                 raise ValueError(
-                    f"{file} changes the velocity by {effect:.1e} of its size: it has no effect on this base "
-                    "model; was it trained, and on this model?"
+                    f"{name} changes the velocity by {effect:.1e} of its size: it has no effect on this base "
+                    "model, or too much; was it trained on this one?"
                 )
+        if before is not None:
+            self.model.unload_lora()
 
     def make(self, batches: Batches) -> None:
         """Make and write the pictures of `batches`, ordered by candidate."""
@@ -99,6 +102,7 @@ class Generator:
             before = None
         if candidate.lora is None:
             return
+        self.store.check_lora(candidate)  # a training may have written it anew since
         if before is None or before.lora != candidate.lora:
             self.model.load_lora(candidate.lora)
         self.model.set_lora_scale(candidate.lora_scale)
@@ -109,16 +113,19 @@ class Generator:
         base = None if candidate.is_base else guided(self.model.base, candidate.guidance_scale)
         made = sampler.sample(policy, prompts, batch, base=base)
         for row, picture in enumerate(batch):
-            if self.store.damage(candidate, picture) is None:
-                continue  # made before, with the same batch
-            about: dict[str, object] = {
-                "prompt": prompts[picture.prompt],
-                "candidate": candidate.key,
-                "seed": sampler.generator(picture).initial_seed(),
-            }
-            if made.path_kl is not None:
-                about["path_kl"] = made.path_kl[row].item()
-            self.store.save_picture(candidate, picture, made.pictures[row], about)
+            self._require_finite(made, row, candidate, picture)
+            if self.store.damage(candidate, picture) is not None:
+                path_kl = None if made.path_kl is None else made.path_kl[row].item()
+                self.store.save_picture(candidate, picture, made.pictures[row], path_kl)
+
+    def _require_finite(self, made: Sampled, row: int, candidate: Candidate, picture: Picture) -> None:
+        values = [made.pictures[row], *([] if made.path_kl is None else [made.path_kl[row]])]
+        if not all(value.isfinite().all() for value in values):
+            prompt = self.plan.prompts.prompts[picture.prompt]
+            raise ValueError(
+                f"{candidate.key} makes NaN or infinity of {prompt!r}: try --mixed_precision no or bf16, or "
+                "a smaller --lora_scale; everything made before is kept"
+            )
 
     def sampler(self, candidate: Candidate) -> Sampler:
         """What makes a candidate's pictures; the noise is the same for all candidates."""
@@ -150,10 +157,12 @@ def load_model(plan: Plan, batches: Batches, device: torch.device) -> SD3:
         device=device,
     )
     # Prompts are always encoded with the same neighbours: the last bits of an embedding depend on them.
-    groups = sorted({0, *(picture.prompt // ENCODE_GROUP for _, batch in batches for picture in batch)})
-    for start in (group * ENCODE_GROUP for group in groups):
+    texts = list(dict.fromkeys(plan.prompts.prompts))
+    places = {text: place for place, text in enumerate(texts)}
+    needed = {plan.prompts.prompts[picture.prompt] for _, batch in batches for picture in batch}
+    for group in sorted({0, *(places[text] // ENCODE_GROUP for text in needed)}):
         model.encode_prompts(
-            plan.prompts.prompts[start : start + ENCODE_GROUP],
+            texts[group * ENCODE_GROUP : (group + 1) * ENCODE_GROUP],
             max_sequence_length=plan.max_sequence_length,
             negative_prompt="",
             batch_size=ENCODE_GROUP + 1,

@@ -1,6 +1,6 @@
 """What is measured on pictures: published scores of rewards, image features, and how far a picture moved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import REWARDS, ClipReward, ImageFeatures, LearnedReward, Reward, RewardOptions
 from am_diffusers.suggest import suggest
 from evaluating.options import named
+from evaluating.weights import fingerprint
 
 Function = Callable[[Tensor, Sequence[str], Tensor], Tensor]
 """Pictures (n, 3, H, W) in [0, 1], prompts, the base's pictures from the same noise -> (n,) or (n, D)."""
@@ -36,8 +37,13 @@ class Measure:
 
     @property
     def identity(self) -> str:
-        """What its values were made by."""
-        return f"{self.name}={self.model}"
+        """What its values are made by; of a hub id known once it is downloaded."""
+        return f"{self.name}={self.model} {self.weights}".strip()
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of its weights."""
+        return fingerprint(self.model)
 
     def load(self, device: torch.device, batch_size: int | None, prompts: Sequence[str]) -> Function:
         """What measures, with its weights in memory.
@@ -52,7 +58,10 @@ class Measure:
         """
         if self.kind == "changes":
             distance = LPIPS.from_pretrained(device=device)
-            return lambda images, _, base: distance(images, base)
+            size = batch_size or 1
+            return lambda images, _, base: torch.cat(
+                [distance(*pair) for pair in zip(images.split(size), base.split(size), strict=True)]
+            )
         if self.kind == "features":
             encode = self._features(device, batch_size).image_features
             return lambda images, *_: encode(images)
@@ -82,7 +91,7 @@ class Measure:
         return kind.from_pretrained(asset_path(self.model or kind.released), options=options)
 
 
-def choose_rewards(asked: Sequence[str], declared: dict[str, str]) -> list[Measure]:
+def choose_rewards(asked: Sequence[str], declared: Mapping[str, str]) -> list[Measure]:
     """The rewards of `--rewards`, `declared` ones with the model's own weights.
 
     Raises:
@@ -97,16 +106,22 @@ def choose_rewards(asked: Sequence[str], declared: dict[str, str]) -> list[Measu
 
 
 def choose_features(
-    asked: Sequence[str] | None, rewards: Sequence[Measure], declared: dict[str, str]
+    asked: Sequence[str] | None,
+    rewards: Sequence[Measure],
+    declared: Mapping[str, str],
+    trained: Mapping[str, Sequence[str]],
 ) -> list[Measure]:
-    """The features of `--features`; None = those of the last reward that has some.
+    """The features of `--features`; None = those of the last reward with some, a held-out one if there is.
 
     Raises:
         ValueError: unknown or repeated name, or a reward without image features.
     """
     usable = [name for name, kind in REWARDS.items() if hasattr(kind, "image_features")]
     if asked is None:
-        own = [reward for reward in rewards if reward.name in usable]
+        fooled = {name for names in trained.values() for name in names}
+        own = sorted(
+            (each for each in rewards if each.name in usable), key=lambda each: each.name not in fooled
+        )
         return [Measure("features", reward.name, reward.model) for reward in own[-1:]]
     weights = {reward.name: reward.model for reward in rewards}
     chosen = []

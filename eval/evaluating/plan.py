@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from am_diffusers.command_line import asset_path
 from am_diffusers.features import LPIPS
 from am_diffusers.models.lora import LORA_FILE
@@ -20,7 +18,10 @@ from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
 from evaluating.measures import Measure, choose_features, choose_rewards
 from evaluating.options import Options
+from evaluating.references import find_references
+from evaluating.runs import trained_rewards
 from evaluating.store import CHUNK, digest
+from evaluating.weights import fingerprint
 
 DECLARATION = "am_diffusers.json"
 NAME = re.compile(r"[\w.-]+")
@@ -70,7 +71,11 @@ def make_plan(options: Options) -> Plan:
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
     candidates = make_candidates(options)
     rewards = choose_rewards(options.rewards, declared.get("rewards", {}))
-    features = choose_features(options.features, rewards, declared.get("rewards", {}))
+    features = choose_features(
+        options.features, rewards, declared.get("rewards", {}), trained_rewards(candidates)
+    )
+    if options.reference_pictures is not None:
+        find_references(options.reference_pictures, features)
     prompts = find_prompts(
         asset_path(options.prompts),
         column=options.prompts_column,
@@ -92,6 +97,7 @@ def make_plan(options: Options) -> Plan:
         "num_images_per_prompt": options.num_images_per_prompt,
         "num_prompts": len(prompts),
         "prompts": digest(list(prompts.prompts)),
+        "base_weights": fingerprint(path, options.revision),
     }
     changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
     measures = (*rewards, *features, *changes)
@@ -154,19 +160,6 @@ def lora_file(text: str) -> tuple[str | None, Path]:
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(f"--lora_path {path}: no LoRA file {file}: pass a .safetensors file, or its folder")
     return name or None, file
-
-
-def run_config(lora: Path) -> dict[str, Any]:
-    """The config of the run that a LoRA came from, {} if it isn't near the file."""
-    for folder in lora.resolve().parents[:3]:
-        file = folder / "config.yaml"
-        if file.is_file():
-            try:
-                found = yaml.safe_load(file.read_text("utf-8"))
-            except (OSError, yaml.YAMLError):
-                return {}
-            return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:

@@ -1,24 +1,19 @@
 """Measures pictures from their files, one measure after the other: one model at a time is in memory."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from am_diffusers.checkpoint import sha256
 from am_diffusers.evaluation import Array
 from am_diffusers.processes import Processes
 from evaluating.candidates import Candidate
 from evaluating.measures import Measure
 from evaluating.plan import Plan
-from evaluating.store import Store
+from evaluating.store import Store, read_picture
 
 Units = list[tuple[Candidate, int]]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def units_of(measure: Measure, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Units:
@@ -79,48 +74,6 @@ def measure_units(store: Store, measure: Measure, units: Units, plan: Plan, proc
         store.save_values(store.values_file(measure.kind, candidate, measure.name, chunk), array, depends_on)
 
 
-@torch.no_grad()
-def reference_features(
-    store: Store, measure: Measure, folder: Path, plan: Plan, processes: Processes
-) -> Array:
-    """Features (N, D) of the pictures in a folder, of any sizes; kept for the next time.
-
-    Raises:
-        ValueError: fewer than 2 pictures there, or one that can't be read.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if len(files) < 2:
-        raise ValueError(f"--reference_pictures {folder}: expected at least 2 of {', '.join(PICTURES)}")
-    depends_on = {"measure": measure.identity, "pictures": [sha256(file) for file in files]}
-    kept = store.folder / "features" / "reference" / f"{measure.name}.safetensors"
-    found = store.load_values(kept, depends_on)
-    if found is not None:
-        return found
-    function = measure.load(processes.accelerator.device, 1, ())
-    rows = []
-    for file in tqdm(files, desc=f"{measure.name} of reference pictures", disable=None):
-        processes.poll()
-        image = read_picture(file)[None]
-        rows.append(function(image, [""], image))
-    features = torch.cat(rows).float().cpu().numpy()
-    store.save_values(kept, features, depends_on)
-    return features
-
-
 def read_pictures(store: Store, candidate: Candidate, chunk: int) -> Tensor:
     """Pictures (n, 3, H, W) in [0, 1] of a chunk."""
     return torch.stack([read_picture(store.picture(candidate, picture)) for picture in store.chunks[chunk]])
-
-
-def read_picture(file: Path) -> Tensor:
-    """A picture file as RGB (3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: if it can't be read.
-    """
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float32)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from error
-    return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()

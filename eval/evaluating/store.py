@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -27,9 +28,11 @@ from torch import Tensor
 
 from am_diffusers.checkpoint import sha256
 from am_diffusers.grids import to_pil
-from am_diffusers.samples import Picture, pictures_of
+from am_diffusers.rollout import generator_for
+from am_diffusers.samples import PURPOSE, Picture, pictures_of
+from am_diffusers.transitions import TRANSITIONS
 from evaluating.candidates import Candidate
-from evaluating.files import write_json, write_whole
+from evaluating.files import write_json_once, write_whole
 
 CHUNK = 16
 TEXT = "am_diffusers"
@@ -43,14 +46,14 @@ class Store:
     Attributes:
         folder: where it is.
         settings: plain JSON values that all pictures depend on.
-        num_prompts: P.
+        prompts: P texts.
         images_per_prompt: S.
         side: pictures are side x side pixels.
     """
 
     folder: Path
     settings: Mapping[str, Any]
-    num_prompts: int
+    prompts: Sequence[str]
     images_per_prompt: int
     side: int
     _hashed: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict, compare=False, repr=False)
@@ -58,7 +61,7 @@ class Store:
     @cached_property
     def chunks(self) -> tuple[tuple[Picture, ...], ...]:
         """All P * S pictures, CHUNK at a time."""
-        which = pictures_of(self.num_prompts, self.images_per_prompt)
+        which = pictures_of(len(self.prompts), self.images_per_prompt)
         return tuple(tuple(which[start : start + CHUNK]) for start in range(0, len(which), CHUNK))
 
     def open(self, candidates: Sequence[Candidate]) -> None:
@@ -69,24 +72,38 @@ class Store:
         """
         self._agree(self.folder / "settings.json", dict(self.settings))
         for candidate in candidates:
-            made_from = {
-                "name": candidate.name,
-                "lora_sha256": None if candidate.lora is None else sha256(candidate.lora),
-                "lora_scale": candidate.lora_scale,
-                "num_inference_steps": candidate.num_inference_steps,
-                "guidance_scale": candidate.guidance_scale,
-            }
-            self._agree(self.folder / "pictures" / candidate.key / "candidate.json", made_from)
+            self.check_lora(candidate)
+
+    def check_lora(self, candidate: Candidate) -> None:
+        """Raise ValueError if its LoRA isn't the one that its pictures here were made with."""
+        made_from = {
+            "name": candidate.name,
+            "lora_sha256": None if candidate.lora is None else self._sha(candidate.lora),
+            "lora_scale": candidate.lora_scale,
+            "num_inference_steps": candidate.num_inference_steps,
+            "guidance_scale": candidate.guidance_scale,
+        }
+        self._agree(self.folder / "pictures" / candidate.key / "candidate.json", made_from)
 
     def picture(self, candidate: Candidate, picture: Picture) -> Path:
         """File of a picture."""
         name = f"{picture.prompt:05d}-{picture.image:03d}.png"
         return self.folder / "pictures" / candidate.key / name
 
+    def about(self, candidate: Candidate, picture: Picture) -> dict[str, object]:
+        """What a picture is of: prompt, candidate, and the seed of its starting noise."""
+        generator = generator_for(self.settings["seed"], PURPOSE, *picture)
+        return {
+            "prompt": self.prompts[picture.prompt],
+            "candidate": candidate.key,
+            "seed": generator.initial_seed(),
+        }
+
     def save_picture(
-        self, candidate: Candidate, picture: Picture, image: Tensor, about: Mapping[str, object]
+        self, candidate: Candidate, picture: Picture, image: Tensor, path_kl: float | None
     ) -> None:
-        """Write a picture (3, H, W) in [0, 1] as an 8-bit PNG with a text about it."""
+        """Write a picture (3, H, W) in [0, 1] as an 8-bit PNG with a text about it; path KL in nats."""
+        about = self.about(candidate, picture) | ({} if path_kl is None else {"path_kl": path_kl})
         info = PngImagePlugin.PngInfo()
         info.add_itxt(TEXT, json.dumps(about, allow_nan=False))
 
@@ -104,19 +121,28 @@ class Store:
             with Image.open(file) as image:
                 image.verify()  # checksums
             with Image.open(file) as image:
+                about = read_about(image)
                 image.load()
-                read_about(image)
-                size = (self.side, self.side)
-                return (
-                    None if (image.size, image.mode) == (size, "RGB") else f"it is {image.size}, not {size}"
-                )
-        except (OSError, SyntaxError, ValueError, KeyError) as error:
+        except (OSError, SyntaxError, ValueError) as error:
             return repr(error)
+        if (image.size, image.mode) != ((self.side, self.side), "RGB"):
+            return f"it is {image.mode} of {image.size}, not RGB of {(self.side, self.side)}"
+        expected = self.about(candidate, picture)
+        if {name: about.get(name) for name in expected} != expected:
+            return f"it is a picture of {about}, not of {expected}"
+        if self.has_path_kl(candidate) and "path_kl" not in about:
+            return "it lacks its path KL"
+        return None
 
-    def about(self, candidate: Candidate, picture: Picture) -> dict[str, Any]:
-        """The text that `save_picture` wrote."""
+    def has_path_kl(self, candidate: Candidate) -> bool:
+        """Whether its pictures come with their path KL."""
+        sampler = self.settings["sampler"]
+        return not candidate.is_base and sampler in TRANSITIONS and sampler != "ode_euler"
+
+    def path_kl(self, candidate: Candidate, picture: Picture) -> float:
+        """Path KL of a picture in nats, from its text."""
         with Image.open(self.picture(candidate, picture)) as image:
-            return read_about(image)
+            return read_about(image)["path_kl"]
 
     def values_file(self, kind: str, candidate: Candidate, name: str, chunk: int) -> Path:
         """File of what was measured on a chunk: `kind` rewards, features or changes, by `name`."""
@@ -156,8 +182,7 @@ class Store:
 
     def _agree(self, file: Path, expected: dict[str, Any]) -> None:
         if not file.exists():
-            write_json(file, expected)
-            return
+            write_json_once(file, expected)  # another machine may have started with other settings just now
         try:
             found = json.loads(file.read_text("utf-8"))
         except ValueError as error:
@@ -177,10 +202,24 @@ def read_about(image: Image.Image) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such text.
     """
-    text = getattr(image, "text", {}).get(TEXT)
+    text = image.info.get(TEXT)  # it stands before the pixels, which needn't be read for it
     if text is None:
         raise ValueError(f"no text {TEXT!r} in it: made by something else")
     return json.loads(text)
+
+
+def read_picture(file: Path) -> Tensor:
+    """A picture file as RGB (3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: if it can't be read.
+    """
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"), np.float32)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{file} is no picture that can be read: {error}") from error
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
 
 
 def digest(values: object) -> str:

@@ -1,0 +1,50 @@
+"""What is known of the runs that LoRAs came from: the config.yaml that `finetune.py` writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evaluating.candidates import Candidate
+
+
+def run_config(lora: Path) -> dict[str, Any]:
+    """The config of the run that a LoRA file came from; {} if no such config lies near it.
+
+    It lies beside the LoRA, or one folder up if that is a checkpoint or an average. Only a file that reads as
+    one of this package counts: other tools write a config.yaml too.
+    """
+    for folder in lora.resolve().parents[:2]:
+        try:
+            found = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if _is_ours(found):
+            return found
+    return {}
+
+
+def _is_ours(config: object) -> bool:
+    if not isinstance(config, dict):
+        return False
+    rewards, texts = config.get("rewards"), ("pretrained_model_name_or_path", "train_prompts")
+    return (
+        all(isinstance(config.get(name), str) for name in texts)
+        and isinstance(rewards, list)
+        and all(isinstance(reward, dict) and isinstance(reward.get("name"), str) for reward in rewards)
+    )
+
+
+def run_configs(candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """The config of each LoRA's run by its name, where it is known."""
+    found = {candidate.name: run_config(candidate.lora) for candidate in candidates if candidate.lora}
+    return {name: config for name, config in found.items() if config}
+
+
+def trained_rewards(candidates: Sequence[Candidate]) -> dict[str, tuple[str, ...]]:
+    """Names of the rewards each LoRA was trained on, where its run is known."""
+    return {
+        name: tuple(reward["name"] for reward in config["rewards"])
+        for name, config in run_configs(candidates).items()
+    }
