@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from am_diffusers.command_line import asset_path, to_yaml
-from am_diffusers.config import Config, MethodConfig, RewardConfig
+from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config.network_calls import network_calls
 from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
@@ -71,7 +72,7 @@ class Plan:
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
         share = samples // self.num_processes
-        calls = network_calls(self.config.method)
+        calls = network_calls(self.config)
         images = evaluation.eval_images_per_prompt * len(self.eval_prompts)
         lines = [
             f"samples an iteration: {samples} = {self.num_processes} processes x {share}",
@@ -135,23 +136,6 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
-
-
-def network_calls(method: MethodConfig) -> dict[str, float]:
-    """Transformer calls of one sample in an iteration, by kind, before masking.
-
-    Guidance counts two calls for each.
-    """
-    steps, guided = method.num_inference_steps, method.rollout_guidance_scale != 1
-    trained = steps - 1 if method.loss_steps == "all" else method.loss_steps
-    return {
-        "policy, rollout": (steps - 1) * (2 if guided else 1),
-        "policy, residuals for the mask": trained if guided else 0,
-        "base, forward and backward": steps - 1,
-        "policy, forward and backward for the full adjoint": steps - 2 if method.adjoint == "full" else 0,
-        "base, forward if step 0 is trained": 1,
-        "policy, forward and backward of the loss": trained,
-    }
 
 
 def _resolve(config: Config) -> Config:

@@ -7,6 +7,7 @@ import torch
 
 from am_diffusers.auto_batch import Passes, largest_fitting
 from am_diffusers.config import OptimizerConfig
+from am_diffusers.config.network_calls import trained_rows
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.load import encoder, latent_spec, weighted
 from am_diffusers.models.sd3 import SD3
@@ -62,7 +63,7 @@ def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
     """The passes of this run."""
     config, options = plan.config, plan.config.method
     reward = weighted(rewards, config)
-    trained = options.num_inference_steps - 1 if options.loss_steps == "all" else options.loss_steps
+    trained = trained_rows(config)
     return Passes(
         model.base,
         model.policy,

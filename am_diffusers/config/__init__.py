@@ -8,6 +8,8 @@ Config objects stop at `build/`; nothing below it knows them.
 from dataclasses import dataclass
 
 from am_diffusers.config.checkpoint import CheckpointConfig
+from am_diffusers.config.deterministic_adjoint_matching import DeterministicConfig
+from am_diffusers.config.efficient_adjoint_matching import EfficientConfig
 from am_diffusers.config.evaluation import EvaluationConfig
 from am_diffusers.config.method import MethodConfig
 from am_diffusers.config.model import ModelConfig, PromptConfig
@@ -18,6 +20,8 @@ from am_diffusers.config.run import RunConfig
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "DeterministicConfig",
+    "EfficientConfig",
     "EvaluationConfig",
     "LrSchedule",
     "MethodConfig",
@@ -39,6 +43,8 @@ class Config:
     prompts: PromptConfig
     method: MethodConfig
     terminal: TerminalConfig
+    efficient: EfficientConfig
+    deterministic: DeterministicConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig

@@ -2,19 +2,30 @@
 
 import dataclasses
 
-from am_diffusers.config import Config
+from am_diffusers.config import Config, DeterministicConfig, EfficientConfig
 from am_diffusers.methods import METHODS
 
 ADJOINT_MATCHING = ("adjoint_matching",)
-TERMINAL = ADJOINT_MATCHING
+DETERMINISTIC = ("deterministic_adjoint_matching",)
+EFFICIENT = ("efficient_adjoint_matching",)
+TERMINAL = ADJOINT_MATCHING + DETERMINISTIC + EFFICIENT
+
+
+def field_names(section: type) -> list[str]:
+    """Names of a section's fields."""
+    return [field.name for field in dataclasses.fields(section)]
+
 
 READ_BY: dict[str, tuple[str, ...]] = {
     "transitions": ADJOINT_MATCHING,
     "pairing": ADJOINT_MATCHING,
     "adjoint": ADJOINT_MATCHING,
+    "num_inference_steps": ADJOINT_MATCHING + DETERMINISTIC,
     "loss_steps": ADJOINT_MATCHING,
-    "mask_quantile": ADJOINT_MATCHING,
-    "sigma_jitter": ADJOINT_MATCHING,
+    "mask_quantile": ADJOINT_MATCHING + DETERMINISTIC,
+    "sigma_jitter": ADJOINT_MATCHING + DETERMINISTIC,
+    **dict.fromkeys(field_names(EfficientConfig), EFFICIENT),
+    **dict.fromkeys(field_names(DeterministicConfig), DETERMINISTIC),
     "divergence": TERMINAL,
     "divergence_q": TERMINAL,
     "divergence_samples": TERMINAL,

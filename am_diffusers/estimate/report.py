@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from accelerate import Accelerator
 
+from am_diffusers.config.network_calls import trained_rows
 from am_diffusers.estimate.iteration import (
     ADJOINT,
     LOSS,
@@ -152,11 +153,11 @@ def _samples(plan: Plan, on_gpu: bool) -> tuple[int, int]:
 
     With `offload_trajectories` that is those of a chunk, or as many as a micro-batch of the loss has.
     """
-    options, method = plan.config.optimizer, plan.config.method
+    options = plan.config.optimizer
     share = options.train_batch_size // plan.num_processes
     if not (on_gpu and options.offload_trajectories):
         return share, share
-    rows = method.num_inference_steps - 1 if method.loss_steps == "all" else method.loss_steps
+    rows = trained_rows(plan.config)
     chunk = micro_batch(options.rollout_micro_batch_size) or share
     return share, min(share, max(chunk, -(-int(options.loss_micro_batch_size) // rows)))
 

@@ -2,5 +2,11 @@
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Method
+from am_diffusers.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching
 
-METHODS: dict[str, type[Method]] = {"adjoint_matching": AdjointMatching}
+METHODS: dict[str, type[Method]] = {
+    "adjoint_matching": AdjointMatching,
+    "deterministic_adjoint_matching": DeterministicAdjointMatching,
+    "efficient_adjoint_matching": EfficientAdjointMatching,
+}

@@ -18,7 +18,7 @@ from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.rows import Rows, masked_batch
-from am_diffusers.methods.statistics import statistics
+from am_diffusers.methods.statistics import mean_statistics, statistics
 from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
 from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
@@ -207,8 +207,6 @@ class AdjointMatching(Method[MatchingBatch]):
 
     def _metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """Means of the statistics over the samples of all ranks."""
-        everywhere = self.gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
-        columns = dict(zip(stats, everywhere.T, strict=True))
+        means, columns = mean_statistics(stats, self.gather)
         self.terminal.update(columns["reward_gradient_norm"])
-        means = {name: column.mean().item() for name, column in columns.items()}
-        return means | {"reward_std": columns["reward"].std(correction=0).item()}
+        return means

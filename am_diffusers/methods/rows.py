@@ -47,6 +47,28 @@ def masked_batch(
     mask: QuantileMask | None,
     gather: Gather,
 ) -> tuple[MatchingBatch, float]:
+    """Rows at steps of a stochastic table, with its sigmas and weights: see `weighted_batch`.
+
+    Args:
+        rows: of this rank's B samples.
+        table: the table of the rollout.
+        steps: the S steps that are trained on.
+        cond: conditioning of the B samples.
+        mask: its thresholds are moved by the residuals of all ranks; None keeps every row.
+        gather: concatenates a 1-D tensor over ranks.
+    """
+    per_step = [[table.sigmas[k], matching_weight(table, k)] for k in steps]
+    return weighted_batch(rows, rows.residuals.new_tensor(per_step).T, steps, cond, mask, gather)
+
+
+def weighted_batch(
+    rows: Rows,
+    sigmas_and_weights: Tensor,
+    steps: Sequence[int],
+    cond: Conditioning,
+    mask: QuantileMask | None,
+    gather: Gather,
+) -> tuple[MatchingBatch, float]:
     """Rows weighted for a mean over the kept rows of all ranks, and the share that is masked.
 
     Every rank returns as many rows as the rank that keeps most, at least one, so that all make
@@ -54,8 +76,8 @@ def masked_batch(
 
     Args:
         rows: of this rank's B samples.
-        table: the table of the rollout.
-        steps: the S steps that are trained on.
+        sigmas_and_weights: noise levels and factors in the loss, (2, S) or (2, B, S).
+        steps: names of the S steps, for the mask.
         cond: conditioning of the B samples.
         mask: its thresholds are moved by the residuals of all ranks; None keeps every row.
         gather: concatenates a 1-D tensor over ranks.
@@ -68,8 +90,7 @@ def masked_batch(
         keep, keep_everywhere = (mask.keep(steps, r).to(r) for r in (rows.residuals, everywhere))
         num_rows = int(keep_everywhere.reshape(-1, keep.numel()).sum(1).max().clamp(min=1))
     num_kept = keep_everywhere.sum()
-    per_step = keep.new_tensor([[table.sigmas[k], matching_weight(table, k)] for k in steps])
-    sigmas, weight = (column.expand_as(keep).flatten() for column in per_step.T)
+    sigmas, weight = (values.expand_as(keep).flatten() for values in sigmas_and_weights)
     batch = MatchingBatch(
         latents=rows.latents.flatten(0, 1),
         sigmas=sigmas,

@@ -1,9 +1,10 @@
-"""What an Adjoint Matching iteration reports of each sample: reward, gradients, path KL, adjoint norms."""
+"""What an iteration reports of its samples: rewards, gradients, adjoint norms, path KL."""
 
 import torch
 from torch import Tensor
 
 from am_diffusers.adjoint import AdjointSweep
+from am_diffusers.methods.base import Gather
 from am_diffusers.rollout import Trajectory
 from am_diffusers.terminal import Terminal
 
@@ -29,3 +30,16 @@ def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) 
         **{f"adjoint_norm/{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
         **first,
     }
+
+
+def mean_statistics(stats: dict[str, Tensor], gather: Gather) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Means over the samples of all ranks, `reward_std` among them, and the samples' own numbers.
+
+    Args:
+        stats: named statistics of this rank's samples, (B,) each; one is `reward`.
+        gather: concatenates a 1-D tensor over ranks.
+    """
+    everywhere = gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))
+    columns = dict(zip(stats, everywhere.T, strict=True))
+    means = {name: column.mean().item() for name, column in columns.items()}
+    return means | {"reward_std": columns["reward"].std(correction=0).item()}, columns
