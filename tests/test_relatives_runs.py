@@ -61,8 +61,12 @@ def test_the_announced_network_calls_are_those_made(
     ids=["efficient", "deterministic"],
 )
 def test_a_run_that_stops_goes_on_as_if_it_had_not(tiny_sd3_dir, rewards_dir, tmp_path, changes):
-    """Equivalence: bit-identical LoRA and metrics, with thresholds of mask and clipping restored."""
+    """Equivalence: bit-identical LoRA and metrics, with thresholds of mask and clipping restored.
+
+    The reward reads no prompts: text features depend, in the last bit, on the prompts encoded with them.
+    """
     changes = changes | {"use_ema": True, "eval_prompts": None, "eval_rewards": None, "validation_steps": 9}
+    changes |= {"rewards": [{"name": "brightness"}]}
     outputs = []
     for name, parts in (("whole", (3,)), ("parts", (2, 3))):
         folder = tmp_path / name
