@@ -12,7 +12,8 @@ matching, for study) differentiates the policy and the running cost as well:
     adjoint_k = grad_x [ path_kl_k(x) + adjoint_{k+1} . mean_policy_k(x) ]
 
 In both, the last step is the base's deterministic one; the pass at k = K-1 that differentiates it also
-provides its velocity, hence x_K.
+provides its velocity, hence x_K. `truncated_adjoint` is the lean adjoint of a rollout that took all its
+steps itself, along the last of them only.
 
 A running *state cost* f, the general form of stochastic optimal control (ibid., section 2), adds
 (sigma[k] - sigma[k+1]) * f(x_k, sigma[k]) to the cost of a trajectory for every k and its gradient to
@@ -45,7 +46,7 @@ class AdjointSweep:
 
     Attributes:
         final: x_K, (B, ...).
-        adjoints: adjoint_k by step k = 1 .. K, (B, ...) each.
+        adjoints: adjoint_k by step k = 1 .. K (or those at the end that were asked for), (B, ...) each.
         velocity_base: base velocity at x_k by step k = 0 .. K-1 (0 only if asked for), (B, ...) each.
     """
 
@@ -81,6 +82,34 @@ def lean_adjoint(
     """
     step = partial(_lean_step, base, trajectory)
     return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
+
+
+def truncated_adjoint(
+    base: VelocityField, trajectory: Trajectory, final: Tensor, adjoint: Tensor, *, first: int = 0
+) -> AdjointSweep:
+    """Lean adjoint along steps `first` .. K-1 of a rollout whose end is known.
+
+    K-1-first vjps of the base, at k = K-1 .. first+1, and one call at `first`, of which only the velocity
+    is needed.
+
+    Args:
+        base: field before fine-tuning.
+        trajectory: rollout of the policy.
+        final: x_K, wherever its last step led, (B, ...).
+        adjoint: adjoint_K, (B, ...).
+        first: the first step whose base velocity is wanted, in 0 .. K-1.
+
+    Raises:
+        NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
+    """
+    last = trajectory.transitions.num_steps - 1
+    adjoints, velocities = {last + 1: adjoint}, {}
+    for k in range(last, first, -1):
+        velocities[k], adjoints[k] = _lean_step(base, trajectory, k, adjoints[k + 1])
+    _require_finite_adjoints(adjoints, trajectory)
+    with torch.no_grad():
+        velocities[first] = base(*trajectory.at(first))
+    return AdjointSweep(final, adjoints, velocities)
 
 
 def full_adjoint(
@@ -131,13 +160,17 @@ def _sweep(
     for k in range(last - 1, 0, -1):
         velocities[k], without_cost = step(k, adjoints[k + 1])
         adjoints[k] = without_cost + running(k)
-    for k, adjoint in adjoints.items():
-        sigma = trajectory.transitions.sigmas[k].item()
-        require_finite(f"adjoint of step {k} (sigma {sigma:.4f})", adjoint, trajectory.cond.prompts)
+    _require_finite_adjoints(adjoints, trajectory)
     if with_first:
         with torch.no_grad():
             velocities[0] = base(*trajectory.at(0))
     return AdjointSweep(final, adjoints, velocities)
+
+
+def _require_finite_adjoints(adjoints: dict[int, Tensor], trajectory: Trajectory) -> None:
+    for k, adjoint in adjoints.items():
+        sigma = trajectory.transitions.sigmas[k].item()
+        require_finite(f"adjoint of step {k} (sigma {sigma:.4f})", adjoint, trajectory.cond.prompts)
 
 
 def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[int], Tensor | float]:

@@ -1,13 +1,16 @@
-"""How often a method calls the transformer: what a plan announces."""
+"""What an iteration of each method costs: transformer calls, which a plan announces, and rows of a sample."""
 
 from collections.abc import Callable
 
 from am_diffusers.config import Config
 
+Calls = dict[str, float]
+
+LOSS = "policy, forward and backward of the loss"
 FIRST = "base, forward if step 0 is trained"
 
 
-def network_calls(config: Config) -> dict[str, float]:
+def network_calls(config: Config) -> Calls:
     """Transformer calls of one sample in an iteration, by kind, before masking; means over iterations.
 
     A guided velocity counts its calls: two, and three where its vector-Jacobian product is taken.
@@ -15,31 +18,73 @@ def network_calls(config: Config) -> dict[str, float]:
     return CALLS[config.method.method](config)
 
 
-def _adjoint_matching(config: Config) -> dict[str, float]:
-    method = config.method
-    steps, guided = method.num_inference_steps, method.rollout_guidance_scale != 1
-    everywhere = guided and method.guidance_mode == "everywhere"
-    trained = steps - 1 if method.loss_steps == "all" else method.loss_steps
+def trained_rows(config: Config) -> int:
+    """Rows that one sample is trained on in an iteration, before masking."""
+    return ROWS[config.method.method](config)
+
+
+def _guidance(config: Config) -> int:
+    return 2 if config.method.rollout_guidance_scale != 1 else 1
+
+
+def _adjoint_matching(config: Config) -> Calls:
+    method, trained, guidance = config.method, trained_rows(config), _guidance(config)
+    steps, everywhere = method.num_inference_steps, guidance > 1 and method.guidance_mode == "everywhere"
     call, vjp = (2, 3) if everywhere else (1, 1)
     return {
-        "policy, rollout": (steps - 1) * (2 if guided else 1),
-        "policy, residuals for the mask": trained if guided and not everywhere else 0,
+        "policy, rollout": (steps - 1) * guidance,
+        "policy, residuals for the mask": trained if guidance > 1 and not everywhere else 0,
         "base, forward and backward": (steps - 1) * vjp,
         "policy, forward and backward for the full adjoint": (steps - 2) * vjp * (method.adjoint == "full"),
         FIRST: call,
-        "policy, forward and backward of the loss": trained * call,
+        LOSS: trained * call,
     }
 
 
-def _buffered_adjoint_matching(config: Config) -> dict[str, float]:
+def _buffered_adjoint_matching(config: Config) -> Calls:
     every = config.buffer.buffer_refresh
     return {
-        kind: calls if kind.endswith("of the loss") else calls / every
-        for kind, calls in _adjoint_matching(config).items()
+        kind: calls if kind == LOSS else calls / every for kind, calls in _adjoint_matching(config).items()
     }
 
 
-CALLS: dict[str, Callable[[Config], dict[str, float]]] = {
+def _efficient(config: Config) -> Calls:
+    renoised = config.efficient.eam_score == "renoised"
+    return {
+        "policy, rollout": config.efficient.eam_ode_steps * _guidance(config),
+        "base, forward": int(renoised),
+        "base, forward and backward": int(not renoised),
+        LOSS: trained_rows(config),
+    }
+
+
+def _deterministic(config: Config) -> Calls:
+    rows, guidance = trained_rows(config), _guidance(config)
+    return {
+        "policy, rollout": config.method.num_inference_steps * guidance,
+        "policy, residuals for the mask": rows if guidance > 1 else 0,
+        "base, forward and backward": rows - 1,
+        "base, forward": 1,
+        LOSS: rows,
+    }
+
+
+def _selected_steps(config: Config) -> int:
+    steps = config.method.loss_steps
+    return config.method.num_inference_steps - 1 if steps == "all" else steps
+
+
+CALLS: dict[str, Callable[[Config], Calls]] = {
     "adjoint_matching": _adjoint_matching,
     "buffered_adjoint_matching": _buffered_adjoint_matching,
+    "deterministic_adjoint_matching": _deterministic,
+    "efficient_adjoint_matching": _efficient,
+}
+ROWS: dict[str, Callable[[Config], int]] = {
+    "adjoint_matching": _selected_steps,
+    "buffered_adjoint_matching": _selected_steps,
+    "deterministic_adjoint_matching": lambda config: (
+        config.deterministic.truncate_steps or config.method.num_inference_steps
+    ),
+    "efficient_adjoint_matching": lambda config: config.efficient.eam_rows,
 }

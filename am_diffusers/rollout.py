@@ -4,7 +4,8 @@
 
 `rollout` records what training needs: x_0 .. x_{K-1} and the policy's velocities at 0 .. K-2. The last
 step is taken with the *base* velocity by the adjoint sweep, whose first pass computes it anyway
-(adjoint.py). `sample` runs all K steps with one field: the ODE, or the plain SDE, of evaluation.
+(adjoint.py). `sample` runs all K steps with one field: the ODE, or the plain SDE, of evaluation;
+`sample_ode` is the ODE to second order, for few steps.
 
 Noise is a function of (seed, iteration, sample id), drawn on the CPU: neither the number of processes
 nor the split into batches changes it, and a resumed run needs no generator state.
@@ -117,6 +118,26 @@ def sample(
         mean = transitions.mean(k, x, velocity)
         std = transitions.std[k].item()
         x = mean + std * step_noise(k) if step_noise is not None and std > 0 else mean
+    return x
+
+
+@torch.no_grad()
+def sample_ode(policy: VelocityField, sigmas: Tensor, cond: Conditioning, noise: Tensor) -> Tensor:
+    """End of the policy's ODE by the Adams-Bashforth method of order 2, its first step Euler's, (B, ...).
+
+    One call a step, like Euler's method, whose error at few steps shrinks the spread of the end points.
+
+    Args:
+        policy: field that is followed, K calls.
+        sigmas: (K+1,), strictly decreasing; it may end above 0.
+        cond: conditioning, B rows.
+        noise: state at sigmas[0], (B, ...).
+    """
+    x, before, h_before = noise, noise, 1.0
+    for k, (sigma, h) in enumerate(zip(sigmas.tolist(), sigmas.diff().tolist(), strict=False)):
+        velocity = policy(x, x.new_full((len(x),), sigma), cond)
+        ahead = 0.5 * h / h_before * (velocity - before) if k else 0.0
+        x, before, h_before = x + h * (velocity + ahead), velocity, h
     return x
 
 

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from oracles import THREE_MODES, CountingField, gaussian, unconditional
+from oracles import THREE_MODES, CountingField, float64, gaussian, unconditional
 
-from am_diffusers.rollout import LatentSpec, Trajectory, draw, generator_for, generators_for, rollout, sample
-from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
+from am_diffusers.rollout import (
+    LatentSpec,
+    Trajectory,
+    draw,
+    generator_for,
+    generators_for,
+    rollout,
+    sample,
+    sample_ode,
+)
+from am_diffusers.transitions import memoryless_local_linear, ode_euler, shifted_sigmas, uniform_sigmas
 
 TABLE = memoryless_local_linear(uniform_sigmas(4))
 
@@ -77,3 +86,20 @@ def test_a_trajectory_checks_its_shapes(noises):
     ]:
         with pytest.raises(ValueError, match="Trajectory"):
             Trajectory(wrong[0], wrong[1], TABLE, wrong[2])
+
+
+def test_the_multistep_ode_is_of_second_order_and_stops_anywhere():
+    """Order: halving the step divides the error by 4; one call a step; it may end above sigma = 0."""
+    noise = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for end in (0.0, 0.2):
+        ends = {}
+        for num_steps in (40, 80, 1280):
+            field = CountingField(THREE_MODES.field())
+            sigmas = end + (1 - end) * shifted_sigmas(num_steps, 2.0)
+            ends[num_steps] = sample_ode(field, sigmas, unconditional(20), noise)
+            assert field.calls == sigmas[:-1].tolist()
+        errors = [(ends[n] - ends[1280]).square().mean().sqrt().item() for n in (40, 80)]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+        euler = sample_ode(THREE_MODES.field(), float64(1.0, end), unconditional(20), noise)
+        expected = noise - (1 - end) * THREE_MODES.velocity(noise, 1.0)
+        torch.testing.assert_close(euler, expected, rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.load import encoder, latent_spec, weighted
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.network_calls import trained_rows
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
@@ -63,7 +64,6 @@ def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
     """The passes of this run."""
     config, options = plan.config, plan.config.method
     reward, fields = weighted(rewards, config), make_fields(config, model)
-    trained = options.num_inference_steps - 1 if options.loss_steps == "all" else options.loss_steps
     return Passes(
         fields.base,
         fields.policy,
@@ -73,6 +73,6 @@ def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
         plan.used_train_prompts(),
         list(model.lora_parameters().values()),
         num_steps=options.num_inference_steps,
-        num_rows=config.optimizer.train_batch_size // plan.num_processes * trained,
+        num_rows=config.optimizer.train_batch_size // plan.num_processes * trained_rows(config),
         offload=config.optimizer.offload_trajectories,
     )

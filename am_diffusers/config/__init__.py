@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from am_diffusers.config.buffer import BufferConfig
 from am_diffusers.config.checkpoint import CheckpointConfig
+from am_diffusers.config.deterministic_adjoint_matching import DeterministicConfig
+from am_diffusers.config.efficient_adjoint_matching import EfficientConfig
 from am_diffusers.config.evaluation import EvaluationConfig
 from am_diffusers.config.method import MethodConfig
 from am_diffusers.config.model import ModelConfig, PromptConfig
@@ -20,6 +22,8 @@ __all__ = [
     "BufferConfig",
     "CheckpointConfig",
     "Config",
+    "DeterministicConfig",
+    "EfficientConfig",
     "EvaluationConfig",
     "LrSchedule",
     "MethodConfig",
@@ -42,6 +46,8 @@ class Config:
     method: MethodConfig
     terminal: TerminalConfig
     buffer: BufferConfig
+    efficient: EfficientConfig
+    deterministic: DeterministicConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig

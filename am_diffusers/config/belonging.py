@@ -2,26 +2,35 @@
 
 import dataclasses
 
-from am_diffusers.config import Config
+from am_diffusers.config import BufferConfig, Config, DeterministicConfig, EfficientConfig
 from am_diffusers.methods import METHODS
 
+ADJOINT_MATCHING = ("adjoint_matching",)
 BUFFERED = ("buffered_adjoint_matching",)
-ADJOINT_MATCHING = ("adjoint_matching", *BUFFERED)
-TERMINAL = ADJOINT_MATCHING
+DETERMINISTIC = ("deterministic_adjoint_matching",)
+EFFICIENT = ("efficient_adjoint_matching",)
+STOCHASTIC = ADJOINT_MATCHING + BUFFERED
+TERMINAL = STOCHASTIC + DETERMINISTIC + EFFICIENT
+
+
+def field_names(section: type) -> list[str]:
+    """Names of a section's fields."""
+    return [field.name for field in dataclasses.fields(section)]
+
 
 READ_BY: dict[str, tuple[str, ...]] = {
-    "transitions": ADJOINT_MATCHING,
-    "pairing": ADJOINT_MATCHING,
-    "adjoint": ADJOINT_MATCHING,
-    "loss_steps": ADJOINT_MATCHING,
-    "step_selection": ADJOINT_MATCHING,
-    "guidance_mode": ADJOINT_MATCHING,
-    "mask_quantile": ADJOINT_MATCHING,
-    "sigma_jitter": ADJOINT_MATCHING,
-    "buffer_size": BUFFERED,
-    "buffer_refresh": BUFFERED,
-    "buffer_storage": BUFFERED,
-    "buffer_max_gb": BUFFERED,
+    "transitions": STOCHASTIC,
+    "pairing": STOCHASTIC,
+    "adjoint": STOCHASTIC,
+    "num_inference_steps": STOCHASTIC + DETERMINISTIC,
+    "loss_steps": STOCHASTIC,
+    "step_selection": STOCHASTIC,
+    "guidance_mode": STOCHASTIC,
+    "mask_quantile": STOCHASTIC + DETERMINISTIC,
+    "sigma_jitter": STOCHASTIC + DETERMINISTIC,
+    **dict.fromkeys(field_names(BufferConfig), BUFFERED),
+    **dict.fromkeys(field_names(DeterministicConfig), DETERMINISTIC),
+    **dict.fromkeys(field_names(EfficientConfig), EFFICIENT),
     "divergence": TERMINAL,
     "divergence_q": TERMINAL,
     "divergence_samples": TERMINAL,

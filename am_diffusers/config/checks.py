@@ -5,6 +5,8 @@ import dataclasses
 from am_diffusers.config import (
     CheckpointConfig,
     Config,
+    DeterministicConfig,
+    EfficientConfig,
     EvaluationConfig,
     MethodConfig,
     ModelConfig,
@@ -30,6 +32,8 @@ def check_values(config: Config) -> None:
         *_method(config.method),
         *_terminal(config.terminal),
         *_buffer(config),
+        *_efficient(config.efficient),
+        *_deterministic(config.deterministic, config.method.num_inference_steps),
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
@@ -127,6 +131,27 @@ def _buffer(c: Config) -> list[Check]:
         ),
         (c.buffer.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
         (c.buffer.buffer_max_gb > 0, "buffer_max_gb", "positive"),
+    ]
+
+
+def _efficient(c: EfficientConfig) -> list[Check]:
+    return [
+        (c.eam_ode_steps >= 1, "eam_ode_steps", "at least 1"),
+        (c.eam_rows >= 1, "eam_rows", "at least 1"),
+        (c.eam_c > 0, "eam_c", "positive"),
+        (0 < c.eam_sigma < 1, "eam_sigma", "in (0, 1)"),
+        (c.eam_max_weight > 0, "eam_max_weight", "positive"),
+    ]
+
+
+def _deterministic(c: DeterministicConfig, num_inference_steps: int) -> list[Check]:
+    return [
+        (
+            1 <= (c.truncate_steps or 1) <= num_inference_steps,
+            "truncate_steps",
+            "from 1 to num_inference_steps, or null for all steps",
+        ),
+        (c.cost_power > 1, "cost_power", "above 1, for a convex cost"),
     ]
 
 

@@ -23,6 +23,7 @@ from am_diffusers.estimate.tracker import Flops, Tracker, Usage
 from am_diffusers.gpus import GPUS, find_gpu
 from am_diffusers.load import micro_batch
 from am_diffusers.models.pretrained import MissingModelError
+from am_diffusers.network_calls import trained_rows
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.train_state import TrainState
@@ -156,11 +157,11 @@ def _samples(plan: Plan, on_gpu: bool) -> tuple[int, int]:
 
     With `offload_trajectories` that is those of a chunk, or as many as a micro-batch of the loss has.
     """
-    options, method = plan.config.optimizer, plan.config.method
+    options = plan.config.optimizer
     share = options.train_batch_size // plan.num_processes
     if not (on_gpu and options.offload_trajectories):
         return share, share
-    rows = method.num_inference_steps - 1 if method.loss_steps == "all" else method.loss_steps
+    rows = trained_rows(plan.config)
     chunk = micro_batch(options.rollout_micro_batch_size) or share
     return share, min(share, max(chunk, -(-int(options.loss_micro_batch_size) // rows)))
 

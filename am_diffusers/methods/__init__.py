@@ -3,8 +3,12 @@
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Method
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
+from am_diffusers.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching
 
 METHODS: dict[str, type[Method]] = {
     "adjoint_matching": AdjointMatching,
     "buffered_adjoint_matching": BufferedAdjointMatching,
+    "deterministic_adjoint_matching": DeterministicAdjointMatching,
+    "efficient_adjoint_matching": EfficientAdjointMatching,
 }

@@ -1,6 +1,6 @@
 """Rows of an iteration: what the chunks of a rollout contribute, masked and weighted for the regression."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,8 +83,9 @@ def sample_rows(
     selected: Selected,
     *,
     mask: QuantileMask | None,
-    selection: StepSelection,
     gather: Gather,
+    selection: StepSelection | None = None,
+    weight: Callable[[Transitions, int], float] = matching_weight,
 ) -> SampleRows:
     """Rows of this rank's B samples with weights and mask, whose thresholds the residuals of all ranks move.
 
@@ -93,8 +94,9 @@ def sample_rows(
         table: the table of the rollout.
         selected: the steps and their factors.
         mask: None keeps every row.
-        selection: follows the residuals of all ranks.
         gather: concatenates a 1-D tensor over ranks.
+        selection: follows the residuals of all ranks, if one was asked.
+        weight: factor of the squared errors of a step.
     """
     steps, residuals = selected.steps, rows.residuals
     everywhere = gather(residuals.flatten()).reshape(-1, len(steps))
@@ -102,11 +104,11 @@ def sample_rows(
     if mask is not None:
         mask.update(steps, everywhere)
         keep, keep_everywhere = (mask.keep(steps, r).to(r) for r in (residuals, everywhere))
-    selection.update(steps, everywhere, keep_everywhere)
-    weights = [matching_weight(table, k) * f for k, f in zip(steps, selected.factors, strict=True)]
-    per_step = keep.new_tensor([table.sigmas[steps].tolist(), weights])
-    sigmas, weight = (column.expand_as(keep) for column in per_step)
-    return SampleRows(rows.latents, rows.target, sigmas, weight, keep)
+    if selection is not None:
+        selection.update(steps, everywhere, keep_everywhere)
+    weights = [weight(table, k) * f for k, f in zip(steps, selected.factors, strict=True)]
+    sigmas, factors = keep.new_tensor([table.sigmas[steps].tolist(), weights])
+    return SampleRows(rows.latents, rows.target, sigmas.expand_as(keep), factors.expand_as(keep), keep)
 
 
 def kept_batch(

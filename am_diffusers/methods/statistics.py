@@ -1,4 +1,4 @@
-"""What an Adjoint Matching iteration reports of each sample: reward, gradients, path KL, adjoint norms."""
+"""What an iteration reports of its samples: rewards, gradients, adjoint norms, path KL."""
 
 import torch
 from torch import Tensor

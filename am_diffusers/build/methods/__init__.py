@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from am_diffusers.build.methods.adjoint_matching import adjoint_matching
 from am_diffusers.build.methods.buffered_adjoint_matching import buffered_adjoint_matching
+from am_diffusers.build.methods.deterministic_adjoint_matching import deterministic_adjoint_matching
+from am_diffusers.build.methods.efficient_adjoint_matching import efficient_adjoint_matching
 from am_diffusers.methods import Method
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -13,4 +15,6 @@ from am_diffusers.rewards import Reward
 METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
     "buffered_adjoint_matching": buffered_adjoint_matching,
+    "deterministic_adjoint_matching": deterministic_adjoint_matching,
+    "efficient_adjoint_matching": efficient_adjoint_matching,
 }

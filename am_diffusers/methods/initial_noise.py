@@ -1,0 +1,75 @@
+"""Learned initial noise for deterministic samplers: a Brownian stage before the noise (arXiv 2605.06583).
+
+A field q over (x, stage time u in [0, 1]) steers a Brownian motion from 0, whose end is the sampler's noise:
+
+    dX = q(X, u) du + dW,   X_0 = 0,   noise = X_1        (q = 0: standard normal noise)
+    loss = |q(X_u, u) + a_0|^2,   X_u ~ N(u X_1, u (1 - u) I) given X_1
+
+with a_0 the adjoint at sigma = 1 of the trajectory from X_1: the gradient of its cost to go V in the noise.
+Its optimum draws noise from nu*(x) ~ N(x; 0, I) exp(-V(x)).
+
+What that gives. With the base's ODE as it is, V = -reward_scale * reward(end), and the ends of the ODE from
+nu* have the tilted law of its ends, exactly: the only unbiased use of a deterministic sampler here. With the
+control of deterministic Adjoint Matching on top, the ends are *not* tilted either: on N(m, S^2) with reward
+g x they have mean m + (S^2 + S pi / 2) * reward_scale * g, the tilt and the proximal step added up. Under a
+memoryless table V is constant and there is nothing to learn.
+
+Mathematics for a field of the caller's own. It isn't offered for Stable Diffusion 3: the transformer knows no
+time before sigma = 1, and a second network to steer noise isn't part of a LoRA.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from am_diffusers.matching import MatchingBatch
+from am_diffusers.rollout import draw
+from am_diffusers.velocity import Conditioning, VelocityField
+
+
+@torch.no_grad()
+def sample_noise(
+    stage: VelocityField,
+    cond: Conditioning,
+    first: Tensor,
+    num_steps: int,
+    step_noise: Callable[[int], Tensor],
+) -> Tensor:
+    """Initial noise X_1 by `num_steps` Euler-Maruyama steps of the stage, (B, ...).
+
+    Args:
+        stage: q, a field over (x, stage time); called `num_steps` times.
+        cond: conditioning, B rows.
+        first: X_0, zeros of the latents' shape, (B, ...).
+        num_steps: at least 1.
+        step_noise: standard normal noise of step k, like `first`.
+    """
+    x, h = first, 1 / num_steps
+    for k in range(num_steps):
+        x = x + h * stage(x, x.new_full((len(x),), k * h), cond) + h**0.5 * step_noise(k)
+    return x
+
+
+def stage_rows(
+    noise: Tensor, adjoint: Tensor, cond: Conditioning, generators: Sequence[torch.Generator]
+) -> MatchingBatch:
+    """One row a sample of the stage's regression, for `matching.matching_loss(stage, rows)`.
+
+    Args:
+        noise: X_1 that trajectories started from, (B, ...).
+        adjoint: a_0, gradient of the cost to go at `noise`, (B, ...).
+        cond: conditioning, B rows.
+        generators: one CPU generator a sample; a time, uniform in [0, 1), and a bridge's noise are drawn.
+    """
+    times = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    bridge = draw(generators, noise.shape[1:], noise.dtype).to(noise.device)
+    u = times.to(noise).reshape(-1, *[1] * (noise.ndim - 1))
+    return MatchingBatch(
+        latents=u * noise + (u * (1 - u)).sqrt() * bridge,
+        sigmas=times.to(noise),
+        target=-adjoint,
+        weight=torch.full_like(times, 1 / len(noise)).to(noise),
+        samples=torch.arange(len(noise)),
+        cond=cond,
+    )
