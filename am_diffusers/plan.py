@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from am_diffusers.command_line import asset_path, to_yaml
-from am_diffusers.config import Config, MethodConfig, RewardConfig
+from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config.calls import network_calls
 from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
@@ -71,7 +72,7 @@ class Plan:
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
         share = samples // self.num_processes
-        calls = network_calls(self.config.method)
+        calls = network_calls(self.config)
         images = evaluation.eval_images_per_prompt * len(self.eval_prompts)
         lines = [
             f"samples an iteration: {samples} = {self.num_processes} processes x {share}",
@@ -137,23 +138,6 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
 
 
-def network_calls(method: MethodConfig) -> dict[str, float]:
-    """Transformer calls of one sample in an iteration, by kind, before masking.
-
-    Guidance counts two calls for each.
-    """
-    steps, guided = method.num_inference_steps, method.rollout_guidance_scale != 1
-    trained = steps - 1 if method.loss_steps == "all" else method.loss_steps
-    return {
-        "policy, rollout": (steps - 1) * (2 if guided else 1),
-        "policy, residuals for the mask": trained if guided else 0,
-        "base, forward and backward": steps - 1,
-        "policy, forward and backward for the full adjoint": steps - 2 if method.adjoint == "full" else 0,
-        "base, forward if step 0 is trained": 1,
-        "policy, forward and backward of the loss": trained,
-    }
-
-
 def _resolve(config: Config) -> Config:
     """Released weights and held-out rewards where the config leaves them out."""
     evaluation = config.evaluation
@@ -204,14 +188,26 @@ def _check_method(config: Config) -> None:
     names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
-    # A learned reward is differentiable in the mode it is trained in; the others say it on the class.
-    blocked = [name for name in trained if REWARDS[name].differentiable is False]
-    if method.needs_reward_gradient and blocked:
-        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
+    if method.needs_reward_gradient:
+        _check_gradients(config)
+    if method.compares_samples and config.method.samples_per_prompt < 2:
         raise ValueError(
-            f"reward {blocked[0]} is not differentiable and {config.method.method} needs its gradient: use "
-            f"one of {', '.join(usable)}"
+            f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more, and "
+            "--train_batch_size to a multiple of it on each process"
         )
+
+
+def _check_gradients(config: Config) -> None:
+    # A learned reward is differentiable in every mode but the official one; the others say it on the class.
+    trained = config.method.rewards
+    needs = f"is not differentiable and {config.method.method} needs its gradient: use"
+    blocked = [reward.name for reward in trained if REWARDS[reward.name].differentiable is False]
+    if blocked:
+        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
+        raise ValueError(f"reward {blocked[0]} {needs} one of {', '.join(usable)}")
+    official = [reward.name for reward in trained if reward.mode == "official"]
+    if official:
+        raise ValueError(f"reward {official[0]} in mode official {needs} mode differentiable or rounded")
 
 
 def _prompts(config: Config) -> tuple[list[str], list[str]]:

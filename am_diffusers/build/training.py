@@ -69,7 +69,7 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
 def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
     """Mean scores of each reward in its own units since the last call, over all processes."""
     means = {name: scores.mean() for name, scores in reward.drain().items()}
-    if processes.number == 1:
+    if processes.number == 1 or not means:  # none in an iteration on pictures of an earlier one
         return {f"reward/{name}": mean.item() for name, mean in means.items()}
     mean: Tensor = processes.sum(torch.stack(list(means.values()))) / processes.number
     return {f"reward/{name}": value for name, value in zip(means, mean.tolist(), strict=True)}

@@ -7,6 +7,7 @@ Config objects stop at `build/`; nothing below it knows them.
 
 from dataclasses import dataclass
 
+from am_diffusers.config.baselines import BaselinesConfig
 from am_diffusers.config.checkpoint import CheckpointConfig
 from am_diffusers.config.evaluation import EvaluationConfig
 from am_diffusers.config.method import MethodConfig
@@ -16,6 +17,7 @@ from am_diffusers.config.rewards import RewardConfig, TerminalConfig
 from am_diffusers.config.run import RunConfig
 
 __all__ = [
+    "BaselinesConfig",
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
@@ -38,6 +40,7 @@ class Config:
     model: ModelConfig
     prompts: PromptConfig
     method: MethodConfig
+    baselines: BaselinesConfig
     terminal: TerminalConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig

@@ -7,14 +7,26 @@ from am_diffusers.methods import METHODS
 
 ADJOINT_MATCHING = ("adjoint_matching",)
 TERMINAL = ADJOINT_MATCHING
+END_POINTS = ("draft", "ram", "refl")
+COMPARING = ("flow_grpo", "ram")
+GRPO = ("flow_grpo",)
 
 READ_BY: dict[str, tuple[str, ...]] = {
-    "transitions": ADJOINT_MATCHING,
+    "transitions": (*ADJOINT_MATCHING, *GRPO),
     "pairing": ADJOINT_MATCHING,
     "adjoint": ADJOINT_MATCHING,
-    "loss_steps": ADJOINT_MATCHING,
+    "loss_steps": (*ADJOINT_MATCHING, *GRPO),
     "mask_quantile": ADJOINT_MATCHING,
-    "sigma_jitter": ADJOINT_MATCHING,
+    "sigma_jitter": (*ADJOINT_MATCHING, *GRPO),
+    "offload_trajectories": ADJOINT_MATCHING,
+    "rollout_sampler": END_POINTS,
+    "advantages": COMPARING,
+    "ram_noises": ("ram",),
+    "draft_steps": ("draft",),
+    "refl_last_steps": ("refl",),
+    "grpo_passes": GRPO,
+    "grpo_clip_range": GRPO,
+    "grpo_kl_weight": GRPO,
     "divergence": TERMINAL,
     "divergence_q": TERMINAL,
     "divergence_samples": TERMINAL,

@@ -21,7 +21,7 @@ class MethodConfig:
             multiple of it on each process. Methods that compare samples of a prompt need 2 or more.
         reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
         loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1 (half of them
-            the last ones with noise, the others drawn at random).
+            the last ones with noise, the others drawn at random; flow_grpo draws all of them).
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.

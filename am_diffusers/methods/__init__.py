@@ -2,5 +2,15 @@
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Method
+from am_diffusers.methods.draft import DRaFT
+from am_diffusers.methods.flow_grpo import FlowGRPO
+from am_diffusers.methods.ram import RAM
+from am_diffusers.methods.refl import ReFL
 
-METHODS: dict[str, type[Method]] = {"adjoint_matching": AdjointMatching}
+METHODS: dict[str, type[Method]] = {
+    "adjoint_matching": AdjointMatching,
+    "draft": DRaFT,
+    "flow_grpo": FlowGRPO,
+    "ram": RAM,
+    "refl": ReFL,
+}

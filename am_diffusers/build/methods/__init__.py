@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 from am_diffusers.build.methods.adjoint_matching import adjoint_matching
+from am_diffusers.build.methods.draft import draft, refl
+from am_diffusers.build.methods.flow_grpo import flow_grpo
+from am_diffusers.build.methods.ram import ram
 from am_diffusers.methods import Method
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -11,4 +14,8 @@ from am_diffusers.rewards import Reward
 
 METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
+    "draft": draft,
+    "flow_grpo": flow_grpo,
+    "ram": ram,
+    "refl": refl,
 }

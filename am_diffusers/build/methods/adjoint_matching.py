@@ -1,8 +1,6 @@
 """Config to Adjoint Matching."""
 
-import torch
-
-from am_diffusers.build.methods.parts import gradient_options, make_tilt, reward_of_latents
+from am_diffusers.build.methods.parts import gradient_options, make_tilt, reward_of_latents, stochastic_table
 from am_diffusers.load import latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
@@ -10,7 +8,6 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
-from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import GuidedField
 
 
@@ -18,17 +15,12 @@ def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processe
     """Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
     options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
-
-    def jittered(shared: torch.Generator) -> Transitions:
-        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
-
     scale = options.rollout_guidance_scale
     return AdjointMatching(
         model.policy,
         model.base,
         reward_of_latents(model, reward),
-        jittered if options.sigma_jitter else table(sigmas),
+        stochastic_table(config, model),
         latents=latent_spec(config, model),
         settings=AdjointMatchingSettings(
             reward_scale=options.reward_scale,
