@@ -192,7 +192,7 @@ def _check_method(config: Config) -> None:
         _check_gradients(config)
     if method.compares_samples and config.method.samples_per_prompt < 2:
         raise ValueError(
-            f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more, and "
+            f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more and "
             "--train_batch_size to a multiple of it on each process"
         )
 

@@ -1,4 +1,4 @@
-"""DRaFT and ReFL: gradients against central differences and the adjoint chain, passes, steps, rows, errors."""
+"""DRaFT and ReFL: gradients against central differences and the adjoint chain, passes, steps, errors."""
 
 import itertools
 from functools import cache
@@ -99,7 +99,7 @@ def test_draft_is_the_derivative_of_the_reward_with_respect_to_its_last_steps(i,
 
 @pytest.mark.parametrize("table", TABLES)
 def test_all_steps_differentiated_equal_the_chain_of_vector_jacobian_products(table):
-    """d loss / d shift_k = v_coef_k * adjoint_{k+1}, the adjoint of the policy along its own rollout."""
+    """The loss changes with shift k as v_coef_k * adjoint_{k+1}, along the policy's own rollout."""
     shifts, num = some_shifts(), 4
     policy = shifted(shifts, table)
     method = draft(shifts, table, K)

@@ -9,10 +9,10 @@ class BaselinesConfig:
     """RAM, DRaFT, ReFL and Flow-GRPO; what they are: `am_diffusers.methods`.
 
     Attributes:
-        rollout_sampler: what ram, draft and refl make pictures with in training, in num_inference_steps steps:
+        rollout_sampler: how ram, draft and refl make pictures in training, in num_inference_steps steps: by
             the model's own ODE, or a stochastic table (see `am_diffusers.transitions`).
-        advantages: centred subtracts the mean of a prompt's other rewards, which keeps reward_scale the factor
-            of the tilt; normalised also divides by their standard deviation, as GRPO does.
+        advantages: centred subtracts the mean of a prompt's other rewards, which keeps reward_scale the
+            factor of the tilt; normalised also divides by their standard deviation, as GRPO does.
         ram_noises: noise levels that RAM puts each picture back to.
         draft_steps: last steps that DRaFT differentiates, 1 to num_inference_steps; memory grows with it.
         refl_last_steps: last steps of which ReFL draws one an iteration; null = the last quarter, as

@@ -93,7 +93,7 @@ class Method(ABC, Generic[E]):
 
     @abstractmethod
     def loss(self, example: E) -> tuple[Tensor, dict[str, float]]:
-        """Loss of some rows, differentiable in the policy's parameters, and numbers to log, summed like it."""
+        """Loss of some rows, differentiable in the policy's parameters, and numbers to log: sums as well."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

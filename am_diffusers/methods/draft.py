@@ -3,8 +3,8 @@
     loss = mean of -reward_scale * reward(x_K),   x_K differentiable in the last `steps` = K' steps
 
 K' = K is DRaFT, the exact gradient of the sampler's reward; fewer steps cost less memory and are biased, yet
-the paper finds few steps, even one, to learn faster. Algorithm: roll out without gradient to step K - K', with
-gradient to the end, through decoding and reward. Activations of K' steps are held at once;
+the paper finds few steps, even one, to learn faster. Algorithm: roll out without gradient to step K - K',
+then with gradient to the end, through decoding and reward. Activations of K' steps are held at once;
 `gradient_checkpointing` is what the paper uses against it.
 
 Bias: nothing holds the policy to the base (no KL term, as published), so that it has no tilted law as its

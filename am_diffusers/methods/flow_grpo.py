@@ -27,7 +27,7 @@ is this package's (memoryless, without a noise_level); no advantage clipping; no
 their start noise.
 
 The sum is written as a hinge, (1 + clip_range) * max(A, 0) - min(...): no term is negative, so that losses
-don't cancel and the trainer's scaling of half-precision gradients has a size to go by; gradients are the same.
+don't cancel and the trainer's scaling of half-precision gradients has a size to go by. No gradient changes.
 Passes a sample: K-1 calls of the policy and, at trained steps and the last one, of the base in an iteration
 with a rollout, and the loss's own in each.
 """
@@ -217,7 +217,7 @@ class FlowGRPO(Method[PolicyRows]):
         cond: Conditioning,
         generators: Sequence[torch.Generator],
     ) -> tuple[Tensor, ...]:
-        """States, next states and base velocities (b, S, ...), log densities (b, S), final latents (b, ...)."""
+        """States, next states, base velocities (b, S, ...), log densities (b, S), final latents (b, ...)."""
         noise, last = self.latents.draw(generators), table.num_steps - 1
         with phase("rollout", len(cond)):
             path = rollout(self.policy, table, cond, noise, lambda _: self.latents.draw(generators))
