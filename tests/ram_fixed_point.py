@@ -4,9 +4,9 @@ The policy is affine in x at each of many noise levels: velocity = a x + b. Its 
 Gaussian, N(m, V), and with x = (1 - sigma) * clean + sigma * noise so is everything else. The reward is
 slope * clean - curvature / 2 * (clean - best)^2. RAM's target given x has the mean
 
-    velocity_base(x) + reward_scale * [Cov(r, u | x) + (E[r | x] - E[r]) * (E[u | x] - a x - b)],  u = noise - clean
+    velocity_base(x) + reward_scale * [Cov(r, u | x) + (E[r | x] - E[r]) * (E[u | x] - a x - b)]
 
-and the regression of an affine policy is its projection, by Gauss-Hermite nodes that are exact for cubics.
+with u = noise - clean, and the regression of an affine policy is its projection, by Gauss-Hermite nodes that are exact for cubics.
 """
 
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from test_sd3_configs import RELEASED
 from am_diffusers.build import make_accelerator
 from am_diffusers.build.auto import SETTINGS
 from am_diffusers.command_line import parse_config
+from am_diffusers.config.calls import network_calls
 from am_diffusers.estimate import Estimate, describe, estimate
 from am_diffusers.estimate.iteration import ADJOINT, LOSS, REWARD, ROLLOUT, estimable
 from am_diffusers.estimate.pretend import pretend
@@ -19,7 +20,7 @@ from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.gpus import find_gpu
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
-from am_diffusers.plan import Plan, make_plan, network_calls
+from am_diffusers.plan import Plan, make_plan
 from am_diffusers.rewards import REWARDS, RewardOptions
 from am_diffusers.rewards.skeleton import skeleton
 
@@ -138,7 +139,7 @@ def test_an_iteration_makes_the_announced_calls(
 ) -> None:
     plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, rollout_micro_batch_size=3)
     found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
-    calls, samples = network_calls(plan.config.method), plan.config.optimizer.train_batch_size
+    calls, samples = network_calls(plan.config), plan.config.optimizer.train_batch_size
     base = transformer_flops()
     step_0 = calls["base, forward if step 0 is trained"]
     policy = (found.phases[ROLLOUT].flops[torch.float32] / samples - step_0 * base) / calls["policy, rollout"]

@@ -23,6 +23,7 @@ K = 5
 LAW = gaussian(0.3, 0.5)
 TABLE = memoryless_local_linear(uniform_sigmas(K))
 LATENTS = LatentSpec((1,), dtype=torch.float64)
+BASE = LAW.field()
 
 
 def reward(x, prompts):
@@ -46,7 +47,7 @@ def shifted(shifts):
     return CallableField(velocity)
 
 
-def make(policy, base=LAW.field(), table=TABLE, scale=2.0, group=4, kind="centred", **changes):
+def make(policy, base=BASE, table=TABLE, scale=2.0, group=4, kind="centred", **changes):
     gather = {"gather": changes.pop("gather")} if "gather" in changes else {}
     function = changes.pop("reward", quadratic)
     settings = FlowGRPOSettings(Advantages(scale, group, kind), **changes)
@@ -76,7 +77,7 @@ def gradient(method, shifts, collected, size=1000):
 
 @pytest.mark.parametrize("kind", ["centred", "normalised"])
 def test_with_one_pass_the_gradient_is_the_reinforce_estimator(kind):
-    """From states remade by hand: minus the mean of A times the score of all its steps, plus that of the KL."""
+    """States remade by hand: minus the mean of A times the scores of all its steps, plus that of the KL."""
     shifts, num = some_shifts(), 8
     method = make(shifted(shifts), kind=kind, kl_weight=0.3)
     collected = collect(method, num)
@@ -164,7 +165,7 @@ def test_a_ratio_beyond_the_clip_has_no_gradient_where_that_would_gain():
     assert torch.equal(examples.latents, before.examples.latents)
     ratios, outcomes = [], set()
     for row in examples.split(1):
-        loss, numbers = method.loss(row)
+        loss, _ = method.loss(row)
         (found,) = torch.autograd.grad(loss, shifts)
         k, advantage = row.steps.item(), row.advantage.item()
         velocity = LAW.velocity(row.latents, TABLE.sigmas[k]) + shifts[k]

@@ -23,6 +23,7 @@ from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform
 from am_diffusers.velocity import CallableField, Conditioning
 
 BASE, OTHER = gaussian(0.0, 1.0), gaussian(0.4, 0.6)
+POLICY_FIELD, BASE_FIELD = OTHER.field(), BASE.field()
 LATENTS = LatentSpec((1,), dtype=torch.float64)
 TABLE = ode_euler(uniform_sigmas(8))
 REWARD = Quadratic(slope=0.3, curvature=1.0, best=1.5)
@@ -32,7 +33,7 @@ def reward(x, prompts):
     return REWARD.slope * x[:, 0] - REWARD.curvature / 2 * (x[:, 0] - REWARD.best) ** 2
 
 
-def make(policy=OTHER.field(), base=BASE.field(), table=TABLE, scale=0.5, group=4, **changes):
+def make(policy=POLICY_FIELD, base=BASE_FIELD, table=TABLE, scale=0.5, group=4, **changes):
     gather = {"gather": changes.pop("gather")} if "gather" in changes else {}
     function = changes.pop("reward", reward)
     settings = RAMSettings(Advantages(scale, group), **changes)

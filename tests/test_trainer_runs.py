@@ -13,10 +13,11 @@ from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
 from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
+from am_diffusers.config.calls import network_calls
 from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import make_plan, network_calls
+from am_diffusers.plan import make_plan
 from am_diffusers.trainer import IterationError
 
 
@@ -104,7 +105,7 @@ def test_the_announced_network_calls_are_those_made(
     monkeypatch.setattr(SD3, "velocity", lambda *args: calls.append(0) or original(*args))
     run.trainer.iterate()
     config = parse_config(["--config", str(tmp_path / "run.yaml")])
-    announced = network_calls(config.method)
+    announced = network_calls(config)
     first = announced.pop("base, forward if step 0 is trained")
     assert sum(announced.values()) <= len(calls) <= sum(announced.values()) + first
 

@@ -6,6 +6,7 @@ Guidance counts two calls for each where it is on.
 from collections.abc import Callable
 
 from am_diffusers.config import Config
+from am_diffusers.methods.refl import last_quarter
 
 
 def network_calls(config: Config) -> dict[str, float]:
@@ -53,7 +54,8 @@ def _draft(config: Config) -> dict[str, float]:
 
 
 def _refl(config: Config) -> dict[str, float]:
-    steps, last, times = config.method.num_inference_steps, refl_last_steps(config), _guided(config)
+    steps, times = config.method.num_inference_steps, _guided(config)
+    last = config.baselines.refl_last_steps or last_quarter(steps)
     return {
         "policy, rollout (mean)": (steps - (last + 1) / 2) * times,
         "policy, forward and backward of the loss": times,
@@ -77,8 +79,3 @@ CALLS: dict[str, Callable[[Config], dict[str, float]]] = {
     "ram": _ram,
     "refl": _refl,
 }
-
-
-def refl_last_steps(config: Config) -> int:
-    """Last steps of which ReFL draws one: as set, or the last quarter."""
-    return config.baselines.refl_last_steps or -(-config.method.num_inference_steps // 4)

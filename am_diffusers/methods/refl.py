@@ -35,7 +35,7 @@ class ReFL(Method[Tails]):
         policy: field that is trained and followed, for instance a `GuidedField`.
         reward: differentiable `(latents (b, ...), prompts) -> (b,)`, higher is better.
         transitions: table of the K steps.
-        last_steps: number of last steps of which one is drawn each iteration, 1 .. K.
+        last_steps: number of last steps of which one is drawn each iteration, 1 .. K; see `last_quarter`.
         latents: shape, device and dtype of the latents.
         settings: reward scale and batch size.
         gather: concatenates a 1-D tensor over ranks; a single process by default.
@@ -94,3 +94,8 @@ class ReFL(Method[Tails]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def last_quarter(num_steps: int) -> int:
+    """Number of steps in the last quarter of K = `num_steps`, rounded up: 10 of 40, as published."""
+    return -(-num_steps // 4)

@@ -2,11 +2,10 @@
 
 from am_diffusers.build.methods.parts import end_point_table, reward_of_latents
 from am_diffusers.config import Config
-from am_diffusers.config.calls import refl_last_steps
 from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.draft import DRaFT
-from am_diffusers.methods.refl import ReFL
+from am_diffusers.methods.refl import ReFL, last_quarter
 from am_diffusers.methods.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -35,7 +34,7 @@ def refl(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method
         guided(model.policy, config.method.rollout_guidance_scale),
         reward_of_latents(model, reward),
         end_point_table(config, model),
-        last_steps=refl_last_steps(config),
+        last_steps=config.baselines.refl_last_steps or last_quarter(config.method.num_inference_steps),
         latents=latent_spec(config, model),
         settings=_settings(config),
         gather=processes.gather,
