@@ -6,7 +6,8 @@ slope * clean - curvature / 2 * (clean - best)^2. RAM's target given x has the m
 
     velocity_base(x) + reward_scale * [Cov(r, u | x) + (E[r | x] - E[r]) * (E[u | x] - a x - b)]
 
-with u = noise - clean, and the regression of an affine policy is its projection, by Gauss-Hermite nodes that are exact for cubics.
+with u = noise - clean, and the regression of an affine policy is its projection, taken with Gauss-Hermite
+nodes that are exact here.
 """
 
 from collections.abc import Callable

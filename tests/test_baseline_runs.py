@@ -59,7 +59,7 @@ def exact(model: SD3) -> SD3:
 
 
 def test_draft_reaches_the_lora_through_transformer_vae_and_steps(exact: SD3) -> None:
-    """Against a central difference along a random direction of all LoRA weights; norms stay float32 inside."""
+    """Against a central difference along a random direction of all LoRA weights; norms inside are float32."""
     loss, parameters = tail_loss(exact), list(exact.lora_parameters().values())
     generator = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
@@ -88,12 +88,16 @@ def test_gradient_checkpointing_changes_no_gradient_of_draft(exact: SD3) -> None
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("ram", {}),
+        pytest.param("ram", {}, marks=pytest.mark.slow),
         ("ram", {"rewards": JPEG, "advantages": "normalised", "rollout_sampler": "ancestral"}),
         ("draft", {"gradient_checkpointing": True, "mixed_precision": "bf16"}),
-        ("draft", {"rollout_sampler": "memoryless_local_linear", "rollout_guidance_scale": 2.0}),
+        pytest.param(
+            "draft",
+            {"rollout_sampler": "memoryless_local_linear", "rollout_guidance_scale": 2.0},
+            marks=pytest.mark.slow,
+        ),
         ("refl", {}),
-        ("flow_grpo", {"sigma_jitter": 0.3}),
+        pytest.param("flow_grpo", {"sigma_jitter": 0.3}, marks=pytest.mark.slow),
         ("flow_grpo", {"rewards": JPEG, "loss_steps": 2, "rollout_guidance_scale": 2.0}),
     ],
 )
@@ -111,6 +115,7 @@ def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, name, cha
     assert run.trainer.hooks.validate(2)["validation/hpsv2_gain"] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_memory_settings_change_no_run(tiny_sd3_dir, rewards_dir, tmp_path, name):  # noqa: F811
     sizes = {"rollout_micro_batch_size": 3, "reward_micro_batch_size": 1, "loss_micro_batch_size": 3}
@@ -207,7 +212,8 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("am_diffusers.models.pretrained.Pretrained.load", None)  # would be an error to call
 
     def plan(**changes):
-        values = {"eval_rewards": [], "eval_prompts": None, "samples_per_prompt": 2, "method": name}
+        values = {"rewards": [{"name": "brightness"}], "eval_rewards": [], "eval_prompts": None}
+        values |= {"samples_per_prompt": 2, "method": name}
         path = tiny_config(tiny_sd3_dir, tmp_path, **(values | changes))
         return make_plan(parse_config(["--config", str(path)]), 1)
 
