@@ -97,21 +97,25 @@ def mean_target(
     return base[0] * x + base[1] + scale * (covariance + (expected - average) * mismatch)
 
 
+def regressed(
+    policy: Array, law: Gaussian, reward: Quadratic, scale: float, sampler: Callable[[Array], Gaussian]
+) -> Array:
+    """The affine policy that RAM's regression makes of an affine one, (2, 1001) at SIGMAS."""
+    ends, sigma = sampler(policy), SIGMAS
+    std = np.sqrt((1 - sigma) ** 2 * ends.variance + sigma**2)
+    x, base = (1 - sigma) * ends.mean + std * NODES[:, None], law.velocity(sigma)
+    target = mean_target(x, sigma, base=base, policy=policy, law=ends, reward=reward, scale=scale)
+    slope = WEIGHTS @ (target * NODES[:, None]) / std
+    return np.stack([slope, WEIGHTS @ target - slope * (1 - sigma) * ends.mean])
+
+
 def fixed_point(
     law: Gaussian, reward: Quadratic, scale: float, sampler: Callable[[Array], Gaussian] = end_points
 ) -> Array:
     """Slopes and intercepts (2, 1001) at SIGMAS that RAM's regression leaves as they are."""
-    sigma = SIGMAS
-    base = law.velocity(sigma)
-    policy = base
+    policy = law.velocity(SIGMAS)
     for _ in range(60):
-        ends = sampler(policy)
-        std = np.sqrt((1 - sigma) ** 2 * ends.variance + sigma**2)
-        x = (1 - sigma) * ends.mean + std * NODES[:, None]
-        target = mean_target(x, sigma, base=base, policy=policy, law=ends, reward=reward, scale=scale)
-        slope = WEIGHTS @ (target * NODES[:, None]) / std
-        moved = np.stack([slope, WEIGHTS @ target - slope * (1 - sigma) * ends.mean])
-        policy = policy + 0.5 * (moved - policy)
+        policy = policy + 0.5 * (regressed(policy, law, reward, scale, sampler) - policy)
     return policy
 
 

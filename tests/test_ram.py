@@ -13,6 +13,7 @@ from ram_fixed_point import (
     euler_end_points,
     fixed_point,
     mean_target,
+    regressed,
 )
 
 from am_diffusers.methods import METHODS
@@ -99,6 +100,22 @@ def test_a_linear_reward_on_gaussian_data_has_no_bias(scale):
     policy = fixed_point(law, linear, scale)
     assert distance(policy, linear.tilted(law, scale)) < 1e-6
     assert end_points(policy).mean == pytest.approx(0.3 + scale * 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "stable"), [(0.5, True), (0.9, True), (1.3, False), (1.6, False)])
+def test_the_fixed_point_is_stable_only_while_advantages_deviate_by_less_than_1(scale, stable):
+    """Linear reward on N(0, 1), where the tilt is the fixed point whatever its scale, and std(A) = scale.
+
+    The mismatch with the states' own velocity comes back times scale * std(E[r | x]), largest at small sigma.
+    """
+    law, linear = Gaussian(0.0, 1.0), Quadratic(slope=1.0)
+    tilted = linear.tilted(law, scale)
+    policy = tilted.velocity(SIGMAS) + 1e-4
+    before = distance(policy, tilted)
+    for _ in range(60):
+        policy = policy + 0.3 * (regressed(policy, law, linear, scale, end_points) - policy)
+    assert (distance(policy, tilted) < before / 10) == stable
+    assert (distance(policy, tilted) > before * 10) != stable
 
 
 NODES = torch.linspace(0, 1, 9, dtype=torch.float64)
