@@ -1,11 +1,14 @@
 """RAM, DRaFT, ReFL and Flow-GRPO on a random Stable Diffusion 3: gradients, runs, resume, refusals."""
 
 import math
+import runpy
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
-from finetune_runs import read_metrics, tiny_config
+from finetune_runs import FINETUNE, read_metrics, tiny_config
+from safetensors.torch import load_file
 from sd3_points import PROMPTS, strong_lora
 from test_trainer_runs import make_run, rewards_dir, run_losses  # noqa: F401 - the fixture
 
@@ -127,25 +130,23 @@ def test_memory_settings_change_no_run(tiny_sd3_dir, rewards_dir, tmp_path, name
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_run_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, rewards_dir, tmp_path, name):  # noqa: F811
-    found = []
-    for folder, stops in (("whole", []), ("stopped", [2])):
-        (tmp_path / folder).mkdir()
-        for length in [*stops, 4]:
-            run = make_run(tiny_sd3_dir, rewards_dir, tmp_path / folder, **OWN[name])
-            while run.trainer.state.iteration < length:
-                metrics = run.trainer.iterate()
-                run.trainer.log.write(run.trainer.state.iteration, metrics)
-                run.trainer.state.progress.iteration += 1
-            run.trainer.hooks.save()
-            run.lock.release()
-        parameters = {name: p.detach().clone() for name, p in run.trainer.state.parameters.items()}
-        lines = read_metrics(tmp_path / folder / "out")
-        found.append((parameters, [{k: v for k, v in line.items() if k != "seconds"} for line in lines]))
+def test_a_run_of_the_script_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, tmp_path, monkeypatch, name):
+    """4 iterations at once, and 2 and 2: the same LoRA and the same log, bit by bit."""
+    changes = OWN[name] | {"rewards": [{"name": "brightness"}], "eval_prompts": None, "eval_rewards": None}
+    config, found = tiny_config(tiny_sd3_dir, tmp_path, report_to="none", **changes), []
+    for folder, lengths in (("whole", [4]), ("stopped", [2, 4])):
+        for length in lengths:
+            flags = ["--output_dir", tmp_path / folder, "--max_train_steps", length]
+            monkeypatch.setattr(sys, "argv", [str(FINETUNE), "--config", str(config), *map(str, flags)])
+            runpy.run_path(str(FINETUNE), run_name="__main__")
+        for line in (lines := read_metrics(tmp_path / folder)):
+            line.pop("seconds")
+        found.append((load_file(tmp_path / folder / "pytorch_lora_weights.safetensors"), lines))
     (whole, lines), (stopped, other_lines) = found
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
     assert lines == other_lines
-    assert len(lines) == 4
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert "reward" in lines[0]
 
 
 @pytest.mark.parametrize("name", ["draft", "flow_grpo"])
