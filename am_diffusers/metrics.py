@@ -62,6 +62,12 @@ class MetricsLog:
             self._file.close()
 
 
+def add_to(totals: dict[str, float], numbers: Mapping[str, float]) -> None:
+    """Add each of `numbers` to the total of its name."""
+    for name, number in numbers.items():
+        totals[name] = totals.get(name, 0.0) + number
+
+
 def keep_lines(path: Path, before: int) -> None:
     """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
     kept = []

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from am_diffusers.config import Config
+from am_diffusers.methods.refl import last_quarter
 
 Calls = dict[str, float]
 
@@ -74,11 +75,48 @@ def _selected_steps(config: Config) -> int:
     return config.method.num_inference_steps - 1 if steps == "all" else steps
 
 
+def _draft(config: Config) -> Calls:
+    tail, guidance = config.baselines.draft_steps, _guidance(config)
+    return {
+        "policy, rollout": (config.method.num_inference_steps - tail) * guidance,
+        LOSS: tail * guidance,
+    }
+
+
+def _flow_grpo(config: Config) -> Calls:
+    trained, guidance, passes = trained_rows(config), _guidance(config), config.baselines.grpo_passes
+    return {
+        "policy, rollout": (config.method.num_inference_steps - 1) * guidance / passes,
+        "base, at trained steps and the last": (trained + 1) * guidance / passes,
+        LOSS: trained * guidance,
+    }
+
+
+def _ram(config: Config) -> Calls:
+    noises = trained_rows(config)
+    return {
+        "policy, rollout": config.method.num_inference_steps * _guidance(config),
+        "policy, at the noise levels": noises,
+        "base, at the noise levels": noises,
+        LOSS: noises,
+    }
+
+
+def _refl(config: Config) -> Calls:
+    steps, guidance = config.method.num_inference_steps, _guidance(config)
+    last = config.baselines.refl_last_steps or last_quarter(steps)
+    return {"policy, rollout": (steps - (last + 1) / 2) * guidance, LOSS: guidance}
+
+
 CALLS: dict[str, Callable[[Config], Calls]] = {
     "adjoint_matching": _adjoint_matching,
     "buffered_adjoint_matching": _buffered_adjoint_matching,
     "deterministic_adjoint_matching": _deterministic,
+    "draft": _draft,
     "efficient_adjoint_matching": _efficient,
+    "flow_grpo": _flow_grpo,
+    "ram": _ram,
+    "refl": _refl,
 }
 ROWS: dict[str, Callable[[Config], int]] = {
     "adjoint_matching": _selected_steps,
@@ -86,5 +124,9 @@ ROWS: dict[str, Callable[[Config], int]] = {
     "deterministic_adjoint_matching": lambda config: (
         config.deterministic.truncate_steps or config.method.num_inference_steps
     ),
+    "draft": lambda _: 1,
     "efficient_adjoint_matching": lambda config: config.efficient.eam_rows,
+    "flow_grpo": _selected_steps,
+    "ram": lambda config: config.baselines.ram_noises,
+    "refl": lambda _: 1,
 }

@@ -195,14 +195,26 @@ def _check_method(config: Config) -> None:
     names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
-    # A learned reward is differentiable in the mode it is trained in; the others say it on the class.
-    blocked = [name for name in trained if REWARDS[name].differentiable is False]
-    if method.needs_reward_gradient and blocked:
-        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
+    if method.needs_reward_gradient:
+        _check_gradients(config)
+    if method.compares_samples and config.method.samples_per_prompt < 2:
         raise ValueError(
-            f"reward {blocked[0]} is not differentiable and {config.method.method} needs its gradient: use "
-            f"one of {', '.join(usable)}"
+            f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more and "
+            "--train_batch_size to a multiple of it on each process"
         )
+
+
+def _check_gradients(config: Config) -> None:
+    # A learned reward is differentiable in every mode but the official one; the others say it on the class.
+    trained = config.method.rewards
+    needs = f"is not differentiable and {config.method.method} needs its gradient: use"
+    blocked = [reward.name for reward in trained if REWARDS[reward.name].differentiable is False]
+    if blocked:
+        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
+        raise ValueError(f"reward {blocked[0]} {needs} one of {', '.join(usable)}")
+    official = [reward.name for reward in trained if reward.mode == "official"]
+    if official:
+        raise ValueError(f"reward {official[0]} in mode official {needs} mode differentiable or rounded")
 
 
 def _prompts(config: Config) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ and all leave together. So a checkpoint after SIGTERM is written by processes th
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
@@ -130,6 +130,11 @@ class Processes:
         self.agree()
         values = values.to(self.accelerator.device)
         return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
+
+    def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Numbers, of the same names on all processes, summed over them."""
+        sums = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        return dict(zip(numbers, sums.tolist(), strict=True))
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace the gradients of `parameters` by their sums; a missing one counts as 0."""

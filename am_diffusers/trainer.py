@@ -20,7 +20,7 @@ from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.checkpoint import CheckpointError
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, Examples
-from am_diffusers.metrics import MetricsLog
+from am_diffusers.metrics import MetricsLog, add_to
 from am_diffusers.out_of_memory import phase
 from am_diffusers.processes import Processes, share
 from am_diffusers.prompts import prompt_rows
@@ -151,7 +151,7 @@ class Trainer:
         try:
             with self.processes.together():
                 collected = self._collect()
-                metrics = {"loss": self._backward(collected.examples), **collected.metrics}
+                metrics = {**self._backward(collected.examples), **collected.metrics}
                 metrics["grad_norm"] = self._gradient_norm()
                 metrics |= self.hooks.more()
         except Exception as error:
@@ -224,20 +224,20 @@ class Trainer:
             logger.warning("iteration %d: %s", iteration, text)
         return collected
 
-    def _backward(self, examples: Examples) -> float:
-        """Gradients of this process's rows; the loss over all processes."""
+    def _backward(self, examples: Examples) -> dict[str, float]:
+        """Gradients of this process's rows; the loss and its other numbers over all processes."""
         self.state.optimizer.zero_grad()
         scaled = ScaledBackward(list(self.state.parameters.values()))
-        total = torch.zeros((), device=self.processes.accelerator.device, dtype=torch.float64)
+        totals: dict[str, float] = {}
         for example in examples.split(self.options.loss_micro_batch_size):
             with phase("loss", len(example)):
-                loss, _ = self.method.loss(example)
+                loss, numbers = self.method.loss(example)
                 if not loss.isfinite():
                     raise NonFiniteError(f"loss is {loss.item()} for {example.describe()}")
                 scaled.backward(loss, example.weight)
-            total += loss.detach()
+            add_to(totals, {"loss": loss.item(), **numbers})
         scaled.finish()
-        return self.processes.sum(total).item()
+        return self.processes.sum_numbers(totals)
 
     def _gradient_norm(self) -> float:
         """Sum gradients over processes and clip them; the norm before clipping."""

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.build.training import raw_rewards
 from am_diffusers.checkpoint import CheckpointError, DiskFullError
 from am_diffusers.processes import (
     Interrupted,
@@ -20,6 +21,7 @@ from am_diffusers.processes import (
     StopSignal,
     is_secondhand,
 )
+from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
 from am_diffusers.saver import Saver
 
 
@@ -207,3 +209,17 @@ def test_an_impatient_person_is_obeyed():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.number == signal.SIGTERM
+
+
+def test_numbers_are_summed_by_name():
+    numbers = [{"loss": 1.5, "clipped": 0.25}, {"loss": -4.0, "clipped": 0.5}]
+    assert (
+        run_both(lambda processes: processes.sum_numbers(numbers[processes.index]))
+        == [{"loss": -2.5, "clipped": 0.75}] * 2
+    )
+
+
+def test_an_iteration_without_pictures_logs_no_rewards():
+    """Methods that train several times on the same pictures score them once."""
+    reward = WeightedRewards([Brightness()], [RewardScale()])
+    assert run_both(lambda processes: raw_rewards(reward, processes)) == [{}, {}]

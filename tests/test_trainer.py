@@ -108,6 +108,13 @@ def test_micro_batches_do_not_change_the_losses(tmp_path, size):
         split.state.progress.iteration += 1
 
 
+def test_numbers_of_the_loss_are_summed_over_micro_batches(tmp_path):
+    trainer, method, _ = make_trainer(tmp_path, loss_micro_batch_size=3)
+    own = method.loss
+    method.loss = lambda example: (own(example)[0], {"rows": float(len(example))})
+    assert trainer.iterate()["rows"] == 8
+
+
 def test_prompts_and_noise_are_functions_of_seed_and_iteration(tmp_path):
     trainer, method, _ = make_trainer(tmp_path)
     trainer.train()

@@ -9,6 +9,7 @@ from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.evaluation import Evaluation
 from am_diffusers.hub import HubTarget, check_hub, upload
+from am_diffusers.methods import METHODS
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
@@ -77,6 +78,8 @@ def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
 def _law(config: Config) -> str:
     optimizer, scale = config.optimizer, config.method.reward_scale
     size = f"{optimizer.max_train_steps} iterations of {optimizer.train_batch_size} pictures"
+    if not METHODS[config.method.method].aims_at_tilt:
+        return f"{size} of {config.method.method}, which raises the reward towards no law of its own."
     if config.terminal.divergence == "kl":
         return f"{size} towards `p_base(picture) * exp({scale:g} * reward(picture))`."
     return f"{size}, divergence {config.terminal.divergence} from the base, reward scale {scale:g}."

@@ -7,6 +7,7 @@ Config objects stop at `build/`; nothing below it knows them.
 
 from dataclasses import dataclass
 
+from am_diffusers.config.baselines import BaselinesConfig
 from am_diffusers.config.buffer import BufferConfig
 from am_diffusers.config.checkpoint import CheckpointConfig
 from am_diffusers.config.deterministic_adjoint_matching import DeterministicConfig
@@ -19,6 +20,7 @@ from am_diffusers.config.rewards import RewardConfig, TerminalConfig
 from am_diffusers.config.run import RunConfig
 
 __all__ = [
+    "BaselinesConfig",
     "BufferConfig",
     "CheckpointConfig",
     "Config",
@@ -48,6 +50,7 @@ class Config:
     buffer: BufferConfig
     efficient: EfficientConfig
     deterministic: DeterministicConfig
+    baselines: BaselinesConfig
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig

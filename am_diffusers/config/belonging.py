@@ -10,7 +10,10 @@ BUFFERED = ("buffered_adjoint_matching",)
 DETERMINISTIC = ("deterministic_adjoint_matching",)
 EFFICIENT = ("efficient_adjoint_matching",)
 STOCHASTIC = ADJOINT_MATCHING + BUFFERED
-TERMINAL = STOCHASTIC + DETERMINISTIC + EFFICIENT
+ADJOINTS = STOCHASTIC + DETERMINISTIC + EFFICIENT
+"""Adjoint Matching and its relatives."""
+END_POINTS = ("draft", "ram", "refl")
+GRPO = ("flow_grpo",)
 
 
 def field_names(section: type) -> list[str]:
@@ -19,26 +22,35 @@ def field_names(section: type) -> list[str]:
 
 
 READ_BY: dict[str, tuple[str, ...]] = {
-    "transitions": STOCHASTIC,
+    "transitions": STOCHASTIC + GRPO,
     "pairing": STOCHASTIC,
     "adjoint": STOCHASTIC,
-    "num_inference_steps": STOCHASTIC + DETERMINISTIC,
-    "loss_steps": STOCHASTIC,
+    "num_inference_steps": STOCHASTIC + DETERMINISTIC + END_POINTS + GRPO,
+    "loss_steps": STOCHASTIC + GRPO,
     "step_selection": STOCHASTIC,
     "guidance_mode": STOCHASTIC,
     "mask_quantile": STOCHASTIC + DETERMINISTIC,
-    "sigma_jitter": STOCHASTIC + DETERMINISTIC,
+    "sigma_jitter": STOCHASTIC + DETERMINISTIC + GRPO,
+    "offload_trajectories": ADJOINTS,
     **dict.fromkeys(field_names(BufferConfig), BUFFERED),
     **dict.fromkeys(field_names(DeterministicConfig), DETERMINISTIC),
     **dict.fromkeys(field_names(EfficientConfig), EFFICIENT),
-    "divergence": TERMINAL,
-    "divergence_q": TERMINAL,
-    "divergence_samples": TERMINAL,
-    "divergence_prompts": TERMINAL,
-    "divergence_max_slope": TERMINAL,
-    "reward_smoothing_std": TERMINAL,
-    "reward_smoothing_samples": TERMINAL,
-    "reward_clip_quantile": TERMINAL,
+    "rollout_sampler": END_POINTS,
+    "advantages": ("ram", *GRPO),
+    "ram_noises": ("ram",),
+    "draft_steps": ("draft",),
+    "refl_last_steps": ("refl",),
+    "grpo_passes": GRPO,
+    "grpo_clip_range": GRPO,
+    "grpo_kl_weight": GRPO,
+    "divergence": ADJOINTS,
+    "divergence_q": ADJOINTS,
+    "divergence_samples": ADJOINTS,
+    "divergence_prompts": ADJOINTS,
+    "divergence_max_slope": ADJOINTS,
+    "reward_smoothing_std": ADJOINTS,
+    "reward_smoothing_samples": ADJOINTS,
+    "reward_clip_quantile": ADJOINTS,
 }
 """Names of fields of the sections and the methods that read them; those not named here: all methods."""
 

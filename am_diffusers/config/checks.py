@@ -3,6 +3,7 @@
 import dataclasses
 
 from am_diffusers.config import (
+    BaselinesConfig,
     CheckpointConfig,
     Config,
     DeterministicConfig,
@@ -14,6 +15,7 @@ from am_diffusers.config import (
     RunConfig,
     TerminalConfig,
 )
+from am_diffusers.config.belonging import END_POINTS, GRPO
 from am_diffusers.config.optimizer import MicroBatch
 
 Check = tuple[object, str, str]
@@ -30,6 +32,7 @@ def check_values(config: Config) -> None:
         *_run(config.run),
         *_model(config.model),
         *_method(config.method),
+        *_baselines(config.baselines, config.method.num_inference_steps),
         *_terminal(config.terminal),
         *_buffer(config),
         *_efficient(config.efficient),
@@ -38,6 +41,7 @@ def check_values(config: Config) -> None:
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
         *_sharding(config),
+        *_auto(config),
     ]
     values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
     wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
@@ -93,6 +97,18 @@ def _method(c: MethodConfig) -> list[Check]:
             "in (0, 1), or null to keep every row",
         ),
         (0 <= c.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
+    ]
+
+
+def _baselines(c: BaselinesConfig, steps: int) -> list[Check]:
+    last = c.refl_last_steps
+    return [
+        (c.ram_noises >= 1, "ram_noises", "at least 1"),
+        (1 <= c.draft_steps <= steps, "draft_steps", "from 1 to num_inference_steps"),
+        (last is None or 1 <= last <= steps, "refl_last_steps", "from 1 to num_inference_steps, or null"),
+        (c.grpo_passes >= 1, "grpo_passes", "at least 1"),
+        (0 < c.grpo_clip_range < 1, "grpo_clip_range", "in (0, 1)"),
+        (c.grpo_kl_weight >= 0, "grpo_kl_weight", "0 or positive"),
     ]
 
 
@@ -198,14 +214,23 @@ def _checkpoint(c: CheckpointConfig) -> list[Check]:
     ]
 
 
+SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
+
+
+def _auto(c: Config) -> list[Check]:
+    # What is tried are passes of Adjoint Matching; its relatives hold no more than those.
+    tried = c.method.method not in END_POINTS + GRPO
+    rule = f"a number: auto tries the passes of adjoint_matching, not those of {c.method.method}"
+    return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
+
+
 def _sharding(c: Config) -> list[Check]:
     # A size that is tried and doesn't fit would leave the other processes waiting for their weights.
-    sizes = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
     return [
         (
             not c.model.shard_weights or getattr(c.optimizer, name) != "auto",
             name,
             "a number with shard_weights",
         )
-        for name in sizes
+        for name in SIZES
     ]

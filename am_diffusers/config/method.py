@@ -23,7 +23,7 @@ class MethodConfig:
         loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1.
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
-            that follows each step's residual).
+            that follows each step's residual); flow_grpo draws all of them alike.
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.

@@ -18,7 +18,8 @@ class RewardConfig:
         std: their standard deviation; the weight then counts base standard deviations.
         mixed_precision: dtype of its towers (no = float32); scores are computed from features in float32.
         mode: how it is trained: differentiable, or rounded to 8 bits as the published path rounds, with
-            straight-through gradients; evaluation always takes the published path.
+            straight-through gradients, or official, the published path itself, for methods that need no
+            gradient; evaluation always takes the published path.
         batch_size: pictures a pass; null = reward_micro_batch_size.
         device: where it runs, e.g. cuda:1; null = the process's own device.
     """
@@ -31,7 +32,7 @@ class RewardConfig:
     mean: float = 0.0
     std: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
-    mode: Literal["differentiable", "rounded"] = "differentiable"
+    mode: Literal["differentiable", "rounded", "official"] = "differentiable"
     batch_size: int | None = None
     device: str | None = None
 

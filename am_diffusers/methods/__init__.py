@@ -4,11 +4,19 @@ from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Method
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 from am_diffusers.methods.deterministic_adjoint_matching import DeterministicAdjointMatching
+from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching
+from am_diffusers.methods.flow_grpo import FlowGRPO
+from am_diffusers.methods.ram import RAM
+from am_diffusers.methods.refl import ReFL
 
 METHODS: dict[str, type[Method]] = {
     "adjoint_matching": AdjointMatching,
     "buffered_adjoint_matching": BufferedAdjointMatching,
     "deterministic_adjoint_matching": DeterministicAdjointMatching,
+    "draft": DRaFT,
     "efficient_adjoint_matching": EfficientAdjointMatching,
+    "flow_grpo": FlowGRPO,
+    "ram": RAM,
+    "refl": ReFL,
 }

@@ -11,7 +11,7 @@ is taken in `collect`. The trainer undoes any averaging over ranks that its wrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Collected(Generic[E]):
 
     Attributes:
         examples: rows to train on; every rank has the same number.
-        rewards: rewards of this rank's samples, (B,); empty without a rollout.
+        rewards: rewards of this rank's samples, (B,); (0,) without a rollout, or if only the loss ends it.
         metrics: numbers to log, already over all ranks; those of rollouts are left out where there was none.
         warnings: what a user should know now, the same on all ranks.
     """
@@ -71,9 +71,14 @@ class Method(ABC, Generic[E]):
 
     Attributes:
         needs_reward_gradient: whether the reward must be differentiable.
+        compares_samples: whether rewards of several samples of a prompt are compared, so that
+            `samples_per_prompt` must be at least 2.
+        aims_at_tilt: whether it aims at p_base * exp(reward_scale * reward), if only nearly.
     """
 
-    needs_reward_gradient: bool
+    needs_reward_gradient: ClassVar[bool]
+    compares_samples: ClassVar[bool] = False
+    aims_at_tilt: ClassVar[bool] = True
 
     @abstractmethod
     def collect(
@@ -90,7 +95,7 @@ class Method(ABC, Generic[E]):
 
     @abstractmethod
     def loss(self, example: E) -> tuple[Tensor, dict[str, float]]:
-        """Loss of some rows, differentiable in the policy's parameters, and numbers to log."""
+        """Loss of some rows, differentiable in the policy's parameters, and numbers to log: sums as well."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

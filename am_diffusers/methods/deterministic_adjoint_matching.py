@@ -127,6 +127,7 @@ class DeterministicAdjointMatching(Method[MatchingBatch]):
     """
 
     needs_reward_gradient = True
+    aims_at_tilt = False
 
     def __init__(
         self,

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from am_diffusers.build.methods.adjoint_matching import adjoint_matching
 from am_diffusers.build.methods.buffered_adjoint_matching import buffered_adjoint_matching
 from am_diffusers.build.methods.deterministic_adjoint_matching import deterministic_adjoint_matching
+from am_diffusers.build.methods.draft import draft, refl
 from am_diffusers.build.methods.efficient_adjoint_matching import efficient_adjoint_matching
+from am_diffusers.build.methods.flow_grpo import flow_grpo
+from am_diffusers.build.methods.ram import ram
 from am_diffusers.methods import Method
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
@@ -16,5 +19,9 @@ METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
     "buffered_adjoint_matching": buffered_adjoint_matching,
     "deterministic_adjoint_matching": deterministic_adjoint_matching,
+    "draft": draft,
     "efficient_adjoint_matching": efficient_adjoint_matching,
+    "flow_grpo": flow_grpo,
+    "ram": ram,
+    "refl": refl,
 }

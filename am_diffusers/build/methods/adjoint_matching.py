@@ -1,32 +1,30 @@
 """Config to Adjoint Matching."""
 
-import torch
-
-from am_diffusers.build.methods.parts import gradient_options, make_fields, make_tilt, reward_of_latents
+from am_diffusers.build.methods.parts import (
+    gradient_options,
+    make_fields,
+    make_tilt,
+    reward_of_latents,
+    stochastic_table,
+)
 from am_diffusers.load import latent_spec, micro_batch
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
-from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 
 
 def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> AdjointMatching:
     """Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
     options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
-
-    def jittered(shared: torch.Generator) -> Transitions:
-        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
-
     fields = make_fields(config, model)
     return AdjointMatching(
         fields.policy,
         fields.base,
         reward_of_latents(model, reward),
-        jittered if options.sigma_jitter else table(sigmas),
+        stochastic_table(config, model),
         latents=latent_spec(config, model),
         settings=AdjointMatchingSettings(
             reward_scale=options.reward_scale,

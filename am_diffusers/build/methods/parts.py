@@ -1,20 +1,23 @@
 """What several methods are built with: rewards of latents, their gradients, the law aimed at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
 from am_diffusers.load import guided, make_sampler, micro_batch
+from am_diffusers.methods.values import Advantages
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
 from am_diffusers.terminal import GradientOptions, RewardOfLatents
+from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import VelocityField
 
 
@@ -47,6 +50,30 @@ def make_fields(config: Config, model: SD3) -> Fields:
     if config.method.guidance_mode == "everywhere":
         return Fields(guided(model.policy, scale), guided(model.base, scale), None)
     return Fields(model.policy, model.base, None if scale == 1 else guided(model.policy, scale))
+
+
+def stochastic_table(config: Config, model: SD3) -> Transitions | Callable[[torch.Generator], Transitions]:
+    """The table of a stochastic rollout, or a function of the shared generator that jitters its grid."""
+    options = config.method
+    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
+
+    def jittered(shared: torch.Generator) -> Transitions:
+        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
+
+    return jittered if options.sigma_jitter else table(sigmas)
+
+
+def end_point_table(config: Config, model: SD3) -> Transitions:
+    """What pictures are made with where any sampler will do."""
+    steps, name = config.method.num_inference_steps, config.baselines.rollout_sampler
+    sigmas = model.ode_sigmas(steps) if name == "ode_euler" else model.sde_sigmas(steps)
+    return TRANSITIONS[name](sigmas)
+
+
+def advantages(config: Config) -> Advantages:
+    """How rewards of a prompt's samples are compared."""
+    method = config.method
+    return Advantages(method.reward_scale, method.samples_per_prompt, config.baselines.advantages)
 
 
 def gradient_options(config: Config) -> GradientOptions:
