@@ -40,12 +40,12 @@ def divergence_of(values: Tensor, x: Tensor) -> Tensor:
 
 
 def memoryless(sigma: Tensor) -> Tensor:
-    """eta of the memoryless schedule."""
+    """The memoryless schedule of eta."""
     return sigma / (1 - sigma)
 
 
 def drift(law: Mixture, eta: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
-    """-velocity + eta * score: the drift in t of the SDE with noise sqrt(2 eta) that samples `law`, (B, D)."""
+    """-velocity + eta * score: drift in t of the SDE with noise sqrt(2 eta) that samples `law`, (B, D)."""
     s, velocity = sigma[:, None], law.velocity(x, sigma)
     return -velocity - eta(s) * (x + (1 - s) * velocity) / s
 

@@ -23,7 +23,7 @@ def close(got: Tensor, expected: Tensor, atol: float) -> None:
 
 
 def posterior_logits(x: Tensor, sigma: Tensor) -> Tensor:
-    """Log of the joint density of the clean point CLEAN[j] of LINE and the state x_i, up to x_i, (B, 4001)."""
+    """Log density of the picture CLEAN[j] of LINE and the state x_i, up to a number a row, (B, 4001)."""
     distance = (x - (1 - sigma[:, None]) * CLEAN) / sigma[:, None]
     return LINE.log_density(CLEAN[:, None], 0.0) - 0.5 * distance.square()
 
@@ -104,7 +104,7 @@ def test_the_value_function_is_the_log_ratio_of_the_noisy_laws():
 
 
 def hjb_residual(law: Mixture, value, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """d_t V + b . grad V + eta laplacian V - eta |grad V|^2 under the memoryless drift b, and its terms' size."""
+    """d_t V + b . grad V + eta laplacian V - eta |grad V|^2, b the memoryless drift, and its terms' size."""
     gradient, laplacian, by_t = derivatives(value, x, sigma)
     eta, b = memoryless(sigma), drift(law, memoryless, x, sigma)
     terms = [by_t, (b * gradient).sum(1), eta * laplacian, -eta * gradient.square().sum(1)]
@@ -175,7 +175,7 @@ def test_the_gradient_of_the_value_solves_the_equation_of_the_lean_adjoint():
 
 
 def test_the_path_kl_of_the_optimal_control_is_the_kl_of_the_tilt():
-    """Integral over t of (t/s) E*|velocity* - velocity|^2 = KL(p* | p): the path costs no more than its end."""
+    """Integral over t of (t/s) E*|velocity* - velocity|^2 = KL(p* | p): no more than the end costs."""
     tilted = LINE.tilted(float64(0.8), 0.6)
     grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
     nodes, weights = np.polynomial.legendre.leggauss(60)
@@ -217,15 +217,17 @@ def continuity_residual(velocity, log_density, x: Tensor, sigma: Tensor) -> Tens
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_guided_velocity_is_the_flow_of_no_guided_law(guidance_scale):
-    """Its score is that of p^w p_neg^(1-w), whose noisy laws the guided ODE and SDE don't have, unless w = 1."""
+    """Its score is that of p^w p_neg^(1-w) at each noise level, laws the guided ODE has only if w = 1."""
     law = Mixture(float64(1.0), float64(1.0)[:, None], float64(0.3))
     negative = Mixture(float64(1.0), float64(0.0)[:, None], float64(1.0))
     rows = torch.ones(len(SIGMAS), 1, dtype=torch.float64)
-    cond = Conditioning(tuple("x" * len(SIGMAS)), pooled=rows, negative_embeddings=rows, negative_pooled=-rows)
-    field = CallableField(
-        lambda x, sigma, cond: torch.where(cond.pooled > 0, law.velocity(x, sigma), negative.velocity(x, sigma))
-    )
-    guided = GuidedField(field, guidance_scale)
+    prompts = tuple("x" * len(SIGMAS))
+    cond = Conditioning(prompts, pooled=rows, negative_embeddings=rows, negative_pooled=-rows)
+
+    def either(x, sigma, cond):
+        return torch.where(cond.pooled > 0, law.velocity(x, sigma), negative.velocity(x, sigma))
+
+    guided = GuidedField(CallableField(either), guidance_scale)
 
     def log_density(x, sigma):
         """Of p^w p_neg^(1-w), normalised: of Gaussians with the precision and mean that w mixes."""

@@ -34,9 +34,7 @@ def close(got: Tensor, expected: Tensor, atol: float) -> None:
 def with_memory(sigmas: Tensor, strength: float) -> Transitions:
     """Euler steps of the SDE with eta = strength * sigma, which forgets a part of its start only."""
     s, t, h = sigmas[:-1], 1 - sigmas[:-1], -sigmas.diff()
-    table = Transitions(
-        sigmas, 1 - strength * h, -h * (1 + strength * t), (2 * strength * s * h).sqrt()
-    )
+    table = Transitions(sigmas, 1 - strength * h, -h * (1 + strength * t), (2 * strength * s * h).sqrt())
     for coefficients, last in ((table.x_coef, 1.0), (table.v_coef, -sigmas[-2]), (table.std, 0.0)):
         coefficients[-1] = last
     return table
@@ -108,15 +106,15 @@ def test_lean_and_full_adjoint_have_one_mean_at_the_optimum_and_only_there(build
 
 @pytest.mark.parametrize("build", STOCHASTIC)
 def test_the_optimum_of_a_quadratic_reward_is_stationary_for_the_chains_own_cost(build):
-    """Path KL plus -reward, differentiated in every coefficient of affine controls: the exact moments' gradient."""
+    """Exact path KL minus reward, differentiated in the coefficients of affine controls of all steps."""
     table, curvature, best = build(uniform_sigmas(8)), 2.5, 1.1
 
     def cost(lines: Tensor) -> Tensor:
-        mean, second, total = torch.full((3,), 0.6, dtype=torch.float64).unbind()
-        second = second * 0 + 0.36  # from the start x_0 = .6
+        mean, second, total = float64(0.6, 0.36, 0.0).unbind()  # of x_k and x_k^2, from x_0 = .6
         for k in range(7):
             (slope, intercept), (a, b), v = mean_step(table, k), lines[k], table.v_coef[k]
-            total = total * (k > 0) + (v / table.std[k]) ** 2 / 2 * (a * a * second + 2 * a * b * mean + b * b)
+            weight = 0.5 * (v / table.std[k]) ** 2
+            total = total + weight * (a * a * second + 2 * a * b * mean + b * b)
             f, e = slope + v * a, intercept + v * b
             mean, second = f * mean + e, f * f * second + 2 * f * e * mean + e * e + table.std[k] ** 2
         slope, intercept = mean_step(table, 7)
@@ -147,8 +145,9 @@ def test_the_path_kl_of_a_chain_is_the_kl_of_its_trajectories(build):
         for k in range(5):
             slope, intercept = affine(field, table.sigmas[k].item())
             x_coef, v_coef = table.x_coef[k], table.v_coef[k]
-            mean, root = (x_coef + v_coef * slope) * mean + v_coef * intercept, (x_coef + v_coef * slope) * root
-            root = root + table.std[k] * torch.eye(5, dtype=torch.float64)[k]
+            factor = x_coef + v_coef * slope
+            mean = factor * mean + v_coef * intercept
+            root = factor * root + table.std[k] * torch.eye(5, dtype=torch.float64)[k]
             means, rows = [*means, mean], [*rows, root]
         return MultivariateNormal(torch.cat(means), scale_tril=torch.cat(rows))
 
@@ -166,7 +165,7 @@ def test_the_path_kl_of_a_chain_is_the_kl_of_its_trajectories(build):
 
 @pytest.mark.parametrize("build", STOCHASTIC)
 def test_the_path_kl_of_a_chain_tends_to_girsanovs_integral(build):
-    """Integral of |u|^2 / 2 over t with u = -(velocity_policy - velocity_base) sqrt(2 t / s), at first order."""
+    """Integral of |u|^2 / 2 over t, u = -(velocity_policy - velocity_base) sqrt(2 t / s): first order."""
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
 
     def shift(s):
@@ -256,15 +255,16 @@ def test_the_optimum_with_memory_is_the_biased_law_and_without_it_the_tilt():
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_memory_weakens_a_linear_reward_by_the_square_of_the_correlation(strength):
-    """N(0, 1), eta = strength * sigma: corr(start, end) = exp(-strength pi / 4), shift = (1 - corr^2) slope."""
+    """On N(0, 1), eta = strength * sigma: corr = exp(-strength pi / 4), shift = (1 - corr^2) slope."""
     law, slope, errors = gaussian(0.0, 1.0), 0.9, []
     correlation = math.exp(-strength * math.pi / 4)
     for num_steps in (200, 400):
         table = with_memory(uniform_sigmas(num_steps), strength)
         assert chain_moments(table, law)[0] == pytest.approx(correlation, rel=5 / num_steps)
         mean, adjoint = 0.0, -slope
-        for k in range(num_steps - 1, -1, -1):  # the adjoint is a number: the shift that a step makes at the end
-            factor = table.x_coef[k].item() + table.v_coef[k].item() * affine(law.field(), table.sigmas[k].item())[0]
+        for k in range(num_steps - 1, -1, -1):  # the adjoint doesn't depend on the state
+            slope_of_base, _ = affine(law.field(), table.sigmas[k].item())
+            factor = table.x_coef[k].item() + table.v_coef[k].item() * slope_of_base
             if table.std[k] > 0:
                 right = float64(adjoint)[:, None]
                 zero = torch.zeros_like(right)
@@ -278,8 +278,9 @@ def test_memory_weakens_a_linear_reward_by_the_square_of_the_correlation(strengt
 
 @pytest.mark.parametrize("theta", [0.5, 1.0, 2.0])
 def test_other_samplers_need_the_memoryless_schedule_itself(theta):
-    """N(0, .3), reward slope * x, eta = theta s/t: ends are independent for every theta > 0, so that the
-    SDE's mean is the tilt's; that of the ODE with the same velocity is only for theta = 1.
+    """Ends are independent for eta = theta s/t, every theta > 0, so that the SDE's mean is the tilt's.
+
+    That of the ODE with the same velocity is only for theta = 1. Pictures N(0, .3), reward slope * x.
     """
     variance, slope = 0.3, 0.9
 

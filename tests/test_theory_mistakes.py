@@ -44,7 +44,7 @@ def test_fokker_planck_with_plus_one_half_does_not_hold(factor, right):
     ],
 )
 def test_a_linear_drift_plus_score_is_not_enough_to_be_memoryless(rate, noise, forgets):
-    """Reversals of dx = -rate x ds + sqrt(noise) dW on N(0, .3) data, all of the form "linear + noise * score".
+    """Reversals of dx = -rate x ds + sqrt(noise) dW on N(0, .3) data, all "linear + noise * score".
 
     Their ends are correlated by the gain exp(-integral of rate), which is 0 only if that diverges.
     """
@@ -81,10 +81,9 @@ def test_a_terminal_adjoint_with_plus_moves_pictures_to_lower_rewards(sign):
         base, adjoint = sweep.velocity_base[k], sweep.adjoints[k + 1]
         target = matching_target(table, k, velocity_base=base, adjoint_right=adjoint, adjoint_left=None)
         shifts[table.sigmas[k].item()] = target - base
-    policy = CallableField(
-        lambda x, sigma, cond: law.velocity(x, sigma) + shifts.get(sigma[0].item(), 0.0)
-    )
-    gain = sample(policy, table, cond, x, lambda k: still) - sample(law.field(), table, cond, x, lambda k: still)
+    policy = CallableField(lambda x, sigma, cond: law.velocity(x, sigma) + shifts.get(sigma[0].item(), 0.0))
+    tuned, base = (sample(field, table, cond, x, lambda k: still) for field in (policy, law.field()))
+    gain = tuned - base
     expected = torch.full_like(gain, -sign * slope * chain_moments(table, law)[1])
     torch.testing.assert_close(gain, expected, rtol=0, atol=1e-10)
     assert gain.abs().min() > 0.15
