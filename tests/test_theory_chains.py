@@ -105,9 +105,20 @@ def test_lean_and_full_adjoint_have_one_mean_at_the_optimum_and_only_there(build
 
 
 @pytest.mark.parametrize("build", STOCHASTIC)
-def test_the_optimum_of_a_quadratic_reward_is_stationary_for_the_chains_own_cost(build):
-    """Exact path KL minus reward, differentiated in the coefficients of affine controls of all steps."""
+def test_the_fixed_point_of_the_regression_is_stationary_for_the_chains_own_cost(build):
+    """Exact path KL minus reward, differentiated in the coefficients of affine controls of all steps.
+
+    That `optimum` is the fixed point: its velocities are the targets' means, those of noiseless trajectories.
+    """
     table, curvature, best = build(uniform_sigmas(8)), 2.5, 1.1
+    policy = steered(optimum(table, curvature, best), table)
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    trajectory = rollout(policy, table, unconditional(5), x, lambda k: torch.zeros_like(x))
+    sweep = lean_adjoint(LAW.field(), trajectory, lambda final: curvature * (final - best))
+    for k in range(7):
+        right, base = sweep.adjoints[k + 1], sweep.velocity_base[k]
+        target = matching_target(table, k, velocity_base=base, adjoint_right=right, adjoint_left=None)
+        close(target, trajectory.velocities[k], 1e-12)
 
     def cost(lines: Tensor) -> Tensor:
         mean, second, total = float64(0.6, 0.36, 0.0).unbind()  # of x_k and x_k^2, from x_0 = .6
