@@ -18,11 +18,15 @@ from am_diffusers.panel import COLOURS, GREY
 from evaluating.svg import legend_above, panel, styled, to_svg, whiskers
 from evaluating.wording import plain
 
-WIDTH, HEIGHT = 4.6, 3.1
+WIDTH, HEIGHT = 4.6, 2.85
+# What fits in a row of a legend.
+LEGEND_LETTERS = 44
 BASE_FILL = "#b9b9b9"
 MAX_BINS = 30
 ROW = 0.27
 MARKERS = "oDs^vPX*"
+# Where a number can stand, seen from its marker, in points of 1/72 inch.
+AROUND = 12 * np.array([(0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (1, 0), (0, -1), (-1, 0)])
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Point:
 
     Attributes:
         number: of the candidate in the report's table.
-        family: candidates that differ in the strength of the LoRA only; joined by a line in the order given.
+        family: its LoRA; points of one are joined by a line in the order given.
         cost: diversity kept (1 = the base's) or path KL (nats).
         gain: in base standard deviations.
     """
@@ -73,7 +77,7 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         axes.set(xlabel=f"{reward} score", ylabel="pictures")
         axes.set_ylim(top=1.05 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        legend_above(axes)
+        legend_above(figure)
         return to_svg(figure, f"{reward}: how many pictures got which score, base and tuned")
 
 
@@ -112,12 +116,13 @@ def _readable_limits(gains: Sequence[Estimate]) -> tuple[float, float]:
     return min(seen) - margin, max(seen) + margin
 
 
-def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
+def gain_against_diversity(reward: str, base: str, points: Sequence[Point]) -> str:
     """Gain against diversity kept, with the base and the front that no candidate beats in both.
 
     Args:
         reward: its name.
-        points: of the tuned candidates.
+        base: label of the base that the gains and diversities are relative to.
+        points: of the candidates compared with it.
 
     Returns:
         An `<svg>` element.
@@ -125,27 +130,33 @@ def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
     with styled():
         figure, axes = panel(WIDTH, HEIGHT)
         _front(axes, points)
-        _cost_points(axes, [_in_percent(point) for point in points], origin=100)
+        shown = [_in_percent(point) for point in points]
+        _cost_points(axes, shown, origin=100, base=base)
+        _number(axes, shown, origin=100)
         axes.set(xlabel="diversity kept (% of the base's)", ylabel=f"gain in {reward} (base sd)")
-        return to_svg(figure, f"{reward}: gain against diversity kept")
+        legend_above(figure)
+        return to_svg(figure, f"{reward}: gain over {base} against diversity kept")
 
 
-def gain_against_path_kl(reward: str, points: Sequence[Point]) -> str:
+def gain_against_path_kl(reward: str, base: str, points: Sequence[Point]) -> str:
     """Gain against path KL, the base at (0, 0).
 
     Args:
         reward: its name.
-        points: of the tuned candidates with a path KL.
+        base: label of the base, whose sampler is that of all the points.
+        points: of the candidates compared with it that have a path KL.
 
     Returns:
         An `<svg>` element.
     """
     with styled():
         figure, axes = panel(WIDTH, HEIGHT)
-        _cost_points(axes, points, origin=0)
+        _cost_points(axes, points, origin=0, base=base)
         axes.set(xlabel="path KL from the base (nats)", ylabel=f"gain in {reward} (base sd)")
         axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
-        return to_svg(figure, f"{reward}: gain against path KL")
+        _number(axes, points, origin=0)
+        legend_above(figure)
+        return to_svg(figure, f"{reward}: gain over {base} against path KL")
 
 
 def shorten(text: str, limit: int = 26) -> str:
@@ -174,10 +185,10 @@ def _in_percent(point: Point) -> Point:
     return replace(point, cost=point.cost.scaled(100))
 
 
-def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
+def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: str) -> None:
     """Every candidate with both intervals and its number, and the base at (`origin`, 0)."""
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label="base", zorder=3)
+    axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label=base, zorder=3)
     families = list(dict.fromkeys(point.family for point in points))
     for place, family in enumerate(families):
         members = [point for point in points if point.family == family]
@@ -192,14 +203,30 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
             color=colour,
             ecolor=to_rgba(colour, 0.45),
             linewidth=1.2,
-            label=shorten(family),
+            label=shorten(family, LEGEND_LETTERS),
         )
-        for point in members if len(points) > 1 else ():
-            where = (point.cost.value, point.gain.value)
-            paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
-            axes.annotate(
-                f"{point.number}", where, (6, 6), textcoords="offset points", weight="bold", bbox=paper
-            )
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    legend_above(axes)
+
+
+def _number(axes: Axes, points: Sequence[Point], *, origin: float) -> None:
+    """Each candidate's number beside its marker, where markers and other numbers leave most room."""
+    places = [(point.cost.value, point.gain.value) for point in points]
+    # In points of 1/72 inch, as sizes of letters are.
+    inches = axes.transData.transform([*places, (origin, 0)]) / axes.get_figure(root=True).dpi
+    taken = list(72 * inches)
+    for point, place, marker in zip(points, places, taken[: len(points)], strict=True):
+        others = np.array([each for each in taken if each is not marker])
+        rooms = [np.hypot(*(others - marker - step).T).min() for step in AROUND]
+        step = AROUND[int(np.argmax(rooms))]
+        taken.append(marker + step)
+        axes.annotate(
+            f"{point.number}",
+            place,
+            step,
+            textcoords="offset points",
+            weight="bold",
+            ha="center",
+            va="center",
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
+        )

@@ -172,7 +172,7 @@ def _win_cell(row: Row, reward: str) -> Cell:
 
 
 def to_rows(evaluations: Sequence[Evaluated]) -> list[dict[str, object]]:
-    """The rows of comparison.csv of all evaluations, with the evaluation and the number of its table in front."""
+    """The rows of comparison.csv of all evaluations, behind the evaluation and the number of its table."""
     return [
         {"evaluation": each.name, "table": place} | row
         for place, members in enumerate(group(evaluations), start=1)

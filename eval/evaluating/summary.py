@@ -20,6 +20,8 @@ from am_diffusers.redact import redact_values
 from evaluating.files import write_text
 
 SUMMARY_FILE = "summary.json"
+# The least p of the Wilcoxon test for P prompts is 2 / 2^P: of fewer, nothing can be below 0.05.
+FEWEST_PROMPTS = 6
 
 
 @dataclass(frozen=True)
