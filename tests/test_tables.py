@@ -66,6 +66,13 @@ def test_best_is_bold_and_a_significant_difference_is_marked(summary):
     assert not any(cell.significant for cell in column(table, "HPSv2"))
 
 
+@pytest.mark.parametrize(("number", "said"), [(5, True), (6, False)])
+def test_too_few_prompts_for_a_star_are_pointed_out(number, said):
+    table = comparison_table(summarise(make_results(num_prompts=number), resamples=99))
+    assert any("too few for a star" in note for note in table.notes) == said
+    assert any(cell.significant for cell in column(table, "PickScore")) != said
+
+
 def test_rows_are_named_by_what_tells_them_apart(summary):
     assert [row[0].text for row in comparison_table(summary).rows] == [
         "base",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from am_diffusers.comparison import Estimate
@@ -25,8 +26,12 @@ BASE_FILL = "#b9b9b9"
 MAX_BINS = 30
 ROW = 0.27
 MARKERS = "oDs^vPX*"
-# Where a number can stand, seen from its marker, in points of 1/72 inch.
-AROUND = 12 * np.array([(0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (1, 0), (0, -1), (-1, 0)])
+# Where a number can stand, seen from its marker, the nearer places first, and the room it needs; in points of
+# 1/72 inch, as letters are measured.
+AROUND = np.array(
+    [(r * x, r * y) for r in (8, 15, 22) for y in (1, -1, 0) for x in (1, -1, 0) if (x, y) != (0, 0)]
+)
+ROOM = 11
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,13 @@ class Point:
     """One tuned candidate in a plot of what a gain cost.
 
     Attributes:
-        number: of the candidate in the report's table.
+        number: of the candidate in the report's table; None if it is the only one.
         family: its LoRA; points of one are joined by a line in the order given.
         cost: diversity kept (1 = the base's) or path KL (nats).
         gain: in base standard deviations.
     """
 
-    number: int
+    number: int | None
     family: str
     cost: Estimate
     gain: Estimate
@@ -132,7 +137,7 @@ def gain_against_diversity(reward: str, base: str, points: Sequence[Point]) -> s
         _front(axes, points)
         shown = [_in_percent(point) for point in points]
         _cost_points(axes, shown, origin=100, base=base)
-        _number(axes, shown, origin=100)
+        _number(figure, axes, shown, origin=100)
         axes.set(xlabel="diversity kept (% of the base's)", ylabel=f"gain in {reward} (base sd)")
         legend_above(figure)
         return to_svg(figure, f"{reward}: gain over {base} against diversity kept")
@@ -154,7 +159,7 @@ def gain_against_path_kl(reward: str, base: str, points: Sequence[Point]) -> str
         _cost_points(axes, points, origin=0, base=base)
         axes.set(xlabel="path KL from the base (nats)", ylabel=f"gain in {reward} (base sd)")
         axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
-        _number(axes, points, origin=0)
+        _number(figure, axes, points, origin=0)
         legend_above(figure)
         return to_svg(figure, f"{reward}: gain over {base} against path KL")
 
@@ -209,16 +214,18 @@ def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: st
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
 
 
-def _number(axes: Axes, points: Sequence[Point], *, origin: float) -> None:
-    """Each candidate's number beside its marker, where markers and other numbers leave most room."""
+def _number(figure: Figure, axes: Axes, points: Sequence[Point], *, origin: float) -> None:
+    """Each candidate's number beside its marker, as near as markers and other numbers leave room."""
     places = [(point.cost.value, point.gain.value) for point in points]
-    # In points of 1/72 inch, as sizes of letters are.
-    inches = axes.transData.transform([*places, (origin, 0)]) / axes.get_figure(root=True).dpi
+    inches = axes.transData.transform([*places, (origin, 0)]) / figure.dpi
     taken = list(72 * inches)
     for point, place, marker in zip(points, places, taken[: len(points)], strict=True):
+        if point.number is None:
+            continue
         others = np.array([each for each in taken if each is not marker])
         rooms = [np.hypot(*(others - marker - step).T).min() for step in AROUND]
-        step = AROUND[int(np.argmax(rooms))]
+        # The first of those with enough, else the one with most.
+        step = AROUND[int(np.argmax(np.minimum(rooms, ROOM)))]
         taken.append(marker + step)
         axes.annotate(
             f"{point.number}",

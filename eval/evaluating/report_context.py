@@ -87,7 +87,7 @@ def _settings(results: Results) -> dict[str, str]:
         settings["reward models"] = ", ".join(weights)
     if len(results.tuned) > 1:
         return settings
-    (tuned,) = results.tuned
+    tuned = next(iter(results.tuned))
     return settings | {
         "LoRA": str(tuned.lora),
         "LoRA scale": f"{tuned.lora_scale:g}",

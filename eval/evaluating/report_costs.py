@@ -102,7 +102,8 @@ def _charts(
             continue
         rewards = bases.setdefault(finding.against.base, {})
         for reward, gain in finding.gains.items():
-            point = Point(finding.number, finding.candidate.name, cost, gain)
+            number = finding.number if len(findings) > 1 else None
+            point = Point(number, finding.candidate.name, cost, gain)
             rewards.setdefault(reward, []).append(point)
     return [
         [Markup(draw(reward, labels[base], found)) for reward, found in rewards.items()]
