@@ -217,6 +217,7 @@ def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: st
 def _number(figure: Figure, axes: Axes, points: Sequence[Point], *, origin: float) -> None:
     """Each candidate's number beside its marker, as near as markers and other numbers leave room."""
     places = [(point.cost.value, point.gain.value) for point in points]
+    axes.autoscale_view()  # matplotlib puts it off, and without it places are not where they will be
     inches = axes.transData.transform([*places, (origin, 0)]) / figure.dpi
     taken = list(72 * inches)
     for point, place, marker in zip(points, places, taken[: len(points)], strict=True):
