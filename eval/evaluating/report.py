@@ -44,7 +44,7 @@ def write_report(
     if not results.tuned:
         raise ValueError("report: expected a tuned candidate to compare, got bases only; evaluate a LoRA")
     embedded = embed_pictures(results, max_prompts, picture_side)
-    context = report_context(results, read_findings(results, summary), embedded)
+    context = report_context(results, summary, read_findings(results, summary), embedded)
     # A browser hashes a script with its line ends as \n, however git checked it out.
     script = "\n".join((HERE / "report.js").read_text("utf-8").splitlines())
     page = (
