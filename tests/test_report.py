@@ -529,3 +529,15 @@ def test_several_comparisons_are_said_not_to_be_corrected(tmp_path, scales, rewa
     text = words(report(replace(found, scores=scores), tmp_path / "report.html").read_text())
     assert (f"Not corrected for the {number} comparisons:" in text) == (number > 1)
     assert text.count("Not corrected") == (number > 1)
+
+
+def test_secrets_in_settings_notes_and_paths_are_redacted(tmp_path):
+    secret = "hf_" + "a" * 30
+    results = synthetic_results(tmp_path, ["a fox", "an owl"], candidates(scales=(0.5, 1.0)))
+    named = tuple(replace(each, lora=Path(secret)) if each.lora else each for each in results.candidates)
+    results = replace(
+        results, candidates=named, settings={**results.settings, "variant": secret}, notes=(f"see {secret}",)
+    )
+    page = write_report(results, summarise(results), tmp_path / "report.html").read_text("utf-8")
+    assert secret not in page
+    assert "see ***" in page

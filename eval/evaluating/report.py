@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from am_diffusers.redact import redact
 from evaluating import wording
 from evaluating.files import write_text
 from evaluating.findings import read_findings, verdict
@@ -78,5 +79,6 @@ def _environment() -> Environment:
         "digits": wording.digits,
         "p_value": wording.p_value,
         "verdict": verdict,
+        "redact": redact,  # paths may hold tokens
     }
     return environment
