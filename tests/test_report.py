@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,24 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
 
+from am_diffusers.comparison import Estimate, compare
 from evaluating import report_pictures
-from evaluating.figures import pareto_front
-from evaluating.findings import candidate_labels
+from evaluating.candidates import BASE, Candidate
+from evaluating.figures import (
+    HEIGHT,
+    WIDTH,
+    Point,
+    gain_against_diversity,
+    gain_against_path_kl,
+    pareto_front,
+)
+from evaluating.findings import candidate_labels, verdict
 from evaluating.report import write_report
 from evaluating.report_pictures import data_address, embed_pictures, prompts_to_show
 from evaluating.summarising import summarise
+from evaluating.summary import FEWEST_PROMPTS
+from evaluating.svg import legend_above, panel, styled
+from evaluating.wording import plain
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -254,6 +267,7 @@ def test_many_prompts_are_built_when_they_come_near(visit, tmp_path):
     prompts = [f"prompt {i}" for i in range(1000)]
     many = synthetic_results(tmp_path, prompts, candidates(), num_images=1, side=4)
     page = visit(report(many, tmp_path / "report.html", max_prompts=1000))
+    page.locator("#p0").scroll_into_view_if_needed()
     page.locator("#p0 .stage").last.wait_for()
     assert page.locator(".stage").count() < 100
     page.fill("#search", "prompt 777")
@@ -350,11 +364,180 @@ def test_labels_say_what_differs():
     ]
 
 
-def test_cost_figures_have_one_line_a_lora_and_sampler(results, tmp_path):
-    """Scales of one LoRA are joined; other steps are another line."""
-    mixed = synthetic_results(tmp_path, PROMPTS, [*candidates((1.0, 0.5)), *candidates(steps=4)])
-    text = report(mixed, tmp_path / "report.html").read_text()
+LONG = ("outputs_of_the_first_run_checkpoint-000200", "outputs_of_the_second_run_checkpoint-000300")
+
+
+def eight():
+    """Two LoRAs at two scales and two numbers of steps, behind their two bases."""
+    tuned = [
+        Candidate(name, steps, 1.0, Path(f"/runs/{name}.safetensors"), scale)
+        for name in LONG
+        for scale in (0.5, 1.0)
+        for steps in (8, 20)
+    ]
+    return [Candidate(BASE, 8), Candidate(BASE, 20), *tuned]
+
+
+def cost_figures(text):
     section = text[text.index('<section id="cost">') : text.index('<section id="scores">')]
-    first = section[section.index("<svg") : section.index("</svg>")]
-    assert sorted(set(re.findall(r">(mine, \d steps)<", first))) == ["mine, 4 steps", "mine, 8 steps"]
-    assert set(re.findall(r">([123])</text>", first)) == {"1", "2", "3"}
+    return re.findall(r"<svg role.*?</svg>", section, re.DOTALL)
+
+
+def test_cost_figures_have_one_base_and_one_line_a_lora(tmp_path):
+    """What is relative to other bases is in other figures; scales of one LoRA are joined."""
+    many = synthetic_results(tmp_path, PROMPTS, eight(), path_kl=True)
+    charts = cost_figures(report(many, tmp_path / "report.html").read_text())
+    seen = [re.findall(r"weight: 700[^>]*>(\d)</text>", chart) for chart in charts]
+    assert [sorted(numbers) for numbers in seen] == [list("1357")] * 2 + [list("2468")] * 2 + (
+        [list("1357")] * 2 + [list("2468")] * 2
+    )
+    legends = [re.findall(r">(base, \d+ steps|outputs[^<]*)</text>", chart) for chart in charts]
+    assert legends[0] == ["base, 8 steps", *LONG]
+    assert legends[2] == ["base, 20 steps", *LONG]
+
+
+def test_only_model_has_no_number_in_figures(tmp_path):
+    one = synthetic_results(tmp_path, PROMPTS, candidates(), path_kl=True)
+    charts = cost_figures(report(one, tmp_path / "report.html").read_text())
+    assert len(charts) == 4
+    assert not any("weight: 700" in chart for chart in charts)
+
+
+@pytest.mark.parametrize(("letters", "rows"), [(8, 4), (42, 8)])
+def test_legend_leaves_the_panel_its_size(letters, rows):
+    with styled():
+        figure, axes = panel(WIDTH, HEIGHT)
+        for place in range(8):
+            axes.plot([0, 1], [place, 1], label=f"{place}".ljust(letters, "n"))
+        legend_above(figure)
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == rows
+    width, height = axes.get_window_extent().size / figure.dpi
+    assert width > 0.8 * WIDTH
+    assert height == pytest.approx(HEIGHT, rel=0.2)
+
+
+def test_figures_of_many_models_can_be_read(visit, tmp_path):
+    """Every text of a figure is inside of it."""
+    many = synthetic_results(tmp_path, PROMPTS, eight(), path_kl=True)
+    page = visit(report(many, tmp_path / "report.html"))
+    page.locator("#cost").scroll_into_view_if_needed()
+    outside = page.evaluate(
+        """() => [...document.querySelectorAll("#cost figure text")].filter(text => {
+            const [own, all] = [text, text.closest("svg")].map(each => each.getBoundingClientRect());
+            return own.left < all.left - 1 || own.right > all.right + 1;
+        }).map(text => text.textContent)"""
+    )
+    assert outside == []
+
+
+def test_numbers_of_models_that_are_alike_stand_apart():
+    places = [(1.04, 0.27), (1.0, 0.485), (0.995, 0.485), (1.04, 0.29), (1.09, 0.485), (0.98, 0.6)]
+    points = [
+        Point(number, "one", *(Estimate(value, value - 0.3, value + 0.3) for value in place))
+        for number, place in enumerate(places, 1)
+    ]
+    for draw in (gain_against_diversity, gain_against_path_kl):
+        texts = re.findall(r'weight: 700[^>]* x="([^"]+)" y="([^"]+)"', draw("pickscore", "base", points))
+        where = np.array(texts, float)
+        apart = np.hypot(*(where[:, None] - where).transpose(2, 0, 1)) + 99 * np.eye(6)
+        assert len(where) == 6
+        assert apart.min() > 9
+
+
+def words(html):
+    """What is read of a piece of the page, in one line."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).strip()
+
+
+def header(file):
+    return words(re.search(r"<header>.*</header>", file.read_text(), re.DOTALL)[0])
+
+
+def test_prompts_come_first_among_the_settings_and_reward_models_are_named(tmp_path):
+    one = synthetic_results(tmp_path, PROMPTS, candidates())
+    named = replace(
+        one,
+        settings={**one.settings, "prompts": "0badc0de", "prompt_source": "drawbench"},
+        reward_models={"pickscore": "asset:p", "hpsv2": None},
+    )
+    text = header(report(named, tmp_path / "report.html"))
+    assert "tuning only. prompts drawbench base model owner/model sampler ode" in text
+    assert "reward models pickscore from asset:p LoRA mine" in text
+    assert "0badc0de" not in text
+
+
+def test_loras_of_many_models_are_listed(results, tmp_path):
+    many = synthetic_results(tmp_path, PROMPTS, eight())
+    text = header(report(many, tmp_path / "report.html"))
+    assert f"1 {LONG[0]} /runs/{LONG[0]}.safetensors 0.5 8 1 (off) 2 {LONG[0]}" in text
+    assert f"8 {LONG[1]} /runs/{LONG[1]}.safetensors 1 20 1 (off)" in text
+
+
+def distances(file):
+    text = file.read_text()
+    if "Pictures as a set" not in text:
+        return []
+    section = text[text.index("Pictures as a set") : text.index('<section id="scores">')]
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)
+    return [[words(cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
+def test_distances_of_sets_stand_beside_their_floor(results, file):
+    summary = summarise(results, resamples=200)
+    moved = [candidate.against_base.frechet["clip"] for candidate in summary.candidates[1:]]
+    assert distances(file) == [
+        ["Model", "From the base (clip)", "Base from itself (clip)"],
+        ["1 mine, scale 0.5", plain(moved[0].halves), plain(moved[0].floor)],
+        ["2 mine, scale 1", plain(moved[1].halves), plain(moved[1].floor)],
+    ]
+
+
+def test_distances_from_reference_pictures_are_given_for_the_base_too(results, tmp_path):
+    reference = {"clip": np.random.default_rng(0).normal(size=(20, 8))}
+    referred = replace(results, reference_features=reference)
+    found = distances(report(referred, tmp_path / "report.html", max_prompts=1))
+    expected = [plain(each.reference["clip"]) for each in summarise(referred, resamples=9).candidates]
+    assert found[0][-1] == "From the reference pictures (clip)"
+    assert [row[-1] for row in found[1:]] == expected
+    without = replace(results, features={})
+    assert distances(report(without, tmp_path / "none.html", max_prompts=1)) == []
+
+
+@pytest.mark.parametrize("number", [FEWEST_PROMPTS - 1, FEWEST_PROMPTS])
+def test_too_few_prompts_are_called_that(tmp_path, number):
+    """The Wilcoxon test of them can't be significant, however clear the difference."""
+    shape = (number, 2)
+    clear = compare(np.random.default_rng(0).normal(size=shape), 9 + np.random.default_rng(1).random(shape))
+    assert clear.significant == (number >= FEWEST_PROMPTS)
+    assert verdict(clear) == ("better" if number >= FEWEST_PROMPTS else "too few prompts")
+    few = synthetic_results(tmp_path, PROMPTS[1 : 1 + number], candidates())
+    text = words(report(few, tmp_path / "report.html").read_text())
+    assert ("too few prompts to tell by pickscore, hpsv2." in text) == (number < FEWEST_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("scales", "rewards", "number"), [((1.0,), 1, 1), ((1.0,), 2, 2), ((0.5, 1.0), 2, 4)]
+)
+def test_several_comparisons_are_said_not_to_be_corrected(tmp_path, scales, rewards, number):
+    found = synthetic_results(tmp_path, PROMPTS, candidates(scales))
+    scores = {key: {name: of[name] for name in REWARDS[:rewards]} for key, of in found.scores.items()}
+    text = words(report(replace(found, scores=scores), tmp_path / "report.html").read_text())
+    assert (f"Not corrected for the {number} comparisons:" in text) == (number > 1)
+    assert text.count("Not corrected") == (number > 1)
+
+
+def test_secrets_in_settings_notes_and_paths_are_redacted(tmp_path):
+    secret = "hf_" + "a" * 30
+    results = synthetic_results(tmp_path, ["a fox", "an owl"], candidates(scales=(0.5, 1.0)))
+    named = tuple(replace(each, lora=Path(secret)) if each.lora else each for each in results.candidates)
+    results = replace(
+        results, candidates=named, settings={**results.settings, "variant": secret}, notes=(f"see {secret}",)
+    )
+    page = write_report(results, summarise(results), tmp_path / "report.html").read_text("utf-8")
+    assert secret not in page
+    assert "see ***" in page

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from evaluation_results import SETTINGS, SHIFTS, STRONG, WEAK, make_results
+from evaluation_results import BASE_20, SETTINGS, SHIFTS, STRONG, WEAK, make_results
 from markdown_it import MarkdownIt
 
 import leaderboard
@@ -16,6 +16,7 @@ from evaluating.leaderboard import (
     find_evaluations,
     leaderboard_table,
     leaderboard_tables,
+    to_rows,
 )
 from evaluating.renderings import Cell, Table, to_html, to_latex, to_markdown, to_page
 from evaluating.summarising import summarise
@@ -63,6 +64,13 @@ def test_best_is_bold_and_a_significant_difference_is_marked(summary):
     # 0.280 for all: they print alike.
     assert [cell.best for cell in column(table, "HPSv2")] == [True, True, True]
     assert not any(cell.significant for cell in column(table, "HPSv2"))
+
+
+@pytest.mark.parametrize(("number", "said"), [(5, True), (6, False)])
+def test_too_few_prompts_for_a_star_are_pointed_out(number, said):
+    table = comparison_table(summarise(make_results(num_prompts=number), resamples=99))
+    assert any("too few for a star" in note for note in table.notes) == said
+    assert any(cell.significant for cell in column(table, "PickScore")) != said
 
 
 def test_rows_are_named_by_what_tells_them_apart(summary):
@@ -202,6 +210,58 @@ def test_base_pictures_scored_otherwise_are_pointed_out(runs):
     found = [note.split(":")[0] for note in tables[0].notes if "differently" in note]
     assert found == ["The base pictures score differently in hpsv2 in a and d"]
     assert not any("differently" in note for note in tables[1].notes)
+
+
+def test_checksum_and_counts_of_prompts_are_said_once(tmp_path):
+    own = {"prompts": "0badc0de", "num_prompts": 24, "num_images_per_prompt": 4, "variant": None}
+    save(tmp_path / "a", settings=SETTINGS | own | {"prompt_source": "drawbench"})
+    (table,) = leaderboard_tables(find_evaluations(tmp_path), "pickscore")
+    note = table.notes[0]
+    assert re.match(
+        r"prompts 24 \([0-9a-f]{8}\), prompts from drawbench, pictures a prompt 4, pretrained", note
+    )
+    assert not any(text in note for text in ("0badc0de", "num_", "prompt_source", "variant"))
+
+
+def test_same_prompts_from_another_place_are_the_same_prompts(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / name, settings=SETTINGS | {"prompt_source": f"{name}.txt"})
+    save(tmp_path / "c", settings=SETTINGS | {"prompt_source": "c.txt", "seed": 7})
+    tables = leaderboard_tables(find_evaluations(tmp_path), "pickscore")
+    assert [{row[1].text for row in table.rows} for table in tables] == [{"a", "b"}, {"c"}]
+    assert "differ in seed." in tables[0].notes[0]
+
+
+def test_scores_by_other_reward_weights_are_in_another_table(tmp_path):
+    save(tmp_path / "a", reward_models={"pickscore": "v1", "hpsv2": "h"})
+    save(tmp_path / "b", reward_models={"pickscore": "v2", "hpsv2": "h"})
+    save(tmp_path / "c", reward_models={"hpsv2": "h"})
+    evaluations = find_evaluations(tmp_path)
+    tables = leaderboard_tables(evaluations, "pickscore")
+    assert [{row[1].text for row in table.rows} for table in tables] == [{"a", "c"}, {"b"}]
+    assert all("differ in pickscore weights." in table.notes[0] for table in tables)
+    weights = ["pickscore weights v1, hpsv2 weights h", "pickscore weights v2, hpsv2 weights h"]
+    assert [text in table.notes[1] for text, table in zip(weights, tables, strict=True)] == [True, True]
+    assert [any(cell.best for cell in column(table, "PickScore")) for table in tables] == [True, True]
+    assert {(row["evaluation"], row["table"]) for row in to_rows(evaluations)} == {
+        ("a", 1),
+        ("b", 2),
+        ("c", 1),
+    }
+
+
+def test_base_has_the_scores_of_all_evaluations(tmp_path):
+    for name, rewards in (("a", ["hpsv2"]), ("b", ["hpsv2"]), ("c", ["pickscore"])):
+        scores = {key: {r: of[r] for r in rewards} for key, of in make_results().scores.items()}
+        save(tmp_path / name, scores=scores, features={})
+    save(tmp_path / "d", scores={key: {"hpsv2": of["hpsv2"]} for key, of in make_results().scores.items()})
+    (table,) = leaderboard_tables(find_evaluations(tmp_path), "hpsv2")
+    base = dict(zip(table.titles, table.rows[-1], strict=True))
+    assert (base["model"].text, base["evaluation"].text) == ("base", "a, c, d")
+    means = {name: make_results().scores[BASE_20.key][name].mean() for name in ("hpsv2", "pickscore")}
+    assert base["HPSv2"].text == f"{means['hpsv2']:.3f}"
+    assert base["PickScore"].text == f"{means['pickscore']:.2f}"
+    assert re.fullmatch(r"\d\.\d{3}", base["diversity (clip)"].text)
 
 
 def test_broken_summary_is_named_and_passed_over(runs, caplog):

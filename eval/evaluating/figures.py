@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from am_diffusers.comparison import Estimate
@@ -18,11 +19,19 @@ from am_diffusers.panel import COLOURS, GREY
 from evaluating.svg import legend_above, panel, styled, to_svg, whiskers
 from evaluating.wording import plain
 
-WIDTH, HEIGHT = 4.6, 3.1
+WIDTH, HEIGHT = 4.6, 2.85
+# What fits in a row of a legend.
+LEGEND_LETTERS = 44
 BASE_FILL = "#b9b9b9"
 MAX_BINS = 30
 ROW = 0.27
 MARKERS = "oDs^vPX*"
+# Where a number can stand, seen from its marker, the nearer places first, and the room it needs; in points of
+# 1/72 inch, as letters are measured.
+AROUND = np.array(
+    [(r * x, r * y) for r in (8, 15, 22) for y in (1, -1, 0) for x in (1, -1, 0) if (x, y) != (0, 0)]
+)
+ROOM = 11
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,13 @@ class Point:
     """One tuned candidate in a plot of what a gain cost.
 
     Attributes:
-        number: of the candidate in the report's table.
-        family: candidates that differ in the strength of the LoRA only; joined by a line in the order given.
+        number: of the candidate in the report's table; None if it is the only one.
+        family: its LoRA; points of one are joined by a line in the order given.
         cost: diversity kept (1 = the base's) or path KL (nats).
         gain: in base standard deviations.
     """
 
-    number: int
+    number: int | None
     family: str
     cost: Estimate
     gain: Estimate
@@ -73,7 +82,7 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         axes.set(xlabel=f"{reward} score", ylabel="pictures")
         axes.set_ylim(top=1.05 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        legend_above(axes)
+        legend_above(figure)
         return to_svg(figure, f"{reward}: how many pictures got which score, base and tuned")
 
 
@@ -112,12 +121,13 @@ def _readable_limits(gains: Sequence[Estimate]) -> tuple[float, float]:
     return min(seen) - margin, max(seen) + margin
 
 
-def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
+def gain_against_diversity(reward: str, base: str, points: Sequence[Point]) -> str:
     """Gain against diversity kept, with the base and the front that no candidate beats in both.
 
     Args:
         reward: its name.
-        points: of the tuned candidates.
+        base: label of the base that the gains and diversities are relative to.
+        points: of the candidates compared with it.
 
     Returns:
         An `<svg>` element.
@@ -125,27 +135,33 @@ def gain_against_diversity(reward: str, points: Sequence[Point]) -> str:
     with styled():
         figure, axes = panel(WIDTH, HEIGHT)
         _front(axes, points)
-        _cost_points(axes, [_in_percent(point) for point in points], origin=100)
+        shown = [_in_percent(point) for point in points]
+        _cost_points(axes, shown, origin=100, base=base)
+        _number(figure, axes, shown, origin=100)
         axes.set(xlabel="diversity kept (% of the base's)", ylabel=f"gain in {reward} (base sd)")
-        return to_svg(figure, f"{reward}: gain against diversity kept")
+        legend_above(figure)
+        return to_svg(figure, f"{reward}: gain over {base} against diversity kept")
 
 
-def gain_against_path_kl(reward: str, points: Sequence[Point]) -> str:
+def gain_against_path_kl(reward: str, base: str, points: Sequence[Point]) -> str:
     """Gain against path KL, the base at (0, 0).
 
     Args:
         reward: its name.
-        points: of the tuned candidates with a path KL.
+        base: label of the base, whose sampler is that of all the points.
+        points: of the candidates compared with it that have a path KL.
 
     Returns:
         An `<svg>` element.
     """
     with styled():
         figure, axes = panel(WIDTH, HEIGHT)
-        _cost_points(axes, points, origin=0)
+        _cost_points(axes, points, origin=0, base=base)
         axes.set(xlabel="path KL from the base (nats)", ylabel=f"gain in {reward} (base sd)")
         axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
-        return to_svg(figure, f"{reward}: gain against path KL")
+        _number(figure, axes, points, origin=0)
+        legend_above(figure)
+        return to_svg(figure, f"{reward}: gain over {base} against path KL")
 
 
 def shorten(text: str, limit: int = 26) -> str:
@@ -174,10 +190,10 @@ def _in_percent(point: Point) -> Point:
     return replace(point, cost=point.cost.scaled(100))
 
 
-def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
+def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: str) -> None:
     """Every candidate with both intervals and its number, and the base at (`origin`, 0)."""
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label="base", zorder=3)
+    axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label=base, zorder=3)
     families = list(dict.fromkeys(point.family for point in points))
     for place, family in enumerate(families):
         members = [point for point in points if point.family == family]
@@ -192,14 +208,33 @@ def _cost_points(axes: Axes, points: Sequence[Point], origin: float) -> None:
             color=colour,
             ecolor=to_rgba(colour, 0.45),
             linewidth=1.2,
-            label=shorten(family),
+            label=shorten(family, LEGEND_LETTERS),
         )
-        for point in members if len(points) > 1 else ():
-            where = (point.cost.value, point.gain.value)
-            paper = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
-            axes.annotate(
-                f"{point.number}", where, (6, 6), textcoords="offset points", weight="bold", bbox=paper
-            )
     axes.margins(0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    legend_above(axes)
+
+
+def _number(figure: Figure, axes: Axes, points: Sequence[Point], *, origin: float) -> None:
+    """Each candidate's number beside its marker, as near as markers and other numbers leave room."""
+    places = [(point.cost.value, point.gain.value) for point in points]
+    axes.autoscale_view()  # matplotlib puts it off, and without it places are not where they will be
+    inches = axes.transData.transform([*places, (origin, 0)]) / figure.dpi
+    taken = list(72 * inches)
+    for point, place, marker in zip(points, places, taken[: len(points)], strict=True):
+        if point.number is None:
+            continue
+        others = np.array([each for each in taken if each is not marker])
+        rooms = [np.hypot(*(others - marker - step).T).min() for step in AROUND]
+        # The first of those with enough, else the one with most.
+        step = AROUND[int(np.argmax(np.minimum(rooms, ROOM)))]
+        taken.append(marker + step)
+        axes.annotate(
+            f"{point.number}",
+            place,
+            step,
+            textcoords="offset points",
+            weight="bold",
+            ha="center",
+            va="center",
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
+        )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from am_diffusers.comparison import Comparison, Estimate
 from evaluating.candidates import Candidate
 from evaluating.results import Results
-from evaluating.summary import AgainstBase, Summary
+from evaluating.summary import FEWEST_PROMPTS, AgainstBase, Summary
 
-BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
+BETTER, WORSE, UNCLEAR, TOO_FEW = "better", "worse", "no clear difference", "too few prompts"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Finding:
     def verdicts(self) -> dict[str, list[str]]:
         """Names of the rewards by verdict; a verdict that none has is missing."""
         words = {name: verdict(reward.overall) for name, reward in self.against.rewards.items()}
-        found = {word: [name for name in words if words[name] == word] for word in (BETTER, WORSE, UNCLEAR)}
+        order = (BETTER, WORSE, UNCLEAR, TOO_FEW)
+        found = {word: [name for name in words if words[name] == word] for word in order}
         return {word: names for word, names in found.items() if names}
 
     def category_gains(self, reward: str, column: str) -> dict[str, Comparison]:
@@ -49,7 +50,9 @@ class Finding:
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words: no clear difference unless it's significant."""
+    """In words: no clear difference unless it's significant, which it can't be with too few prompts."""
+    if comparison.num_prompts < FEWEST_PROMPTS:
+        return TOO_FEW
     if not comparison.significant:
         return UNCLEAR
     return BETTER if comparison.difference.value > 0 else WORSE

@@ -1,18 +1,17 @@
 """All evaluations in a folder in one table, or in several where their numbers can't be compared.
 
-Pictures of other prompts, seeds, samplers or bases give other numbers for the same model. So evaluations are
-grouped by the fingerprint of what they were made with, and a table says what that was.
+A table says what its evaluations were made and scored with (`evaluating.leaderboard_groups`).
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from am_diffusers.comparison import Comparison
+from evaluating.leaderboard_groups import Evaluated, describe, differences, disagreements, group
 from evaluating.renderings import Cell, Table
-from evaluating.summary import SUMMARY_FILE, CandidateSummary, Summary, read_summary
+from evaluating.summary import SUMMARY_FILE, CandidateSummary, read_summary
 from evaluating.tables import (
     MARKS,
     NONE,
@@ -24,22 +23,6 @@ from evaluating.tables import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Of the same base pictures; beyond it, in standard deviations of them, something else scored them.
-SAME_SCORES = 0.02
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A summary and where it was found.
-
-    Attributes:
-        name: folder of the summary, relative to the one that was searched.
-        summary: what was in it.
-    """
-
-    name: str
-    summary: Summary
 
 
 @dataclass(frozen=True)
@@ -80,14 +63,6 @@ def find_evaluations(folder: Path) -> list[Evaluated]:
     if not found:
         raise ValueError(f"no readable {SUMMARY_FILE} in {folder}: expected output folders of evaluate.py")
     return found
-
-
-def group(evaluations: Sequence[Evaluated]) -> list[list[Evaluated]]:
-    """Evaluations whose numbers can be compared, together."""
-    groups: dict[str, list[Evaluated]] = {}
-    for each in evaluations:
-        groups.setdefault(each.summary.fingerprint, []).append(each)
-    return list(groups.values())
 
 
 def choose_reward(evaluations: Sequence[Evaluated], sort_by: str | None) -> str:
@@ -137,8 +112,6 @@ def leaderboard_table(evaluations: Sequence[Evaluated], sort_by: str) -> Table:
     rows = _sorted_rows(evaluations, sort_by)
     candidates = [row.candidate for row in rows]
     rewards = list(dict.fromkeys(name for each in evaluations for name in each.summary.rewards))
-    settings = _made_with(evaluations[0].summary).items()
-    made_with = ", ".join(f"{name} {value}" for name, value in settings)
     columns = {
         "model": [Cell(label(candidate, candidates)) for candidate in candidates],
         "evaluation": [Cell(row.evaluated.name) for row in rows],
@@ -150,20 +123,38 @@ def leaderboard_table(evaluations: Sequence[Evaluated], sort_by: str) -> Table:
         titles=tuple(columns),
         names=2,
         rows=tuple(zip(*columns.values(), strict=True)),
-        notes=(f"{made_with}. {MARKS}", *_disagreements(evaluations)),
+        notes=(f"{describe(evaluations)}. {MARKS}", *disagreements(evaluations)),
     )
 
 
 def _sorted_rows(evaluations: Sequence[Evaluated], sort_by: str) -> list[Row]:
     rows = [Row(each, candidate) for each in evaluations for candidate in each.summary.candidates]
     tuned = [row for row in rows if row.candidate.against_base is not None]
-    bases = {row.candidate.key: row for row in reversed(rows) if row.candidate.against_base is None}
+    bases: dict[str, Row] = {}
+    for row in rows:
+        if row.candidate.against_base is None:
+            key = row.candidate.key
+            bases[key] = _merged(bases[key], row) if key in bases else row
 
     def place(row: Row) -> tuple[bool, float, str, str]:
         gain = row.gain(sort_by)
         return gain is None, -(gain or 0.0), row.evaluated.name, row.candidate.key
 
     return [*sorted(tuned, key=place), *(bases[key] for key in sorted(bases))]
+
+
+def _merged(base: Row, other: Row) -> Row:
+    """A base with what was measured of it in the other evaluation only."""
+    one, more = base.candidate, other.candidate
+    merged = replace(
+        one,
+        scores=more.scores | one.scores,
+        diversity=more.diversity | one.diversity,
+        reference=more.reference | one.reference,
+    )
+    if merged == one:
+        return base
+    return Row(replace(base.evaluated, name=f"{base.evaluated.name}, {other.evaluated.name}"), merged)
 
 
 def _gain_cell(row: Row, reward: str) -> Cell:
@@ -180,46 +171,11 @@ def _win_cell(row: Row, reward: str) -> Cell:
     return Cell(NONE if comparison is None else f"{comparison.win_rate.value:.0%}")
 
 
-def _made_with(summary: Summary) -> dict[str, object]:
-    return {
-        "prompts": f"{summary.num_prompts} ({summary.prompts_sha256[:8]})",
-        "pictures a prompt": summary.images_per_prompt,
-        **summary.settings,
-    }
-
-
-def differences(groups: Sequence[Sequence[Evaluated]]) -> list[str]:
-    """What the groups were made with that isn't the same for all of them."""
-    made_with = [_made_with(each[0].summary) for each in groups]
-    names = dict.fromkeys(name for settings in made_with for name in settings)
-    return [n for n in names if any(one.get(n) != other.get(n) for one, other in pairwise(made_with))]
-
-
-def _disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Sentences about base pictures that are the same and scored otherwise."""
-    compared = [
-        (each.name, reward, against.base, result.overall)
-        for each in evaluations
-        for against in (candidate.against_base for candidate in each.summary.candidates)
-        if against is not None
-        for reward, result in against.rewards.items()
-    ]
-    first = {(reward, base): (name, result) for name, reward, base, result in reversed(compared)}
-    sentences = []
-    for name, reward, base, result in compared:
-        other, known = first[reward, base]
-        if abs(known.base_mean - result.base_mean) > SAME_SCORES * (known.base_sd or 0.0):
-            sentences.append(
-                f"The base pictures score differently in {reward} in {other} and {name}: with another reward "
-                "model? Then their numbers can't be compared."
-            )
-    return list(dict.fromkeys(sentences))
-
-
 def to_rows(evaluations: Sequence[Evaluated]) -> list[dict[str, object]]:
-    """The rows of comparison.csv of all evaluations, with the evaluation and its group in front."""
+    """The rows of comparison.csv of all evaluations, behind the evaluation and the number of its table."""
     return [
-        {"evaluation": each.name, "group": each.summary.fingerprint} | row
-        for each in evaluations
+        {"evaluation": each.name, "table": place} | row
+        for place, members in enumerate(group(evaluations), start=1)
+        for each in members
         for row in comparison_rows(each.summary)
     ]

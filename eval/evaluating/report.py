@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from am_diffusers.redact import redact
 from evaluating import wording
 from evaluating.files import write_text
 from evaluating.findings import read_findings, verdict
@@ -44,7 +45,7 @@ def write_report(
     if not results.tuned:
         raise ValueError("report: expected a tuned candidate to compare, got bases only; evaluate a LoRA")
     embedded = embed_pictures(results, max_prompts, picture_side)
-    context = report_context(results, read_findings(results, summary), embedded)
+    context = report_context(results, summary, read_findings(results, summary), embedded)
     # A browser hashes a script with its line ends as \n, however git checked it out.
     script = "\n".join((HERE / "report.js").read_text("utf-8").splitlines())
     page = (
@@ -78,5 +79,6 @@ def _environment() -> Environment:
         "digits": wording.digits,
         "p_value": wording.p_value,
         "verdict": verdict,
+        "redact": redact,  # paths may hold tokens
     }
     return environment

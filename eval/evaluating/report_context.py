@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -10,16 +9,18 @@ from markupsafe import Markup
 from am_diffusers.comparison import Comparison, Estimate
 from am_diffusers.evaluation import Array
 from evaluating import figures
-from evaluating.figures import Point
 from evaluating.findings import Finding, candidate_labels
+from evaluating.report_costs import find_costs, set_distances, trade_offs
 from evaluating.report_pictures import Embedded, gain_order
 from evaluating.results import Results
+from evaluating.summary import FEWEST_PROMPTS, Summary
 
 EXTREMES = 4
 MAX_CATEGORIES = 30
 DIGITS = 6
 # Settings that a reader looks for first, in words.
 WORDS = {
+    "prompt_source": "prompts",
     "pretrained_model_name_or_path": "base model",
     "sampler": "sampler",
     "seed": "seed",
@@ -38,45 +39,36 @@ class Pair(NamedTuple):
     tuned: float
 
 
-class Cost(NamedTuple):
-    """A column of the table of what the gains cost.
-
-    Attributes:
-        kind: diversity, path_kl or change.
-        title: of the column.
-        estimates: of each finding; None = not measured.
-    """
-
-    kind: str
-    title: str
-    estimates: list[Estimate | None]
-
-
 def report_context(
-    results: Results, findings: Sequence[Finding], embedded: Mapping[int, Embedded]
+    results: Results, summary: Summary, findings: Sequence[Finding], embedded: Mapping[int, Embedded]
 ) -> dict[str, Any]:
     """Variables of report.html.jinja.
 
     Args:
         results: of the evaluation.
+        summary: of the same results.
         findings: of its tuned candidates, in their order.
         embedded: pictures by prompt and candidate key.
     """
     rewards = list(dict.fromkeys(name for finding in findings for name in finding.against.rewards))
     columns = list(results.prompts.categories.values())
-    costs = _costs(findings)
+    labels = candidate_labels(results.candidates)
+    costs = find_costs(findings)
     return {
         "results": results,
         "num_images": next(iter(results.scores[results.tuned[0].key].values())).shape[1],
         "findings": findings,
         "rewards": rewards,
-        "labels": candidate_labels(results.candidates),
+        "labels": labels,
         "settings": _settings(results),
         "bars": _bars([gain for finding in findings for gain in finding.gains.values()]),
         "charts": [_charts(results, finding) for finding in findings],
         "costs": costs,
-        "trade_offs": _trade_offs(findings, costs),
+        "trade_offs": trade_offs(findings, costs, labels),
+        "distances": set_distances(summary, findings, labels),
         "extremes": [_extremes(results, finding) for finding in findings],
+        "num_bases": len({finding.against.base for finding in findings}),
+        "fewest_prompts": FEWEST_PROMPTS,
         "max_categories": MAX_CATEGORIES,
         "prompt_categories": list(zip(*columns, strict=True)) if columns else [()] * len(results.prompts),
         "pictures": embedded,
@@ -85,18 +77,23 @@ def report_context(
 
 
 def _settings(results: Results) -> dict[str, str]:
-    """What holds for all candidates, in words: the settings, and what the tuned candidates have in common."""
+    """What holds for all candidates, in words; of a LoRA too if there's only one, else a table has them."""
     first = [name for name in WORDS if name in results.settings]
     names = [*first, *(name for name in results.settings if name not in (*first, *UNSHOWN))]
     shown = {name: results.settings[name] for name in names if results.settings[name] is not None}
     settings = {WORDS.get(name, name): _text(value) for name, value in shown.items()}
-    common = {
-        "LoRA": [str(candidate.lora) for candidate in results.tuned],
-        "LoRA scale": [f"{candidate.lora_scale:g}" for candidate in results.tuned],
-        "steps": [str(candidate.num_inference_steps) for candidate in results.tuned],
-        "guidance": [f"{c.guidance_scale:g}" + " (off)" * (c.guidance_scale == 1) for c in results.tuned],
+    weights = [f"{name} from {model}" for name, model in results.reward_models.items() if model]
+    if weights:
+        settings["reward models"] = ", ".join(weights)
+    if len(results.tuned) > 1:
+        return settings
+    tuned = next(iter(results.tuned))
+    return settings | {
+        "LoRA": str(tuned.lora),
+        "LoRA scale": f"{tuned.lora_scale:g}",
+        "steps": str(tuned.num_inference_steps),
+        "guidance": f"{tuned.guidance_scale:g}" + " (off)" * (tuned.guidance_scale == 1),
     }
-    return settings | {name: values[0] for name, values in common.items() if len(set(values)) == 1}
 
 
 def _text(value: object) -> str:
@@ -146,44 +143,6 @@ def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
     names = [f"{figures.shorten(name)} ({comparison.num_prompts})" for name, comparison in shown.items()]
     gains = [comparison.gain for comparison in shown.values() if comparison.gain is not None]
     return figures.category_gains(reward, names, gains) if gains else ""
-
-
-def _costs(findings: Sequence[Finding]) -> list[Cost]:
-    """What was measured beside the rewards."""
-    found = [finding.against for finding in findings]
-    features = dict.fromkeys(name for against in found for name in against.diversity_kept)
-    columns = [
-        Cost("diversity", f"Diversity kept ({name})", [against.diversity_kept.get(name) for against in found])
-        for name in features
-    ]
-    columns.append(Cost("path_kl", "Path KL in nats", [against.path_kl for against in found]))
-    columns.append(Cost("change", "Change (LPIPS)", [against.change for against in found]))
-    return [column for column in columns if any(column.estimates)]
-
-
-def _trade_offs(findings: Sequence[Finding], costs: Sequence[Cost]) -> dict[str, list[Markup]]:
-    """Figures over all candidates, by what the gain cost: gain against it, for every reward."""
-    draw = {"diversity": figures.gain_against_diversity, "path_kl": figures.gain_against_path_kl}
-    groups = {c.title: _cost_charts(findings, c.estimates, draw[c.kind]) for c in costs if c.kind in draw}
-    return {title: group for title, group in groups.items() if group}
-
-
-def _cost_charts(
-    findings: Sequence[Finding],
-    costs: Sequence[Estimate | None],
-    draw: Callable[[str, Sequence[Point]], str],
-) -> list[Markup]:
-    """One figure a reward of the candidates whose cost is known; those of rising LoRA scale are joined."""
-    families = [replace(finding.candidate, lora_scale=1.0) for finding in findings]
-    names = candidate_labels(families)
-    points: dict[str, list[Point]] = {}
-    known = zip(findings, families, costs, strict=True)
-    for finding, family, cost in sorted(known, key=lambda each: each[0].candidate.lora_scale):
-        if cost is None:
-            continue
-        for reward, gain in finding.gains.items():
-            points.setdefault(reward, []).append(Point(finding.number, names[family.key], cost, gain))
-    return [Markup(draw(reward, found)) for reward, found in points.items()]
 
 
 def _extremes(results: Results, finding: Finding) -> dict[str, tuple[list[Pair], list[Pair]]]:

@@ -20,6 +20,8 @@ from am_diffusers.redact import redact_values
 from evaluating.files import write_text
 
 SUMMARY_FILE = "summary.json"
+# The least p of the Wilcoxon test for P prompts is 2 / 2^P: of fewer, nothing can be below 0.05.
+FEWEST_PROMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Summary:
 
     Attributes:
         format: version of the file.
-        fingerprint: of settings, prompts and pictures a prompt: evaluations with the same one are comparable.
+        fingerprint: of settings, prompts and pictures a prompt: evaluations with the same one are comparable
+            in the rewards that they have from the same weights.
         settings: what the pictures depend on beside prompts and candidates.
         num_prompts: P.
         images_per_prompt: S, of each candidate.
@@ -139,8 +142,10 @@ _READER = TypeAdapter(Summary)
 
 
 def fingerprint_of(settings: Mapping[str, object], prompts: PromptSet, images_per_prompt: int) -> str:
-    """16 hexadecimal digits that two evaluations share if their numbers can stand in one table."""
-    return _sha256([dict(settings), prompts.prompts, images_per_prompt])[:16]
+    """16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
+    # The same prompts may come from two places.
+    drawn = {name: value for name, value in settings.items() if name != "prompt_source"}
+    return _sha256([drawn, prompts.prompts, images_per_prompt])[:16]
 
 
 def prompts_sha256(prompts: PromptSet) -> str:

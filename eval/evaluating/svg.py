@@ -56,9 +56,19 @@ def panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def legend_above(axes: Axes) -> None:
-    """Legend in rows above the panel, where it can't hide a curve."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
+def legend_above(figure: Figure) -> None:
+    """Legend of the figure's panel in rows above it, where it can't hide a curve.
+
+    The figure grows by the legend's height, so that the panel keeps its size however many rows there are.
+    """
+    pixels = figure.bbox.width
+    for columns in (2, 1):
+        legend = figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.2, handlelength=1.6)
+        size = legend.get_window_extent()
+        if size.width <= pixels or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
 
 
 def to_svg(figure: Figure, description: str) -> str:

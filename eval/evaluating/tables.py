@@ -15,7 +15,7 @@ from typing import NamedTuple
 from am_diffusers.comparison import LEVEL, Comparison, Estimate
 from evaluating.files import write_text
 from evaluating.renderings import Cell, Table, to_latex, to_markdown
-from evaluating.summary import CandidateSummary, Summary
+from evaluating.summary import FEWEST_PROMPTS, CandidateSummary, Summary
 
 
 class Column(NamedTuple):
@@ -77,8 +77,16 @@ def comparison_table(summary: Summary) -> Table:
         titles=("model", *columns),
         names=1,
         rows=tuple(zip(names, *columns.values(), strict=True)),
-        notes=(f"{summary.num_prompts} prompts x {summary.images_per_prompt} pictures. {MARKS}",),
+        notes=(
+            f"{summary.num_prompts} prompts x {summary.images_per_prompt} pictures. {MARKS}",
+            *_few(summary),
+        ),
     )
+
+
+def _few(summary: Summary) -> list[str]:
+    too_few = f"With fewer than {FEWEST_PROMPTS} prompts p can't be below {LEVEL:g}: too few for a star."
+    return [too_few] * (summary.num_prompts < FEWEST_PROMPTS)
 
 
 def measures(rewards: Sequence[str], candidates: Sequence[CandidateSummary]) -> dict[str, list[Cell]]:
