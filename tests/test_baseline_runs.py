@@ -129,7 +129,9 @@ def test_memory_settings_change_no_run(tiny_sd3_dir, rewards_dir, tmp_path, name
     assert parts == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", ["draft", "flow_grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ram", "refl"))]
+)
 def test_a_run_of_the_script_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, tmp_path, monkeypatch, name):
     """4 iterations at once, and 2 and 2: the same LoRA and the same log, bit by bit."""
     changes = OWN[name] | {"rewards": [{"name": "brightness"}], "eval_prompts": None, "eval_rewards": None}
@@ -149,18 +151,15 @@ def test_a_run_of_the_script_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, tmp_
     assert "reward" in lines[0]
 
 
-@pytest.mark.parametrize("name", ["draft", "flow_grpo"])
-def test_gradients_survive_half_precision(tiny_sd3_dir, rewards_dir, tmp_path, name):  # noqa: F811
-    """float16 against float32 from the same rows: losses that cancel, or none, would over- or underflow."""
+@pytest.mark.parametrize(("name", "changes"), [("draft", {}), ("flow_grpo", {"advantages": "normalised"})])
+def test_gradients_survive_half_precision(tiny_sd3_dir, rewards_dir, tmp_path, name, changes):  # noqa: F811
+    """Iterations in float16 and float32: a loss whose terms cancel would be scaled out of range."""
     found = []
     for precision in ("no", "fp16"):
         (tmp_path / precision).mkdir()
-        run = make_run(
-            tiny_sd3_dir, rewards_dir, tmp_path / precision, **(OWN[name] | {"mixed_precision": precision})
-        )
-        if not found:
-            collected = run.trainer._collect().examples
-        run.trainer._backward(collected)
+        changes = OWN[name] | changes | {"mixed_precision": precision}
+        run = make_run(tiny_sd3_dir, rewards_dir, tmp_path / precision, **changes)
+        run.trainer._backward(run.trainer._collect().examples)
         gradients = [p.grad for p in run.trainer.state.parameters.values() if p.grad is not None]
         found.append(torch.cat([g.flatten() for g in gradients]))
     assert found[1].isfinite().all()
