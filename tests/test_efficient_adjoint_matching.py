@@ -148,7 +148,7 @@ def test_the_state_continues_a_run():
 
 
 def test_metrics_and_wrong_input():
-    metrics = collect(make()).metrics
+    metrics = collect(make(score="renoised")).metrics
     assert set(metrics) == {
         *("reward", "reward_std", "reward_gradient_norm", "reward_slope", "adjoint_norm", "score_norm")
     }
@@ -262,7 +262,7 @@ def test_a_linear_reward_goes_up(score):
         lambda x, prompts: x[:, 0],
         uniform_sigmas(8),
         latents=LATENTS,
-        settings=EfficientSettings(reward_scale=2.0, variance=0.2, score=score),
+        settings=EfficientSettings(reward_scale=2.0, variance=0.2, score=score, sigma=0.1),
     )
     rewards = train(method, [shift], num_samples=64, iterations=30, lr=0.05)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.5

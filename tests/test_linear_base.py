@@ -137,6 +137,8 @@ def test_the_score_seen_through_noise_is_off_by_sigma_squared_with_the_factor_an
         t = 1 - s
         assert score_error(law, s, factor=True) == pytest.approx(s**2 / (t**2 + s**2), rel=1e-9)
         assert score_error(law, s, factor=False) == pytest.approx(t / (t**2 + s**2) - 1, rel=1e-9)
+    narrow = gaussian(0.0, 0.01)
+    assert score_error(narrow, 0.1, factor=True) == pytest.approx(0.01 / (0.81 * 0.01 + 0.01), rel=1e-9)
     assert score_error(law, 0.1, factor=True) == pytest.approx(0.012, abs=1e-3)
     assert score_error(law, 0.1, factor=False) == pytest.approx(0.098, abs=1e-3)
 

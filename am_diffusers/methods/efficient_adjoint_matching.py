@@ -21,11 +21,13 @@ learning rate and clipping, keep the size they have there.
 Which law is learned: the tilt, if the policy's few-step ODE samples the law of its velocities and the score
 is exact. Both are approximations. Errors of the ODE are distilled into the policy again and again, the more
 the smaller C: on N(.3, .5) with a quadratic reward, C = .05 and 10 steps, the std learned would be .34 with
-Euler's method, is .48 with the second-order one and should be .50. Errors of the score are of order `sigma`^2
-(`renoised`), and V^ puts the reward of a mean for the value (`stopped`). `variance` (C) changes how targets
-scatter, not their mean: C -> 0 is self-distillation without reward, large C target score matching. .01 to .1
-times the variance of the latents is best; the reward then acts slowly, by a factor C at sigma = 1, so that
-short runs want a larger reward_scale.
+Euler's method, is .48 with the second-order one and should be .50. `renoised` smooths the score: its relative
+error, `sigma`^2 / (t^2 variance of the data + `sigma`^2), is 1 % on wide data and over half across the thin
+sheets that latents lie on, off which the reward's raw gradient then leads. `stopped` keeps to them, as the
+gradient passes through the base, and its targets scatter less, but V^ is the reward of a mean, not the value.
+`variance` (C) changes how targets scatter, not their mean: C -> 0 is self-distillation (`renoised`), large C
+target score matching; .01 to .1 times the variance of the latents is best. The reward then acts slowly, at
+sigma = 1 by a factor C (`renoised`) or m_e / t_e (`stopped`).
 The paper's constants, weights and score approximation aren't known to agree with these.
 """
 
@@ -58,7 +60,7 @@ class EfficientSettings:
     Attributes:
         reward_scale: lambda of the tilt exp(lambda * reward), > 0.
         variance: C, of the linear base's Gaussian data, in squared latent units, > 0.
-        score: `renoised` or `stopped`, see the module docstring.
+        score: `stopped` or `renoised`, see the module docstring.
         sigma: noise level of the score or of the stop, in (0, 1).
         rows: regression points a sample, at least 1.
         max_weight: largest 2 (1 - s) / s, > 0.
@@ -73,9 +75,9 @@ class EfficientSettings:
 
     reward_scale: float
     variance: float = 0.05
-    score: Literal["renoised", "stopped"] = "renoised"
-    sigma: float = 0.1
-    rows: int = 8
+    score: Literal["stopped", "renoised"] = "stopped"
+    sigma: float = 0.3
+    rows: int = 4
     max_weight: float = 20.0
     collect_batch_size: int | None = None
     offload: bool = False
