@@ -213,7 +213,7 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_loaded(
 
     def plan(**changes):
         values = {"rewards": [{"name": "brightness"}], "eval_rewards": [], "eval_prompts": None}
-        values |= {"samples_per_prompt": 2, "method": name}
+        values |= {"samples_per_prompt": 2, "num_inference_steps": 20, "method": name}
         path = tiny_config(tiny_sd3_dir, tmp_path, **(values | changes))
         return make_plan(parse_config(["--config", str(path)]), 1)
 
