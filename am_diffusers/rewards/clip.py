@@ -46,11 +46,11 @@ class ClipReward(FeatureReward):
         """Features (B, D) of length 1 of the prompts, without gradients, remembered per prompt."""
         check_prompts(prompts, len(prompts))
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
-        size = self.options.batch_size or max(1, len(new))
         with torch.no_grad():
-            for start in range(0, len(new), size):
-                chunk = new[start : start + size]
-                self._text_cache.update(zip(chunk, unit_length(self._encode_prompts(chunk)), strict=True))
+            for prompt in new:
+                # Alone: with others, the last bits would depend on which are remembered, and a run that was
+                # stopped and resumed would not be that of one that wasn't.
+                self._text_cache[prompt] = unit_length(self._encode_prompts([prompt]))[0]
         self._count_truncated(new, [self._num_tokens(prompt) for prompt in new], self.context_length)
         return torch.stack([self._text_cache[prompt] for prompt in prompts])
 

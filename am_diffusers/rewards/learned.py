@@ -29,7 +29,7 @@ class RewardOptions:
             published path itself and has no gradients.
         device: where the model runs; inputs are moved there and scores stay there.
         dtype: of the towers; scores are computed from their features in float32 or better.
-        batch_size: pictures per pass of the vision tower, prompts per pass of the text tower; None: all.
+        batch_size: pictures per pass of the vision tower; None: all.
         checkpointing: recompute each pass of the vision tower in backward, so that only the activations of
             one pass (`batch_size` pictures) are held at a time.
 

@@ -11,7 +11,7 @@ from am_diffusers.command_line import asset_path
 from am_diffusers.config import RewardConfig
 from am_diffusers.features import FEATURES, LPIPS, Features
 from am_diffusers.plan import resolve_reward
-from am_diffusers.rewards import REWARDS, ClipReward, ImageFeatures, LearnedReward, Reward, RewardOptions
+from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
 from am_diffusers.suggest import suggest
 from evaluating.options import named
 from evaluating.weights import fingerprint
@@ -68,9 +68,6 @@ class Measure:
         reward = self._reward(device, batch_size)
         if isinstance(reward, LearnedReward):
             reward.check_can_score(prompts)
-        if isinstance(reward, ClipReward):
-            # Always in the same batches: the last bits of a text's features depend on its neighbours.
-            reward.text_features(prompts)
         return lambda images, texts, _: reward(images, texts)
 
     def _features(self, device: torch.device, batch_size: int | None) -> ImageFeatures | Features:
