@@ -223,6 +223,7 @@ def test_wrong_settings_and_tables_are_errors():
     with pytest.raises(NonFiniteError, match="prompt 2"):
         collect(method)
     assert METHODS["deterministic_adjoint_matching"] is DeterministicAdjointMatching
+    assert not DeterministicAdjointMatching.aims_at_tilt
     assert DeterministicAdjointMatching.needs_reward_gradient
 
 

@@ -283,15 +283,15 @@ def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
 
 def test_an_iteration_that_failed_does_not_use_up_a_pass_and_its_rows_are_made_again():
     method = make(LAW.field(), passes=2)
-    before = method.state_dict()
+    roll_back = method.snapshot()
     failed = collect(method, iteration=0).examples
-    method.load_state_dict(before)  # as the trainer does
+    roll_back()  # as the trainer does
     assert method.local_state_dict() == {}
     again = collect(method, iteration=1).examples
     assert not torch.isclose(again.latents, failed.latents).any()
-    before = method.state_dict()
+    roll_back = method.snapshot()
     second = collect(method, iteration=2)
-    method.load_state_dict(before)
+    roll_back()
     retried = collect(method, iteration=3)
     assert same_rows(retried.examples, second.examples)
     assert retried.metrics["grpo_pass"] == 2
