@@ -30,14 +30,17 @@ class DiskTensors:
         Raises:
             ValueError: if there's no room; says what to do.
         """
+        folder = self.folder.resolve()
         name = tensor.untyped_storage().filename
-        if name is not None and Path(name).parent == self.folder:
+        if name is not None and Path(name).parent == folder:
             return tensor
         values = tensor.detach().cpu().contiguous()
-        handle, name = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
+        handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
         try:
-            with os.fdopen(handle, "wb") as file:  # written, not mapped: a full disk is then an error here
-                values.view(torch.uint8).numpy().tofile(file)
+            # Written, not mapped: a full disk is then an error here, by Python's own file also in the last
+            # few bytes (numpy's `tofile` loses that one, and mapping would fill up with zeros).
+            with os.fdopen(handle, "wb") as file:
+                file.write(values.flatten().view(torch.uint8).numpy().data)
             mapped = torch.from_file(name, shared=True, size=values.numel(), dtype=values.dtype)
         except OSError as error:
             raise ValueError(

@@ -17,6 +17,7 @@ from am_diffusers.adjoint import require_finite, terminal_adjoint
 from am_diffusers.divergences import Tilt
 from am_diffusers.out_of_memory import phase
 
+TINY = torch.finfo(torch.float32).tiny
 RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]
 
 
@@ -105,7 +106,11 @@ class TerminalCost:
         rewards, gradient = self._smoothed(final, prompts, noise)
         norms = gradient.flatten(1).norm(dim=1)
         slopes = torch.ones_like(rewards) if self.tilt is None else self.tilt.slopes(rewards, prompts)
-        factor = slopes if self.clip_norm is None else slopes * (self.clip_norm / norms).clamp(max=1)
+        factor = (
+            slopes
+            if self.clip_norm is None
+            else slopes * (self.clip_norm / norms.clamp(min=TINY)).clamp(max=1)
+        )
         gradient = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
         return Terminal(rewards, terminal_adjoint(gradient, self.reward_scale), norms, slopes)
 
@@ -114,6 +119,8 @@ class TerminalCost:
         quantile, decay = self.options.clip_quantile, self.options.clip_decay
         if quantile is not None:
             new = torch.quantile(gradient_norms.double(), quantile).item()
+            if new == 0:  # most gradients vanish: a threshold of 0 would stop all of them
+                return
             self.clip_norm = new if self.clip_norm is None else decay * self.clip_norm + (1 - decay) * new
 
     def _smoothed(

@@ -1,6 +1,7 @@
 """The buffer of trajectories: what is drawn, over ranks and restarts, and the law that training reaches."""
 
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,9 +166,11 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_is_explained_and_leaves_no_file(tmp_path):
+@pytest.mark.parametrize("room", [1000, 39900])
+def test_a_full_disk_is_explained_and_leaves_no_file(tmp_path, room):
+    """Of 40000 bytes, early on and in the last few."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(ValueError, match=r"no room for the buffer .*lower --buffer_size"):
             DiskTensors(tmp_path)(torch.ones(100, 100))
@@ -199,8 +202,11 @@ def test_any_number_of_ranks_goes_on_with_the_same_rows(tmp_path, before, after)
         assert rank_metrics == pytest.approx(metrics, rel=1e-6)
 
 
-def test_a_roll_back_restores_the_buffer_without_copies():
-    method = filled()
+@pytest.mark.parametrize("where", ["memory", "absolute", "relative"])
+def test_a_roll_back_restores_the_buffer_without_copies(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    folder = {"memory": None, "absolute": tmp_path, "relative": Path(".")}[where]
+    method = filled() if folder is None else filled(store=DiskTensors(folder))
     before, roll_back = method.local_state_dict()["generations"], method.snapshot()
     expected = [collect(method, iteration=i) for i in (7, 8, 9)]
     roll_back()

@@ -100,6 +100,21 @@ def test_with_one_pass_the_gradient_is_the_reinforce_estimator(kind):
     torch.testing.assert_close(gradient(method, shifts, collected, 5), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_rounding_that_depends_on_the_batch_clips_nothing_in_the_first_pass():
+    """As in half precision; exaggerated: rows alone have another velocity than eight together."""
+    shifts = some_shifts()
+    exact = shifted(shifts)
+
+    def rounded(x, sigma, cond):
+        return exact(x, sigma, cond) + (0.5 if len(x) == 1 else 0.0)
+
+    method = make(CallableField(rounded), passes=2, clip_range=0.05)
+    _, metrics = total_loss(method, collect(method), size=1)
+    assert metrics["clipped"] == 0
+    _, metrics = total_loss(method, collect(method, iteration=1), size=1)
+    assert metrics["clipped"] > 0
+
+
 def test_the_expected_gradient_is_that_of_the_mean_reward():
     """Linear reward on a 1-D Gaussian chain, 4 standard errors of 50 batches of 200 samples."""
     shifts, num_batches = some_shifts(), 50

@@ -123,3 +123,19 @@ def test_clipping_shortens_the_longest_gradients_to_a_running_quantile(noises):
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
         GradientOptions(**options)
+
+
+def test_gradients_that_vanish_neither_stop_the_others_nor_become_nan():
+    """A clamped reward: most gradients are 0, and so would be the threshold."""
+    cost = TerminalCost(
+        lambda x, prompts: (x * torch.tensor([0.0, 0.0, 0.0, 1.0])[:, None]).sum(1),
+        2.0,
+        GradientOptions(clip_quantile=0.5),
+    )
+    for _ in range(2):
+        found = cost(torch.ones(4, 3), ["a"] * 4, lambda: torch.zeros(4, 3))
+        cost.update(found.gradient_norms)
+        assert torch.equal(found.adjoint[3], torch.full((3,), -2.0))
+        assert torch.equal(found.adjoint[:3], torch.zeros(3, 3))
+    cost.clip_norm = 0.5
+    assert cost(torch.ones(4, 3), ["a"] * 4, lambda: torch.zeros(4, 3)).adjoint.isfinite().all()

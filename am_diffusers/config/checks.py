@@ -72,6 +72,12 @@ def _method(c: MethodConfig) -> list[Check]:
         (c.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
         (c.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
         (
+            c.adjoint == "lean" or c.rollout_guidance_scale == 1 or c.guidance_mode != "rollout",
+            "adjoint",
+            "lean with guidance in the rollout alone: the full adjoint differentiates what was rolled out "
+            "(--guidance_mode everywhere or none)",
+        ),
+        (
             c.loss_steps == "all" or 1 <= c.loss_steps < c.num_inference_steps,
             "loss_steps",
             "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",

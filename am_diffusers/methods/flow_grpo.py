@@ -21,10 +21,9 @@ Sums, not means. A log-probability here is the sum over the D latent dimensions,
 likelihood ratio and the clip a bound on it, as in PPO (.2). The published code averages over dimensions: its
 log-ratio is ours / D, and its clip ranges of 1e-4 and 1e-5 correspond to 6.6 and .66 in the logarithm of
 ours for a picture of 512 pixels (D = 65536), its beta (.01 to .04) to beta / D on our `path_kl`.
-In half precision the rollout and the loss agree on a velocity to its rounding only, which moves the ratio of
-many dimensions: use float32 with `passes` > 1, or the same micro-batch size for both. Deviations: the table
-is this package's (memoryless, without a noise_level); no advantage clipping; no pictures of one group share
-their start noise.
+In half precision rollout and loss agree on a velocity to its rounding only, which moves the ratio of many
+dimensions after the first pass: use float32 with `passes` > 1. Deviations: the table is this package's
+(memoryless, without a noise_level); no advantage clipping; start noise is each picture's own.
 
 The sum is written as a hinge, (1 + clip_range) * max(A, 0) - min(...): no term is negative, so that losses
 don't cancel and the trainer's scaling of half-precision gradients has a size to go by. No gradient changes.
@@ -142,7 +141,9 @@ class FlowGRPO(Method[PolicyRows]):
             states, reached = example.latents[rows].double(), example.next_latents[rows].double()
             log_prob = log_prob.index_put((rows,), table.log_prob(k, reached, states, new))
             path_kl = path_kl.index_put((rows,), table.path_kl(k, new, base))
-        ratio, clip = (log_prob - example.log_prob).exp(), self.settings.clip_range
+        # In the first pass policy and rollout are one: what differs is the rounding of other batches.
+        before = log_prob.detach() if self._passes <= 1 else example.log_prob
+        ratio, clip = (log_prob - before).exp(), self.settings.clip_range
         advantage, weight = example.advantage.double(), example.weight.double()
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
         hinge = (1 + clip) * advantage.clamp(min=0) - gain
