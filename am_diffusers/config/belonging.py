@@ -1,6 +1,7 @@
 """Which methods read which of the fields that aren't for all: a flag that would be ignored is refused."""
 
 import dataclasses
+import json
 
 from am_diffusers.config import BufferConfig, Config, DeterministicConfig, EfficientConfig
 from am_diffusers.methods import METHODS
@@ -69,7 +70,12 @@ def check_belonging(config: Config) -> None:
         for field in dataclasses.fields(section):
             readers = READ_BY.get(field.name)
             if readers and method not in readers and getattr(section, field.name) != _default(field):
-                ignored.append(f"--{field.name} is for {', '.join(readers)}, not for {method}: leave it out")
+                default = _default(field)
+                text = default if isinstance(default, str) else json.dumps(default)
+                ignored.append(
+                    f"--{field.name} is for {', '.join(readers)}, not for {method}: leave it out (what a "
+                    f"config file sets is undone by --{field.name} {text})"
+                )
     if ignored:
         raise ValueError("\n".join(ignored))
 
