@@ -1,0 +1,48 @@
+"""Benchmarks of methods: runs what is missing of the studies in eval/benching, then writes docs/methods.md.
+
+    OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation]
+
+A study's settings, budgets and seeds are declared in eval/benching/STUDY.yaml. Every run leaves a record in
+eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Nothing else may keep
+the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
+work, each with one thread; a run that another one does is left to it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from benching.study import read_study
+from benching.work import Work
+
+HERE = Path(__file__).parent / "benching"
+STUDIES = ("methods", "discretisation")
+
+
+def main() -> None:
+    """Run what is missing."""
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all, {', '.join(STUDIES)}")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="of LoRAs, pictures"
+    )
+    options = parser.parse_args()
+    try:
+        for name in options.studies or STUDIES:
+            work = Work(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, options.output_dir / name)
+            while (done := work.do_next()) is not None:
+                print(f"{name}: {done}", flush=True)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

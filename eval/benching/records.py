@@ -1,0 +1,133 @@
+"""What a run of a benchmark found, as a committed JSON file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from am_diffusers.comparison import Estimate
+from evaluating.files import write_text
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward of the pictures of a LoRA against the base's of the same noise.
+
+    Attributes:
+        role: `trained` or `held-out`.
+        gain: mean paired difference in base standard deviations, with its 95 % interval over prompts.
+        by_prompt: the same of each prompt, (P,), so that runs can be compared prompt by prompt.
+    """
+
+    role: str
+    gain: Estimate
+    by_prompt: list[float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A LoRA at a mark.
+
+    Attributes:
+        mark: its name.
+        seconds: of training until then.
+        calls: of the transformer until then, a sample each.
+        iterations: optimizer steps until then.
+        rewards: by name.
+        diversity_kept: mean pairwise distance of a prompt's pictures, tuned / base.
+        frechet: squared Frechet distance to the base's pictures of other noise less that of the base itself:
+            0 on average for an unchanged model.
+    """
+
+    mark: str
+    seconds: float
+    calls: float
+    iterations: int
+    rewards: dict[str, Reward]
+    diversity_kept: Estimate
+    frechet: float
+
+    def gain(self, role: str) -> float:
+        """Mean gain of the rewards of a role, in base standard deviations."""
+        gains = [reward.gain.value for reward in self.rewards.values() if reward.role == role]
+        return sum(gains) / len(gains)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run.
+
+    Attributes:
+        setting: its name.
+        method: of the setting.
+        seed: of training.
+        declared: what it depends on: flags, marks, evaluation, as plain JSON values.
+        machine: what the seconds were measured on.
+        snapshots: by time.
+    """
+
+    setting: str
+    method: str
+    seed: int
+    declared: dict[str, object]
+    machine: dict[str, str]
+    snapshots: list[Snapshot]
+
+    def at(self, mark: str) -> Snapshot:
+        """The snapshot of a mark."""
+        return next(snapshot for snapshot in self.snapshots if snapshot.mark == mark)
+
+
+_READER = TypeAdapter(Record)
+
+
+def record_file(folder: Path, setting: str, seed: int) -> Path:
+    """Where the record of a run is."""
+    return folder / f"{setting}-seed{seed}.json"
+
+
+def write_record(record: Record, file: Path) -> None:
+    """Write a record, whole or not at all, with numbers of five significant digits."""
+    document = _rounded(asdict(record))
+    write_text(file, json.dumps(document, indent=None, allow_nan=False).replace("}, {", "},\n{") + "\n")
+
+
+def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Record:
+    """A record.
+
+    Args:
+        file: what `write_record` wrote.
+        declared: what it has to depend on; None = whatever.
+
+    Raises:
+        ValueError: if it can't be read, or is of something else.
+    """
+    try:
+        record = _READER.validate_python(json.loads(file.read_text("utf-8")))
+    except (OSError, ValidationError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no record that can be read: remove it and run again ({error})"
+        ) from error
+    if declared is not None:
+        differ = [name for name, value in declared.items() if record.declared.get(name) != _rounded(value)]
+        if differ:
+            raise ValueError(
+                f"{file} was made with other {', '.join(differ)} than are declared now: remove it to run it "
+                "again, or undo the change"
+            )
+    return record
+
+
+def _rounded(value: object) -> object:
+    """Plain JSON values with short numbers."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(each) for each in value]
+    return value

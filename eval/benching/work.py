@@ -1,0 +1,103 @@
+"""What of a study is still to be run, and running it; several programs can share the work."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from benching.measuring import measure
+from benching.records import Record, read_record, record_file, write_record
+from benching.study import Study
+from benching.training import machine, train
+
+
+@dataclass(frozen=True)
+class Work:
+    """A study on this disk.
+
+    Attributes:
+        study: what is declared.
+        data: folder of the records.
+        outputs: folder of LoRAs and pictures, which aren't kept with the records.
+    """
+
+    study: Study
+    data: Path
+    outputs: Path
+
+    def declared(self, setting: str) -> dict[str, object]:
+        """What a record of a setting depends on."""
+        return {
+            "flags": self.study.flags(setting),
+            "marks": [mark.name for mark in self.study.marks],
+            "evaluation": asdict(self.study.evaluation),
+        }
+
+    def record(self, setting: str, seed: int) -> Record | None:
+        """The record of a run, if it is there.
+
+        Raises:
+            ValueError: if it is damaged, or of other flags than are declared.
+        """
+        file = record_file(self.data, setting, seed)
+        return read_record(file, self.declared(setting)) if file.exists() else None
+
+    def chosen(self, method: str) -> str | None:
+        """The setting of a method that is compared with other methods; None if not all have been tried.
+
+        The one of the highest mean gain of the held-out rewards at the budget, on the first seed.
+        """
+        tried = [self.record(setting, self.study.seeds[0]) for setting in self.study.methods[method]]
+        if any(record is None for record in tried):
+            return None
+        known = [record for record in tried if record is not None]
+        return max(known, key=lambda record: record.at(self.study.budget).gain("held-out")).setting
+
+    def compared(self) -> dict[str, list[Record]]:
+        """Records of all seeds there are of each setting that is compared, by its name."""
+        if self.study.select == "all":
+            settings = list(self.study.settings)
+        else:
+            chosen = [self.chosen(method) for method in self.study.methods]
+            settings = [setting for setting in chosen if setting is not None]
+        found = {setting: [self.record(setting, seed) for seed in self.study.seeds] for setting in settings}
+        return {
+            setting: known
+            for setting, records in found.items()
+            if (known := [record for record in records if record is not None])
+        }
+
+    def missing(self) -> Iterator[tuple[str, int]]:
+        """Runs that can be done now: settings on the first seed, then the chosen ones on the others."""
+        first, *others = self.study.seeds
+        for setting in self.study.settings:
+            if self.record(setting, first) is None:
+                yield setting, first
+        for seed in others:
+            for method, settings in self.study.methods.items():
+                chosen = settings if self.study.select == "all" else [self.chosen(method)]
+                for setting in chosen:
+                    if setting is not None and self.record(setting, seed) is None:
+                        yield setting, seed
+
+    def do_next(self) -> str | None:
+        """Do the first missing run that no other program does; its name, None if there is none."""
+        for setting, seed in self.missing():
+            name = f"{setting}-seed{seed}"
+            self.outputs.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(self.outputs / f"{name}.lock", timeout=0):
+                    if self.record(setting, seed) is None:
+                        self._do(setting, seed, self.outputs / name)
+                        return name
+            except Timeout:
+                continue
+        return None
+
+    def _do(self, setting: str, seed: int, folder: Path) -> None:
+        flags = self.study.flags(setting)
+        reached = train(flags, seed, self.study.marks, folder)
+        snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
+        record = Record(setting, str(flags["method"]), seed, self.declared(setting), machine(), snapshots)
+        write_record(record, record_file(self.data, setting, seed))
