@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from benching.page import write_page
 from benching.study import read_study
 from benching.work import Work
 
@@ -34,12 +35,14 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="of LoRAs, pictures"
     )
+    parser.add_argument("--tables_only", action="store_true", help="run nothing, write tables and figures")
     options = parser.parse_args()
     try:
         for name in options.studies or STUDIES:
             work = Work(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, options.output_dir / name)
-            while (done := work.do_next()) is not None:
+            while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)
+            write_page(name, work, HERE.parent.parent / "docs")
     except ValueError as error:
         sys.exit(f"error: {error}")
 

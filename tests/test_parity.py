@@ -7,12 +7,13 @@ import numpy as np
 import preprocessing_error
 import pytest
 import torch
-from doc_tables import marks, replace_table
 from open_clip.model import CLIP
 from parity.cases import SMALL_HPSV2, Case, write_weights
 from parity.compare import LIMIT, QUANTITIES, compare, relative_difference
 from parity.ours import score
 from parity.report import table
+
+from am_diffusers.markdown import marks, replace_table
 
 ROOT = Path(__file__).parent.parent
 RENDERED = {"parity": table, "preprocessing_error": preprocessing_error.table}

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from am_diffusers.comparison import Estimate
 from am_diffusers.processes import Processes
 from benching.records import Reward, Snapshot
-from benching.study import EvaluationOptions, Study
+from benching.study import Study, command_line
 from benching.training import Reached
 from evaluating.driver import make_pictures, take_measures
 from evaluating.finish import collect
@@ -35,8 +35,7 @@ def measure(
         evaluations: folder of the pictures of all runs.
     """
     loras = [f"{run}-{done.mark.name}={done.lora(folder)}" for done in reached]
-    base = str(study.common["pretrained_model_name_or_path"])
-    plan = make_plan(parse(_arguments(study.evaluation, base, loras, evaluations)))
+    plan = make_plan(parse([*_arguments(study), "--lora_path", *loras, "--output_dir", str(evaluations)]))
     options = plan.options
     store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side)
     store.open(plan.candidates)
@@ -46,15 +45,16 @@ def measure(
     return snapshots(plan, collect(plan, store), reached)
 
 
-def _arguments(options: EvaluationOptions, base: str, loras: Sequence[str], folder: Path) -> list[str]:
+def _arguments(study: Study) -> list[str]:
+    """Flags of evaluate.py that are the same for all runs; the model's are those of training."""
+    options = study.evaluation
     steps, images = options.num_inference_steps, options.num_images_per_prompt
+    model = ("pretrained_model_name_or_path", "resolution", "max_sequence_length")
     return [
-        *("--pretrained_model_name_or_path", base),
-        *("--lora_path", *loras),
+        *command_line({name: study.common[name] for name in model}),
         *("--prompts", options.prompts),
         *("--rewards", *options.rewards),
         *("--num_inference_steps", str(steps), "--num_images_per_prompt", str(images)),
-        *("--output_dir", str(folder)),
     ]
 
 

@@ -1,0 +1,53 @@
+"""docs/methods.md: tables and figures of the studies, from the committed records."""
+
+from pathlib import Path
+
+from am_diffusers.markdown import replace_table
+from benching.curves import Curve, make_curve
+from benching.figures import draw
+from benching.tables import budget_table, equal_reward_table, tried_table
+from benching.work import Work
+from evaluating.files import write_text
+
+PAGE = "methods.md"
+
+
+def curves_of(work: Work) -> list[Curve]:
+    """Of all settings that are compared, the first method's first."""
+    return [make_curve(records) for records in work.compared().values()]
+
+
+def tables(name: str, work: Work) -> dict[str, str]:
+    """The tables of a study by their marks; none before a setting can be compared."""
+    curves, study = curves_of(work), work.study
+    if not curves:
+        return {}
+    found = {
+        f"{name}-{mark.name}": budget_table(curves, mark.name)
+        for mark in study.marks
+        if mark.name == study.budget or mark.calls is not None
+    }
+    found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:])
+    if study.select == "best":
+        first = [work.record(setting, study.seeds[0]) for setting in study.settings]
+        known = [record for record in first if record is not None]
+        chosen = [curve.setting for curve in curves]
+        found[f"{name}-tried"] = tried_table(known, study.budget, chosen)
+    return found
+
+
+def write_page(name: str, work: Work, docs: Path) -> None:
+    """Write a study's tables between their marks and draw its figure.
+
+    Raises:
+        ValueError: the page lacks the marks of a table.
+    """
+    page = docs / PAGE
+    text = page.read_text("utf-8")
+    for mark, table in tables(name, work).items():
+        text = replace_table(text, mark, table)
+    write_text(page, text)
+    curves = curves_of(work)
+    if curves:
+        spent = "seconds" if work.study.marks[0].seconds is not None else "calls"
+        draw(curves, spent, docs / "images" / f"{name}.png")
