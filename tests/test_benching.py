@@ -241,9 +241,12 @@ def test_points_of_equal_trained_reward_are_found_between_marks(tmp_path: Path) 
     assert slow.where(0.21) is None
     apart = difference(at, end, "held-out")
     assert apart.value == pytest.approx(0.08)
-    row = equal_reward_table(fast, [slow]).splitlines()[2]
+    row = equal_reward_table(fast, [slow], timed=True).splitlines()[2]
     assert row.startswith("| b | +0.20 | +0.10 | +0.02 | +0.08 [")
     assert row.endswith("| 98%, 98% | 0.002, 0.002 | 4.00 | 4.00 |")
+    untimed = equal_reward_table(fast, [slow], timed=False).splitlines()
+    assert untimed[2].endswith("| 0.002, 0.002 | 4.00 |")
+    assert [line.count("|") for line in untimed] == [9] * 3
 
 
 def test_means_over_seeds_with_their_spread(tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_means_over_seeds_with_their_spread(tmp_path: Path) -> None:
     both = make_curve([record(work, "a", (0.2, 0.1), 0), record(work, "a", (0.4, 0.3), 1)])
     assert both.at("20-s").gain("trained") == pytest.approx(0.3)
     assert both.spread["20-s"] == pytest.approx((0.2, 0.4))
-    row = budget_table([both], "20-s").splitlines()[2]
+    row = budget_table([both], "20-s", timed=True).splitlines()[2]
     assert row.startswith("| a | 2 | 20 | 20 | 100 | +0.30 [+0.2")
     assert "| +0.20 to +0.40 | 97% | 0.003 |" in row
 

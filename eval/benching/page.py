@@ -20,14 +20,15 @@ def curves_of(work: Work) -> list[Curve]:
 def tables(name: str, work: Work) -> dict[str, str]:
     """The tables of a study by their marks; none before a setting can be compared."""
     curves, study = curves_of(work), work.study
+    timed = study.timed
     if not curves:
         return {}
     found = {
-        f"{name}-{mark.name}": budget_table(curves, mark.name)
+        f"{name}-{mark.name}": budget_table(curves, mark.name, timed=timed)
         for mark in study.marks
         if mark.name == study.budget or mark.calls is not None
     }
-    found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:])
+    found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
     if study.select == "best":
         first = [work.record(setting, study.seeds[0]) for setting in study.settings]
         known = [record for record in first if record is not None]
@@ -49,5 +50,4 @@ def write_page(name: str, work: Work, docs: Path) -> None:
     write_text(page, text)
     curves = curves_of(work)
     if curves:
-        spent = "seconds" if work.study.marks[0].seconds is not None else "calls"
-        draw(curves, spent, docs / "images" / f"{name}.png")
+        draw(curves, "seconds" if work.study.timed else "calls", docs / "images" / f"{name}.png")

@@ -111,6 +111,11 @@ class Study:
             found.setdefault(str((self.common | flags)["method"]), []).append(name)
         return found
 
+    @property
+    def timed(self) -> bool:
+        """Whether runs are compared by the time they take, so that their seconds mean something."""
+        return any(mark.seconds is not None for mark in self.marks)
+
     def flags(self, setting: str) -> dict[str, Flag]:
         """All flags of a setting."""
         return self.common | self.settings[setting]

@@ -29,8 +29,8 @@ def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> 
     return rows(["setting", "iterations", "trained", "held-out"], cells)
 
 
-def budget_table(curves: Sequence[Curve], mark: str) -> str:
-    """Every setting at one mark, best held-out gain first."""
+def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
+    """Every setting at one mark, best held-out gain first; seconds if runs were timed on a quiet machine."""
     names = list(curves[0].points[0].gains)
     cells = []
     for curve in sorted(curves, key=lambda curve: -curve.at(mark).gain("held-out")):
@@ -38,21 +38,24 @@ def budget_table(curves: Sequence[Curve], mark: str) -> str:
         low, high = curve.spread[mark]
         gains = [_interval(estimate(np.mean, point.gains[name])) for name in names]
         trained = f"{_sign(low)} to {_sign(high)}"
-        cells.append([curve.setting, str(curve.seeds), *_spent(point), *gains, trained, *_cost(point)])
-    header = ["setting", "seeds", "s", "iterations", "calls"]
+        cells.append(
+            [curve.setting, str(curve.seeds), *_spent(point)[not timed :], *gains, trained, *_cost(point)]
+        )
+    header = ["setting", "seeds", *["s", "iterations", "calls"][not timed :]]
     titles = [f"{name} ({curves[0].points[0].roles[name]})" for name in names]
     return rows([*header, *titles, "trained, seeds", "diversity", "Frechet"], cells)
 
 
-def equal_reward_table(reference: Curve, others: Sequence[Curve]) -> str:
+def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool) -> str:
     """Each setting beside the reference, where both have the highest trained gain that both reach."""
     cells = []
     for curve in others:
         level = min(reference.best, curve.best)
         ours, theirs = reference.where(level), curve.where(level)
         if ours is None or theirs is None:
-            cells.append([curve.setting, _sign(level), *[NONE] * 6])
+            cells.append([curve.setting, _sign(level), *[NONE] * (7 if timed else 6)])
             continue
+        ratios = [f"{theirs.seconds / ours.seconds:.2f}", f"{theirs.calls / ours.calls:.2f}"]
         cells.append(
             [
                 curve.setting,
@@ -62,14 +65,12 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve]) -> str:
                 _interval(difference(ours, theirs, "held-out")),
                 f"{ours.diversity:.0%}, {theirs.diversity:.0%}",
                 f"{ours.frechet:.2g}, {theirs.frechet:.2g}",
-                f"{theirs.seconds / ours.seconds:.2f}",
-                f"{theirs.calls / ours.calls:.2f}",
+                *ratios[not timed :],
             ]
         )
     header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
-    return rows(
-        [*header, "difference", "diversity of both", "Frechet of both", "time, ratio", "calls, ratio"], cells
-    )
+    ratio = ["time, ratio", "calls, ratio"][not timed :]
+    return rows([*header, "difference", "diversity of both", "Frechet of both", *ratio], cells)
 
 
 def _spent(point: Point) -> list[str]:
