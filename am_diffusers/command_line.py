@@ -26,6 +26,8 @@ FIELDS = {
     for name, annotation in typing.get_type_hints(section).items()
 }
 
+REWARD_LISTS = ("rewards", "eval_rewards")
+
 # What users of the Diffusers training scripts and of accelerate may type, and what does it here.
 TRAINING_PICTURES = "no training pictures are used: rewards judge what the model makes of train_prompts"
 TOKEN = "log in once with `hf auth login` or set HF_TOKEN: what stands in a command line ends up in logs"
@@ -91,7 +93,7 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     """
     parser = _parser(program)
     try:
-        parsed = parser.instantiate(parser.parse_args(_spell_out_switches(argv)))
+        parsed = parser.instantiate(parser.parse_args(_replace_rewards(_spell_out_switches(argv))))
     except ArgumentError as error:
         raise ValueError(_explain(str(error))) from error
     sections = {
@@ -158,6 +160,32 @@ def _spell_out_switches(argv: Sequence[str]) -> list[str]:
         f"{token}=true" if token in switches and after.startswith("--") else token
         for token, after in zip(argv, following, strict=True)
     ]
+
+
+def _replace_rewards(argv: Sequence[str]) -> list[str]:
+    """Empty a list of rewards before each flag or file that sets it.
+
+    Jsonargparse merges an item into the one it replaces where both lists are as long, so that a reward named
+    on the command line would keep the weights of the config file's.
+    """
+    words: list[str] = []
+    for token, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, _, value = token.partition("=")
+        for name in _lists_set_by(flag, value or following):
+            words += [f"--{name}", "[]"]
+        words.append(token)
+    return words
+
+
+def _lists_set_by(flag: str, value: str) -> list[str]:
+    """Lists of rewards that a flag sets, by itself or by the config file it names."""
+    if flag != "--config":
+        return [name for name in REWARD_LISTS if flag == f"--{name}"]
+    try:
+        keys = yaml.safe_load(Path(value).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []  # the parser says what is wrong with it
+    return [name for name in REWARD_LISTS if isinstance(keys, dict) and name in keys]
 
 
 def _explain(message: str) -> str:

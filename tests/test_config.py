@@ -36,6 +36,29 @@ def test_command_line_wins_over_yaml_wins_over_defaults(minimal, tmp_path):
     assert config.method.rewards == [RewardConfig("pickscore", "asset:tiny_pickscore")]
 
 
+@pytest.mark.parametrize("name", ["rewards", "eval_rewards"])
+def test_a_later_list_of_rewards_replaces_an_earlier_one(minimal, tmp_path, name):
+    """Also one of the same length, and all of an item: no weights of another reward are left in it."""
+    files = [tmp_path / f"{place}.yaml" for place in range(3)]
+    files[0].write_text(f"{name}: [{{name: pickscore, model: mine, weight: 2.0}}]")
+    files[1].write_text(f"{name}: [{{name: brightness}}]")
+    files[2].write_text("seed: 3")
+    section = {"rewards": "method", "eval_rewards": "evaluation"}[name]
+
+    def parsed(*argv):
+        return getattr(getattr(parse_config([*minimal, *argv]), section), name)
+
+    before = ["--config", str(files[0])]
+    assert parsed(*before, "--config", str(files[2]))[0].model == "mine"
+    for later in (
+        ["--config", str(files[1])],
+        [f"--config={files[1]}"],
+        [f"--{name}", "[{name: brightness}]"],
+        [f"--{name}=[{{name: brightness}}]"],
+    ):
+        assert parsed(*before, *later) == [RewardConfig("brightness")], later
+
+
 def test_resolved_yaml_reads_back_to_the_same_config(minimal, tmp_path):
     flags = ["--adam_epsilon", "1e-9", "--loss_steps", "4", "--validation_prompts", '["a: b", "-c"]']
     config = parse_config([*minimal, *flags])
