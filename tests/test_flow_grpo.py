@@ -163,11 +163,13 @@ def test_a_quadratic_reward_goes_up_with_several_passes(kind):
     optimizer, rewards = torch.optim.Adam([shifts], lr=0.05), []
     for iteration in range(60):
         collected = collect(method, 64, iteration)
-        rewards.append(collected.metrics["reward"])
+        if "reward" in collected.metrics:
+            rewards.append(collected.metrics["reward"])
         optimizer.zero_grad()
         total_loss(method, collected)[0].backward()
         optimizer.step()
-    assert sum(rewards[-10:]) / 10 > sum(rewards[:4]) / 4 + 0.25
+    assert len(rewards) == 30
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.25
 
 
 def test_batch_sizes_and_ranks_change_nothing():

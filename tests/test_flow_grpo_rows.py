@@ -1,5 +1,7 @@
 """Rows that Flow-GRPO keeps for further passes: network calls, checkpoints, roll-backs, ranks, metrics."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from grpo_chain import (
@@ -13,9 +15,13 @@ from grpo_chain import (
     total_loss,
 )
 from oracles import CountingField
+from test_trainer import make_trainer
 
+from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.processes import Interrupted, PeerNotFiniteError
 from am_diffusers.state_files import load_state, save_state
 from am_diffusers.transitions import jitter_sigmas, memoryless_local_linear, uniform_sigmas
+from am_diffusers.velocity import CallableField
 
 
 @pytest.mark.parametrize(("steps", "passes"), [("all", 1), (2, 3)])
@@ -80,20 +86,80 @@ def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
             assert found.metrics == runs[i].metrics
 
 
+def test_only_a_new_rollout_reports_rewards():
+    """Of the rewards of a kept rollout nothing is repeated: they would look like the policy's of now."""
+    method = make(LAW.field(), passes=2)
+    runs = [collect(method, iteration=i) for i in range(4)]
+    for first, second in (runs[:2], runs[2:]):
+        assert set(first.metrics) == {"reward", "reward_std", "advantage_std", "grpo_pass"}
+        assert len(first.rewards) == 8
+        assert second.metrics == {"grpo_pass": 2.0}
+        assert len(second.rewards) == 0
+    assert runs[0].metrics["reward"] != runs[2].metrics["reward"]
+
+
 def test_an_iteration_that_failed_does_not_use_up_a_pass_and_its_rows_are_made_again():
     method = make(LAW.field(), passes=2)
     roll_back = method.snapshot()
     failed = collect(method, iteration=0).examples
-    roll_back()  # as the trainer does
+    roll_back(None)  # as the trainer does
     assert method.local_state_dict() == {}
     again = collect(method, iteration=1).examples
     assert not torch.isclose(again.latents, failed.latents).any()
     roll_back = method.snapshot()
     second = collect(method, iteration=2)
-    roll_back()
+    roll_back(None)
     retried = collect(method, iteration=3)
     assert same_rows(retried.examples, second.examples)
     assert retried.metrics["grpo_pass"] == 2
+
+
+def grpo_trainer(tmp_path, passes):
+    """A trainer of 8 samples of Flow-GRPO, on a policy with one trained shift; it may skip an iteration."""
+    sizes = {"train_batch_size": 8, "samples_per_prompt": 4, "max_skipped_iterations": 1}
+    trainer, _, weight = make_trainer(tmp_path, **sizes)
+    policy = CallableField(lambda x, sigma, cond: LAW.velocity(x, sigma) + weight[0])
+    trainer.method = method = make(policy, passes=passes)
+    return trainer, method
+
+
+def iterate(trainer):
+    metrics = trainer.iterate()
+    trainer.state.progress.iteration += 1
+    return metrics
+
+
+def kept_states(method):
+    return method.local_state_dict()["examples"]["rows"]["latents"]
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("loss is nan"), PeerNotFiniteError("elsewhere")])
+def test_a_second_pass_that_is_not_finite_is_followed_by_a_new_rollout(tmp_path, monkeypatch, error):
+    """The kept rows would meet the same policy again: every retry would fail like the first."""
+    trainer, method = grpo_trainer(tmp_path, passes=3)
+    assert iterate(trainer)["grpo_pass"] == 1
+    before = kept_states(method)
+    with monkeypatch.context() as broken:
+        broken.setattr(method, "loss", Mock(side_effect=error))
+        assert iterate(trainer)["skipped"] == 1
+    assert method.local_state_dict() == {}
+    metrics = iterate(trainer)
+    assert metrics["grpo_pass"] == 1
+    assert "reward" in metrics
+    assert not torch.isclose(kept_states(method), before).any()
+
+
+def test_a_second_pass_that_a_signal_ended_is_done_again_on_its_rows(tmp_path, monkeypatch):
+    """So that a run that was stopped goes on as if it had not been."""
+    trainer, method = grpo_trainer(tmp_path, passes=3)
+    iterate(trainer)
+    before = kept_states(method)
+    with monkeypatch.context() as broken:
+        broken.setattr(method, "loss", Mock(side_effect=Interrupted(15)))
+        with pytest.raises(Interrupted):
+            trainer.iterate()
+    assert torch.equal(kept_states(method), before)
+    assert iterate(trainer)["grpo_pass"] == 2
 
 
 def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
@@ -110,7 +176,7 @@ def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
         method.load_state_dict(states[0]["own"])
         method.load_local_state_dicts([state["local"] for state in states], rank, ranks)
         own = collect(method, 16 // ranks, iteration=1)
-        assert len(own.rewards) == len(own.examples.cond) == 16 // ranks
+        assert len(own.examples.cond) == 16 // ranks
         pooled = own.examples.cond.index(own.examples.samples.tolist()).pooled
         first = rank * 16 // ranks
         assert pooled[::2, 0].tolist() == list(range(first, first + 16 // ranks))

@@ -105,11 +105,15 @@ class Method(ABC, Generic[E]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
 
-    def snapshot(self) -> Callable[[], None]:
-        """A function that brings the method back to where it is now."""
+    def snapshot(self) -> Callable[[Exception | None], None]:
+        """A function that brings the method back to where it is now, told the error that makes it necessary.
+
+        An iteration that is to be done again as it was, such as one that a signal ended, must find the method
+        exactly as now; after a `NonFiniteError` a method may drop what would lead there again.
+        """
         state, local = self.state_dict(), self.local_state_dict()
 
-        def roll_back() -> None:
+        def roll_back(error: Exception | None) -> None:
             self.load_state_dict(state)
             self.load_local_state_dicts([local], 0, 1)
 
