@@ -12,10 +12,10 @@ and the clip matters. If only `steps` steps are trained, they are drawn uniforml
 all. The last step is the base's and deterministic, as in the other methods here, so that the policy acts on
 the picture through the densities alone.
 
-What is aimed at: with centred advantages and kl_weight = 1 the objective is reward_scale * E[r] minus the KL
-of the paths, the one of Adjoint Matching, whose optimum is the tilt exp(reward_scale * r). Bias: the KL term
-is differentiated at the states the rollout visited, not through which states are visited (as published), an
-error of second order in reward_scale.
+What is reached, with centred advantages and no guidance (docs/theory.md, section 9): as published, the KL
+is differentiated at the states visited, not through which states are. A step is weighed against the reward
+it leads to and not against the KL of later steps. So learning rests half-way, in velocities, from the base
+to the tilt exp(2 l r), l = reward_scale / kl_weight: the tilt by l to first order in l.
 
 Sums, not means. A log-probability here is the sum over the D latent dimensions, so that `ratio` is the
 likelihood ratio and the clip a bound on it, as in PPO (.2). The published code averages over dimensions: its
