@@ -12,8 +12,8 @@ def cautions(config: Config) -> list[str]:
     if normalised and group < SMALL_GROUP:
         extreme = " (with 2 every advantage is +-reward_scale, whatever the rewards)" if group == 2 else ""
         found.append(
-            f"--advantages normalised divides by the deviation of samples_per_prompt = {group} rewards, which "
-            f"for so few is no tilt by reward / deviation{extreme}: set --samples_per_prompt {SMALL_GROUP} or "
-            "more, or --advantages centred"
+            f"--advantages normalised divides by the deviation of samples_per_prompt = {group} rewards, "
+            f"which for so few is no tilt by reward / deviation{extreme}: set --samples_per_prompt "
+            f"{SMALL_GROUP} or more, or --advantages centred"
         )
     return found

@@ -73,7 +73,7 @@ class Method(ABC, Generic[E]):
         needs_reward_gradient: whether the reward must be differentiable.
         compares_samples: whether rewards of several samples of a prompt are compared, so that
             `samples_per_prompt` must be at least 2.
-        aims_at_tilt: whether it aims at p_base * exp(reward_scale * reward), if only nearly.
+        aims_at_tilt: whether its optimum is p_base * exp(reward_scale * reward), with settings that allow it.
     """
 
     needs_reward_gradient: ClassVar[bool]

@@ -98,6 +98,7 @@ class FlowGRPO(Method[PolicyRows]):
 
     needs_reward_gradient = False
     compares_samples = True
+    aims_at_tilt = False
 
     def __init__(
         self,
