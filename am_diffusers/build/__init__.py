@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
+from am_diffusers.build.resume import make_checkpoints, outdated, resume_point, settings_of
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.build.training import make_log, make_state, make_trainer, raw_rewards
@@ -99,7 +99,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         checkpoints, processes, state, method, settings_of(plan), save_lora, config.checkpoint.on_full_disk
     )
     if found is not None:
-        saver.restore(found)
+        saver.restore(found, outdated=outdated(found, saver.settings))
     scorer, roles = make_scorer(plan, model, trained, held_out)
     hooks = Hooks(
         encode=encoder(config, model, config.method.rollout_guidance_scale),
