@@ -24,7 +24,6 @@ TAGS = (
     "diffusers",
     "lora",
     "template:sd-lora",
-    "adjoint-matching",
     "reward-fine-tuning",
 )
 EXAMPLES = 5
@@ -80,6 +79,8 @@ class CardFacts:
         base_model: the base model as the user named it.
         hub_base: its hub id; None for a folder, which the metadata of a card can't name.
         rewards: what was trained, one text each.
+        method: name of the fine-tuning method; also a tag.
+        paper: its arXiv number.
         law: what the training aims at, a sentence.
         source: where the training prompts come from.
         prompts: the training prompts.
@@ -92,6 +93,8 @@ class CardFacts:
     base_model: str
     hub_base: str | None
     rewards: list[str]
+    method: str
+    paper: str
     law: str
     source: str
     prompts: list[str]
@@ -129,7 +132,7 @@ def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) ->
         **_files(folder),
         **_results(evaluation),
     )
-    populate_model_card(card, list(TAGS))
+    populate_model_card(card, [*TAGS, facts.method.lower().replace(" ", "-")])
     file = folder / "README.md"
     file.write_text(str(card), "utf-8")
     return file
@@ -142,6 +145,8 @@ def _texts(facts: CardFacts) -> dict[str, Any]:
         "title": escape_markdown(facts.title),
         "base": f"[{named}](https://huggingface.co/{facts.hub_base})" if facts.hub_base else named,
         "rewards": ", ".join(escape_markdown(reward) for reward in facts.rewards),
+        "method": facts.method,
+        "paper": facts.paper,
         "law": facts.law,
         "snippet": facts.loading.snippet(),
         "averaged": facts.loading.subfolder is not None,

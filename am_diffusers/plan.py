@@ -11,6 +11,7 @@ import torch
 from am_diffusers.buffer_size import check_buffer
 from am_diffusers.command_line import asset_path, to_yaml
 from am_diffusers.config import Config, RewardConfig
+from am_diffusers.config.cautions import cautions
 from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
@@ -83,6 +84,7 @@ class Plan:
             *self._base_pictures(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
+            *(f"caution: {text}" for text in cautions(self.config)),
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
 

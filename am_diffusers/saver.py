@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 STATE, SETTINGS, LOCAL = "state", "settings", "local"
 LOCK_FILE = ".lock"
+STALE = "%s: its stored training rows were made with another %s and are dropped: the buffer starts empty"
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,23 @@ class Saver:
             logger.warning("no checkpoint after iteration %d: %s", self.state.iteration, failure)
         return False
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, *, outdated: Collection[str] = ()) -> None:
         """Go on from a verified checkpoint; called on all processes, of which there may be more or fewer.
+
+        Args:
+            folder: the checkpoint.
+            outdated: settings that were changed and that the method's stored rows were made with; if there
+                are any, the rows are dropped and made anew.
 
         Raises:
             CheckpointError: if it belongs to another model or method.
         """
         state = load_state(folder, STATE)
         parts = sorted(folder.glob(f"{LOCAL}-*.json"))  # the manifest says that none is missing
+        if parts and outdated:
+            if self.processes.is_main:
+                logger.warning(STALE, folder, ", ".join(outdated))
+            parts = []
         local = [load_state(folder, part.stem) for part in parts]
         try:
             self.state.load_state_dict(state["train"])

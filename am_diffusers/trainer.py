@@ -155,7 +155,7 @@ class Trainer:
                 metrics["grad_norm"] = self._gradient_norm()
                 metrics |= self.hooks.more()
         except Exception as error:
-            roll_back()
+            roll_back(error)
             self.hooks.forget()
             if not isinstance(error, ValueError):
                 raise

@@ -107,12 +107,13 @@ def test_gradient_checkpointing_changes_no_gradient_of_draft(exact: SD3) -> None
 def test_every_kind_of_run_trains(tiny_sd3_dir, rewards_dir, tmp_path, name, changes):  # noqa: F811
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **(OWN[name] | changes))
     before = [p.detach().clone() for p in run.trainer.state.parameters.values()]
-    for _ in range(2):
+    for iteration in range(2):
         metrics = run.trainer.iterate()
         run.trainer.state.progress.iteration += 1
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["grad_norm"] > 0
-    assert "reward" in metrics
+        rolled_out = name != "flow_grpo" or iteration == 0
+        assert any(key.startswith("reward") for key in metrics) == rolled_out
     after = run.trainer.state.parameters.values()
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
     assert run.trainer.hooks.validate(2)["validation/hpsv2_gain"] != 0
@@ -135,7 +136,8 @@ def test_memory_settings_change_no_run(tiny_sd3_dir, rewards_dir, tmp_path, name
 def test_a_run_of_the_script_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, tmp_path, monkeypatch, name):
     """4 iterations at once, and 3 and 1: the same LoRA and the same log, bit by bit.
 
-    After 3 the rows of Flow-GRPO have a pass left and are in the checkpoint.
+    After 3 the rows of Flow-GRPO have a pass left and are in the checkpoint; only iterations with a rollout
+    log rewards.
     """
     changes = OWN[name] | {"rewards": [{"name": "brightness"}], "eval_prompts": None, "eval_rewards": None}
     config, found = tiny_config(tiny_sd3_dir, tmp_path, report_to="none", **changes), []
@@ -153,7 +155,10 @@ def test_a_run_of_the_script_goes_on_as_if_it_had_not_stopped(tiny_sd3_dir, tmp_
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
     assert lines == other_lines
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
-    assert "reward" in lines[0]
+    rewards = [{key for key in line if key.startswith("reward")} for line in lines]
+    assert [bool(keys) for keys in rewards] == [True, name != "flow_grpo"] * 2
+    assert "reward" in rewards[0]
+    assert (tmp_path / "stopped/samples/panel.png").exists()
 
 
 @pytest.mark.parametrize(("name", "changes"), [("draft", {}), ("flow_grpo", {"advantages": "normalised"})])

@@ -209,7 +209,7 @@ def test_a_roll_back_restores_the_buffer_without_copies(tmp_path, monkeypatch, w
     method = filled() if folder is None else filled(store=DiskTensors(folder))
     before, roll_back = method.local_state_dict()["generations"], method.snapshot()
     expected = [collect(method, iteration=i) for i in (7, 8, 9)]
-    roll_back()
+    roll_back(None)
     after = method.local_state_dict()["generations"]
     assert [g["rows"]["latents"].data_ptr() for g in after] == [
         g["rows"]["latents"].data_ptr() for g in before

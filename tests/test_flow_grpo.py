@@ -1,78 +1,31 @@
-"""Flow-GRPO: its gradient against REINFORCE and closed forms, clip, KL, passes, kept rows, ranks, errors."""
+"""Flow-GRPO: its gradient against REINFORCE and closed forms, clip, KL, steps, batch sizes, errors."""
 
 import math
 
 import pytest
 import torch
-from oracles import CountingField, affine, gaussian
+from grpo_chain import (
+    LATENTS,
+    LAW,
+    TABLE,
+    K,
+    collect,
+    gradient,
+    make,
+    quadratic,
+    reward,
+    shifted,
+    some_shifts,
+    total_loss,
+)
+from oracles import affine
 
 from am_diffusers.methods import METHODS
-from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
+from am_diffusers.methods.flow_grpo import FlowGRPO
 from am_diffusers.methods.values import Advantages
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for
-from am_diffusers.state_files import load_state, save_state
-from am_diffusers.transitions import (
-    jitter_sigmas,
-    memoryless_local_linear,
-    ode_euler,
-    uniform_sigmas,
-)
+from am_diffusers.rollout import generator_for, generators_for
+from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
-
-K = 5
-LAW = gaussian(0.3, 0.5)
-TABLE = memoryless_local_linear(uniform_sigmas(K))
-LATENTS = LatentSpec((1,), dtype=torch.float64)
-BASE = LAW.field()
-
-
-def reward(x, prompts):
-    return 0.7 * x[:, 0]
-
-
-def quadratic(x, prompts):
-    return -((x[:, 0] - 1) ** 2)
-
-
-def some_shifts():
-    return torch.tensor([0.3, -0.2, 0.1, -0.4, 0.0], dtype=torch.float64, requires_grad=True)
-
-
-def shifted(shifts):
-    """The base's velocity plus a number of its own at each step."""
-
-    def velocity(x, sigma, cond):
-        return LAW.velocity(x, sigma) + shifts[torch.searchsorted(-TABLE.sigmas, -sigma)][:, None]
-
-    return CallableField(velocity)
-
-
-def make(policy, base=BASE, table=TABLE, scale=2.0, group=4, kind="centred", **changes):
-    gather = {"gather": changes.pop("gather")} if "gather" in changes else {}
-    function = changes.pop("reward", quadratic)
-    settings = FlowGRPOSettings(Advantages(scale, group, kind), **changes)
-    return FlowGRPO(policy, base, function, table, latents=LATENTS, settings=settings, **gather)
-
-
-def collect(method, num=8, iteration=0, first=0, group=4):
-    ids = range(first, first + num)
-    prompts = tuple(f"prompt {i // group}" for i in ids)
-    pooled = torch.tensor([[float(i)] for i in ids])
-    cond = Conditioning(prompts, pooled=pooled)
-    return method.collect(cond, generators_for(0, iteration, ids), generator_for(0, iteration, "shared"))
-
-
-def total_loss(method, collected, size=1000):
-    parts = [method.loss(part) for part in collected.examples.split(size)]
-    return sum(loss for loss, _ in parts), {name: sum(p[1][name] for p in parts) for name in parts[0][1]}
-
-
-def gradient(method, shifts, collected, size=1000):
-    (found,) = torch.autograd.grad(total_loss(method, collected, size)[0], shifts)
-    return found
-
-
-# --------------------------------------------------------------------------------------- the gradient
 
 
 @pytest.mark.parametrize("kind", ["centred", "normalised"])
@@ -210,37 +163,13 @@ def test_a_quadratic_reward_goes_up_with_several_passes(kind):
     optimizer, rewards = torch.optim.Adam([shifts], lr=0.05), []
     for iteration in range(60):
         collected = collect(method, 64, iteration)
-        rewards.append(collected.metrics["reward"])
+        if "reward" in collected.metrics:
+            rewards.append(collected.metrics["reward"])
         optimizer.zero_grad()
         total_loss(method, collected)[0].backward()
         optimizer.step()
-    assert sum(rewards[-10:]) / 10 > sum(rewards[:4]) / 4 + 0.25
-
-
-# ------------------------------------------------------------------------------------ passes and rows
-
-
-@pytest.mark.parametrize(("steps", "passes"), [("all", 1), (2, 3)])
-def test_passes_through_the_networks_are_those_announced(steps, passes):
-    seen = []
-
-    def counted(x, prompts):
-        seen.append((len(x), torch.is_grad_enabled()))
-        return torch.round(quadratic(x, prompts), decimals=1)  # not differentiable
-
-    policy, base = CountingField(shifted(some_shifts())), CountingField(LAW.field())
-    method = make(policy, base, steps=steps, passes=passes, reward=counted)
-    trained = K - 1 if steps == "all" else steps
-    for iteration in range(2 * passes):
-        collected = collect(method, iteration=iteration)
-        rollouts = iteration // passes + 1
-        assert collected.metrics["grpo_pass"] == iteration % passes + 1
-        assert len(collected.examples) == 8 * trained
-        total_loss(method, collected, size=8)
-        assert len(policy.calls) == rollouts * (K - 1) + (iteration + 1) * trained
-        assert len(base.calls) == rollouts * (trained + 1)
-        assert seen == [(8, False)] * rollouts
-    assert policy.vjps == base.vjps == []
+    assert len(rewards) == 30
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.25
 
 
 def test_batch_sizes_and_ranks_change_nothing():
@@ -255,90 +184,6 @@ def test_batch_sizes_and_ranks_change_nothing():
         for method in [make(shifted(shifts), steps=2, gather=lambda values: values.repeat(3))]
     ]
     assert sum(ranks) == pytest.approx(expected, rel=1e-12)
-
-
-def saved(method, folder):
-    """What a checkpoint keeps of a method, written and read."""
-    folder.mkdir(exist_ok=True)
-    save_state(folder, "method", {"own": method.state_dict(), "local": method.local_state_dict()})
-    return load_state(folder, "method")
-
-
-def same_rows(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    for part in ("rows", "table"):
-        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
-    assert a["cond"]["prompts"] == b["cond"]["prompts"]
-    assert torch.equal(a["cond"]["pooled"], b["cond"]["pooled"])
-    return True
-
-
-def jittered(shared):
-    return memoryless_local_linear(jitter_sigmas(uniform_sigmas(K), 0.3, shared))
-
-
-def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
-    whole = make(LAW.field(), table=jittered, passes=3)
-    runs = [collect(whole, iteration=i) for i in range(5)]
-    for stop in range(1, 5):
-        method = make(LAW.field(), table=jittered, passes=3)
-        for i in range(stop):
-            collect(method, iteration=i)
-        state = saved(method, tmp_path)
-        assert bool(state["local"]) == (stop % 3 != 0)  # nothing to keep after the last pass
-        resumed = make(LAW.field(), table=jittered, passes=3)
-        resumed.load_state_dict(state["own"])
-        resumed.load_local_state_dicts([state["local"]], 0, 1)
-        for i in range(stop, 5):
-            found = collect(resumed, iteration=i)
-            assert same_rows(found.examples, runs[i].examples)
-            assert torch.equal(found.rewards, runs[i].rewards)
-            assert found.metrics == runs[i].metrics
-
-
-def test_an_iteration_that_failed_does_not_use_up_a_pass_and_its_rows_are_made_again():
-    method = make(LAW.field(), passes=2)
-    roll_back = method.snapshot()
-    failed = collect(method, iteration=0).examples
-    roll_back()  # as the trainer does
-    assert method.local_state_dict() == {}
-    again = collect(method, iteration=1).examples
-    assert not torch.isclose(again.latents, failed.latents).any()
-    roll_back = method.snapshot()
-    second = collect(method, iteration=2)
-    roll_back()
-    retried = collect(method, iteration=3)
-    assert same_rows(retried.examples, second.examples)
-    assert retried.metrics["grpo_pass"] == 2
-
-
-def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
-    """Two ranks of 8 samples to one of 16 to four of 4, the loss of all being the same."""
-    shifts = some_shifts()
-    double, times = {"gather": lambda values: values.repeat(2)}, []
-    methods = [make(shifted(shifts), passes=2, steps=2, **double) for _ in range(2)]
-    collected = [collect(method, 8, first=8 * rank) for rank, method in enumerate(methods)]
-    times.append(sum(total_loss(m, c)[0].item() for m, c in zip(methods, collected, strict=True)))
-    states = [saved(method, tmp_path / str(rank)) for rank, method in enumerate(methods)]
-
-    def restored(rank, ranks):
-        method = make(shifted(shifts), passes=2, steps=2)
-        method.load_state_dict(states[0]["own"])
-        method.load_local_state_dicts([state["local"] for state in states], rank, ranks)
-        own = collect(method, 16 // ranks, iteration=1)
-        assert len(own.rewards) == len(own.examples.cond) == 16 // ranks
-        pooled = own.examples.cond.index(own.examples.samples.tolist()).pooled
-        first = rank * 16 // ranks
-        assert pooled[::2, 0].tolist() == list(range(first, first + 16 // ranks))
-        return total_loss(method, own)[0].item()
-
-    for ranks in (1, 2, 4):
-        times.append(sum(restored(rank, ranks) for rank in range(ranks)))
-    assert times == pytest.approx([times[0]] * 4, rel=1e-12)
-    lost = make(shifted(shifts), passes=2)
-    lost.load_state_dict(states[0]["own"])
-    lost.load_local_state_dicts([states[0]["local"], {}], 0, 2)
-    assert collect(lost, iteration=1).metrics["grpo_pass"] == 1
 
 
 def test_the_rows_say_what_they_are():

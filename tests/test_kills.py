@@ -28,7 +28,7 @@ def make_folder(folder, tiny_sd3_dir, **more):
     }
     # States of the method's own and a schedule: all must survive.
     own = {"mask_quantile": 0.8, "reward_clip_quantile": 0.8, "lr_scheduler": "cosine", "sigma_jitter": 0.3}
-    tiny_config(tiny_sd3_dir, folder, **changes, **own, **more)
+    tiny_config(tiny_sd3_dir, folder, **(changes | own | more))
     return folder
 
 

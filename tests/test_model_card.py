@@ -20,6 +20,8 @@ FACTS = CardFacts(
     base_model="owner/base-model",
     hub_base="owner/base-model",
     rewards=["pickscore (weight 1)", "hpsv2 (weight 0.5)"],
+    method="Adjoint Matching",
+    paper="2409.08861",
     law="10 iterations of 4 pictures.",
     source="prompts/train.txt",
     prompts=[f"prompt {i}" for i in range(40)],
@@ -75,6 +77,7 @@ def test_a_card_says_everything(tmp_path):
     html = rendered(card)
     for text in (
         "<h1>my_lora</h1>",
+        'fine-tuned by Adjoint Matching (<a href="https://arxiv.org/abs/2409.08861">arXiv 2409.08861</a>)',
         '<img src="samples/iteration-000010.png"',
         '<img src="samples/panel.png"',
         '<a href="https://huggingface.co/owner/base-model">owner/base-model</a>',

@@ -63,6 +63,16 @@ def test_parts_are_handed_to_any_number_of_processes_in_rank_order(written, numb
         assert method.restored == ([[0.0] * 3, [1.0] * 3], rank, number)
 
 
+def test_parts_made_with_other_settings_are_dropped_with_one_warning(written, caplog):
+    for rank in range(2):
+        method = Numbered(rank)
+        processes = SimpleNamespace(index=rank, number=2, is_main=rank == 0)
+        make_saver(written.parent, processes, method).restore(written, outdated=["pairing", "reward_scale"])
+        assert method.restored == ()
+    (record,) = caplog.records
+    assert "with another pairing, reward_scale and are dropped: the buffer starts empty" in record.message
+
+
 def test_a_method_without_local_state_writes_no_such_files(tmp_path):
     run_both(lambda processes: make_saver(tmp_path, processes, Numbered(processes.index, 0)).save())
     assert not list(tmp_path.glob("*/local-*"))

@@ -23,6 +23,13 @@ def test_normalised_advantages_have_mean_0_and_deviation_reward_scale_in_each_gr
     assert found[1].abs().max() < 1e-10  # equal rewards: no advantage, not a division by 0
 
 
+def test_normalised_advantages_of_two_samples_do_not_know_the_size_of_a_reward():
+    """Only which one is better counts: no tilt by reward / deviation."""
+    for rewards in ([0.0, 1.0], [0.0, 100.0], [5.0, 5.5]):
+        found = Advantages(3.0, 2, "normalised")(torch.tensor(rewards, dtype=torch.float64), ["a"] * 2)
+        assert found.tolist() == pytest.approx([-3.0, 3.0], rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["centred", "normalised"])
 def test_a_constant_in_the_reward_of_a_prompt_changes_nothing(kind):
     shifted = REWARDS + torch.tensor([5.0] * 3 + [-7.0] * 3, dtype=torch.float64)

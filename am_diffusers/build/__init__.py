@@ -1,5 +1,6 @@
 """Config to objects. This package, plan.py (checks), load.py (weights) and estimate/ alone see both."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.build.resume import make_checkpoints, resume_point, settings_of
+from am_diffusers.build.resume import make_checkpoints, outdated, resume_point, settings_of
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.build.training import make_log, make_state, make_trainer, raw_rewards
 from am_diffusers.checkpoint import Checkpoints
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
+from am_diffusers.config.cautions import cautions
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.metrics import keep_lines
 from am_diffusers.models.lora import LORA_FILE
@@ -33,6 +35,8 @@ from am_diffusers.saver import Saver, load_progress, lock_folder
 from am_diffusers.trackers import PROJECT, Trackers, start_trackers
 from am_diffusers.train_state import Progress, TrainState
 from am_diffusers.trainer import Hooks
+
+logger = logging.getLogger(__name__)
 
 EMA_FOLDER = "ema"
 STOPPED_FILE = "stopped"
@@ -74,6 +78,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     """
     config = plan.config
     processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
+    processes.on_main(lambda: warn(config))
     target = find_target(config, processes)
     folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
     lock, found, trackers = open_folder(plan, checkpoints, processes)
@@ -94,7 +99,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         checkpoints, processes, state, method, settings_of(plan), save_lora, config.checkpoint.on_full_disk
     )
     if found is not None:
-        saver.restore(found)
+        saver.restore(found, outdated=outdated(found, saver.settings))
     scorer, roles = make_scorer(plan, model, trained, held_out)
     hooks = Hooks(
         encode=encoder(config, model, config.method.rollout_guidance_scale),
@@ -114,6 +119,12 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         folder=folder,
         lock=lock,
     )
+
+
+def warn(config: Config) -> None:
+    """Log what a user should know of the settings."""
+    for text in cautions(config):
+        logger.warning("%s", text)
 
 
 def open_folder(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, iteration_of
-from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig
+from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig, TerminalConfig
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.redact import redact, redact_values
@@ -30,6 +30,23 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "buffer_max_gb",
 }
 DECISIVE_IN_RUN = {"seed"}
+STORED = {field.name for field in dataclasses.fields(TerminalConfig)} | {
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "resolution",
+    "max_sequence_length",
+    "rewards",
+    "reward_scale",
+    "advantages",
+    "samples_per_prompt",
+    "pairing",
+    "transitions",
+    "num_inference_steps",
+    "rollout_guidance_scale",
+    "guidance_mode",
+}
+"""Settings that targets, advantages and base velocities of stored rows depend on."""
 FREE_OF_A_REWARD = {"batch_size", "device"}
 
 
@@ -71,6 +88,11 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
         found, settings_of(plan), allow=plan.config.checkpoint.allow_config_change, processes=processes
     )
     return found
+
+
+def outdated(folder: Path, now: Mapping[str, Any]) -> list[str]:
+    """Changed settings that make rows stored in a checkpoint targets of another goal than the run's."""
+    return [name for name in changes(load_settings(folder), now) if name in STORED]
 
 
 def check_settings(folder: Path, now: Mapping[str, Any], *, allow: bool, processes: Processes) -> None:

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from am_diffusers.build.aims import LABELS, aim
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.evaluation import Evaluation
 from am_diffusers.hub import HubTarget, check_hub, upload
-from am_diffusers.methods import METHODS
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
@@ -60,29 +60,21 @@ def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
     config = plan.config
     base = config.model.pretrained_model_name_or_path
     is_hub_id = not Path(base).exists() and HUB_ID.fullmatch(base) is not None
-    folder = Path(config.run.output_dir)
+    folder, label = Path(config.run.output_dir), LABELS[config.method.method]
     return CardFacts(
         title=folder.resolve().name if target is None else target.repo_id.split("/")[1],
         base_model=base,
         hub_base=base if is_hub_id else None,
         rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in config.method.rewards],
-        law=_law(config),
+        method=label.title,
+        paper=label.paper,
+        law=aim(config),
         source=config.prompts.train_prompts,
         prompts=plan.train_prompts,
         settings=to_yaml(config),
         resolution=config.model.resolution,
         loading=_loading(plan, str(folder) if target is None else target.repo_id),
     )
-
-
-def _law(config: Config) -> str:
-    optimizer, scale = config.optimizer, config.method.reward_scale
-    size = f"{optimizer.max_train_steps} iterations of {optimizer.train_batch_size} pictures"
-    if not METHODS[config.method.method].aims_at_tilt:
-        return f"{size} of {config.method.method}, which raises the reward towards no law of its own."
-    if config.terminal.divergence == "kl":
-        return f"{size} towards `p_base(picture) * exp({scale:g} * reward(picture))`."
-    return f"{size}, divergence {config.terminal.divergence} from the base, reward scale {scale:g}."
 
 
 def _loading(plan: Plan, load_from: str) -> Loading:

@@ -14,7 +14,9 @@ class CheckpointConfig:
         checkpoints_total_limit: checkpoints to keep, the oldest go first; null = all.
         resume_from_checkpoint: latest = the newest in output_dir that is sound, else a fresh start; or
             the path of a checkpoint.
-        allow_config_change: go on though settings differ that change what is trained; they are shown.
+        allow_config_change: go on though settings differ that change what is trained; they are shown. Rows
+            that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale, pairing or
+            another setting that they were made with is among them.
         on_full_disk: stop the run when a checkpoint can't be written, or skip that checkpoint.
     """
 

@@ -73,7 +73,7 @@ class Method(ABC, Generic[E]):
         needs_reward_gradient: whether the reward must be differentiable.
         compares_samples: whether rewards of several samples of a prompt are compared, so that
             `samples_per_prompt` must be at least 2.
-        aims_at_tilt: whether it aims at p_base * exp(reward_scale * reward), if only nearly.
+        aims_at_tilt: whether its optimum is p_base * exp(reward_scale * reward), with settings that allow it.
     """
 
     needs_reward_gradient: ClassVar[bool]
@@ -105,11 +105,15 @@ class Method(ABC, Generic[E]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
 
-    def snapshot(self) -> Callable[[], None]:
-        """A function that brings the method back to where it is now."""
+    def snapshot(self) -> Callable[[Exception | None], None]:
+        """A function that brings the method back to where it is now, told the error that makes it necessary.
+
+        An iteration that is to be done again as it was, such as one that a signal ended, must find the method
+        exactly as now; after a `NonFiniteError` a method may drop what would lead there again.
+        """
         state, local = self.state_dict(), self.local_state_dict()
 
-        def roll_back() -> None:
+        def roll_back(error: Exception | None) -> None:
             self.load_state_dict(state)
             self.load_local_state_dicts([local], 0, 1)
 

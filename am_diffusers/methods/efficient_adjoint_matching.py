@@ -128,6 +128,7 @@ class EfficientAdjointMatching(Method[MatchingBatch]):
     """
 
     needs_reward_gradient = True
+    aims_at_tilt = False
 
     def __init__(
         self,

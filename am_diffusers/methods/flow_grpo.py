@@ -12,10 +12,10 @@ and the clip matters. If only `steps` steps are trained, they are drawn uniforml
 all. The last step is the base's and deterministic, as in the other methods here, so that the policy acts on
 the picture through the densities alone.
 
-What is aimed at: with centred advantages and kl_weight = 1 the objective is reward_scale * E[r] minus the KL
-of the paths, the one of Adjoint Matching, whose optimum is the tilt exp(reward_scale * r). Bias: the KL term
-is differentiated at the states the rollout visited, not through which states are visited (as published), an
-error of second order in reward_scale.
+What is reached, with centred advantages and no guidance (docs/theory.md, section 9): as published, the KL
+is differentiated at the states visited, not through which states are. A step is weighed against the reward
+it leads to and not against the KL of later steps. So learning rests half-way, in velocities, from the base
+to the tilt exp(2 l r), l = reward_scale / kl_weight: the tilt by l to first order in l.
 
 Sums, not means. A log-probability here is the sum over the D latent dimensions, so that `ratio` is the
 likelihood ratio and the clip a bound on it, as in PPO (.2). The published code averages over dimensions: its
@@ -32,14 +32,16 @@ with a rollout, and the loss's own in each.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
+from am_diffusers.methods.step_selection import draw_steps
 from am_diffusers.methods.values import Advantages, reward_values
 from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, rollout
@@ -96,6 +98,7 @@ class FlowGRPO(Method[PolicyRows]):
 
     needs_reward_gradient = False
     compares_samples = True
+    aims_at_tilt = False
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class FlowGRPO(Method[PolicyRows]):
         self.policy, self.base, self.reward, self.transitions = policy, base, reward, transitions
         self.latents, self.settings, self.gather = latents, settings, gather
         self._passes = 0
-        self._kept: Collected[PolicyRows] | None = None
+        self._kept: PolicyRows | None = None
 
     @torch.no_grad()
     def collect(
@@ -119,16 +122,21 @@ class FlowGRPO(Method[PolicyRows]):
     ) -> Collected[PolicyRows]:
         """Rows of a new rollout, or those of the last one if they have passes left, see `Method.collect`.
 
+        Rewards and their metrics are those of a new rollout: without one they are left out.
+
         Raises:
             ValueError: if the samples of a group don't share a prompt, a step before the last adds no
                 noise, or more steps are to be trained on than do.
             NonFiniteError: if a reward is not finite.
             PhaseMemoryError: if memory runs out.
         """
+        rewards, metrics = torch.empty(0), dict[str, float]()
         if self._kept is None or not self._rows_left():
-            self._kept, self._passes = self._rollouts(cond, generators, shared), 0
+            rolled = self._rollouts(cond, generators, shared)
+            self._kept, self._passes = rolled.examples, 0
+            rewards, metrics = rolled.rewards, rolled.metrics
         self._passes += 1
-        return replace(self._kept, metrics=self._kept.metrics | {"grpo_pass": float(self._passes)})
+        return Collected(self._kept, rewards, metrics | {"grpo_pass": float(self._passes)})
 
     def loss(self, example: PolicyRows) -> tuple[Tensor, dict[str, float]]:
         """Share of the clipped loss that these rows contribute, see `Method.loss`."""
@@ -161,20 +169,28 @@ class FlowGRPO(Method[PolicyRows]):
         self._passes = state["passes"]
 
     def local_state_dict(self) -> dict[str, Any]:
-        """The rows, their rewards and metrics, if they have passes left."""
+        """The rows, if they have passes left."""
         if self._kept is None or not self._rows_left():
             return {}
-        kept = self._kept
-        return {"examples": kept.examples.state_dict(), "rewards": kept.rewards, "metrics": kept.metrics}
+        return {"examples": self._kept.state_dict()}
 
     def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
         """Restores this rank's share of the rows; without any, the next iteration rolls out."""
         self._kept = None
         if all(states) and states:
-            device = self.latents.device
-            rows = rows_of_rank([state["examples"] for state in states], rank, ranks, device)
-            rewards = torch.cat([state["rewards"] for state in states]).chunk(ranks)[rank]
-            self._kept = Collected(rows, rewards.to(device), states[0]["metrics"])
+            parts = [state["examples"] for state in states]
+            self._kept = rows_of_rank(parts, rank, ranks, self.latents.device)
+
+    def snapshot(self) -> Callable[[Exception | None], None]:
+        """As `Method.snapshot`, but rows of a pass that wasn't finite are dropped: they would fail again."""
+        restore = super().snapshot()
+
+        def roll_back(error: Exception | None) -> None:
+            restore(error)
+            if isinstance(error, NonFiniteError):
+                self._kept = None
+
+        return roll_back
 
     def _rows_left(self) -> bool:
         """Whether the rows have passes left; rows without any pass are of an iteration that failed."""
@@ -232,19 +248,3 @@ class FlowGRPO(Method[PolicyRows]):
         ]
         columns = states, reached, torch.stack(base), torch.stack(log_prob)
         return (*(column.transpose(0, 1) for column in columns), final)
-
-
-def draw_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
-    """`steps` of the K - 1 steps with noise, drawn uniformly, increasing; or all.
-
-    Raises:
-        ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
-    """
-    number = table.num_steps - 1
-    if number < 1 or not (table.std[:-1] > 0).all() or table.std[-1] != 0:
-        raise ValueError("Flow-GRPO needs noise in every step but the last: use a memoryless table")
-    if steps == "all":
-        return list(range(number))
-    if not 1 <= steps <= number:
-        raise ValueError(f"steps to train on: expected 1 .. {number} or 'all', got {steps}")
-    return sorted(torch.randperm(number, generator=generator)[:steps].tolist())

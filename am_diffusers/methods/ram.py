@@ -97,6 +97,7 @@ class RAM(Method[MatchingBatch]):
 
     needs_reward_gradient = False
     compares_samples = True
+    aims_at_tilt = False
 
     def __init__(
         self,

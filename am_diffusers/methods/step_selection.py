@@ -126,3 +126,19 @@ def systematic(chances: Tensor, generator: torch.Generator) -> list[int]:
     ends[-1] = number  # without its rounding error
     points = torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(number)
     return torch.searchsorted(ends, points, right=True).tolist()
+
+
+def draw_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
+    """`steps` of the K - 1 steps with noise for Flow-GRPO, drawn uniformly, increasing; or all.
+
+    Raises:
+        ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
+    """
+    number = table.num_steps - 1
+    if number < 1 or not (table.std[:-1] > 0).all() or table.std[-1] != 0:
+        raise ValueError("Flow-GRPO needs noise in every step but the last: use a memoryless table")
+    if steps == "all":
+        return list(range(number))
+    if not 1 <= steps <= number:
+        raise ValueError(f"steps to train on: expected 1 .. {number} or 'all', got {steps}")
+    return sorted(torch.randperm(number, generator=generator)[:steps].tolist())

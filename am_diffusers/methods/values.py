@@ -8,8 +8,10 @@ itself. They compare the G neighbouring samples of an iteration that share a pro
 
 Centred advantages leave `reward_scale` what it is elsewhere, lambda of the tilt exp(lambda * r): the mean of
 the others is independent of sample i, so that subtracting it biases nothing. Normalised ones are those of
-GRPO (arXiv 2402.03300, section 4.1) and of published code: every prompt weighs the same, and the tilt is
-exp(reward_scale * r / std of the prompt's rewards under the current policy), which sharpens as that shrinks.
+GRPO (arXiv 2402.03300, section 4.1) and of published code: every prompt weighs the same, and for large G the
+tilt is exp(reward_scale * r / std of the prompt's rewards under the current policy), which sharpens as that
+shrinks. With small G mean and std are those of the group itself and it is no such tilt: with G = 2 advantages
+are +-reward_scale whatever the rewards, so that only the order of two samples counts. Use G >= SMALL_GROUP.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from am_diffusers.terminal import RewardOfLatents
 
 STD_FLOOR = 1e-4
 """Added to the deviation of a prompt's rewards, as in the published code: equal rewards have no advantage."""
+SMALL_GROUP = 8
+"""Samples of a prompt below which normalised advantages are far from (r - mean) / std of the policy's law."""
 Kind = Literal["centred", "normalised"]
 
 
