@@ -19,6 +19,7 @@ from am_diffusers.models.lora import LORA_FILE
 from benching.curves import Curve, difference, make_curve
 from benching.figures import draw
 from benching.records import Record, Reward, Snapshot, read_record, record_file, write_record
+from benching.sheet import draw_sheet, pictures_of
 from benching.study import EvaluationOptions, Mark, Study, command_line, read_study
 from benching.tables import budget_table, equal_reward_table
 from benching.work import Work
@@ -266,3 +267,21 @@ def test_the_figure_is_drawn_large_enough_to_read(tmp_path: Path) -> None:
     with Image.open(file) as image:
         assert image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_sheet_has_a_row_for_each_setting_whose_pictures_are_there(tmp_path: Path) -> None:
+    work = Work(study({"a": "adjoint_matching", "b": "draft"}), tmp_path / "data", tmp_path)
+    folders = {"base": "base-steps2-guidance1", "a": "a-seed0-20-s-scale1-steps2-guidance1"}
+    for place, folder in enumerate(folders.values()):
+        for prompt in range(20):
+            file = tmp_path / "evaluation/pictures" / folder / f"{prompt:05d}-000.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (100 * place, 10 * prompt, 0)).save(file)
+    found = pictures_of(work, ["a", "b"])
+    assert list(found) == ["base", "a"]
+    assert [file.name for file in found["a"]] == [f"{prompt:05d}-000.png" for prompt in range(0, 20, 2)]
+    file = tmp_path / "sheet.png"
+    draw_sheet(found, ["a fox, flat style, on a blue background"] * 10, file)
+    with Image.open(file) as image:
+        colours = [colour for _, colour in image.getcolors(1 << 24) or []]
+    assert {(100 * place, 20 * column, 0) for place in range(2) for column in range(10)} <= set(colours)

@@ -45,7 +45,7 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         axes[1].annotate(
             "as much as the trained one",
             ends[[1, 1]],
-            (-4, -2),
+            (-4, -16),
             textcoords="offset points",
             ha="right",
             va="top",

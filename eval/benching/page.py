@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from am_diffusers.command_line import asset_path
 from am_diffusers.markdown import replace_table
+from am_diffusers.prompts import load_prompts
 from benching.curves import Curve, make_curve
 from benching.figures import draw
+from benching.sheet import draw_sheet, pictures_of
 from benching.tables import budget_table, equal_reward_table, tried_table
 from benching.work import Work
+from evaluating.candidates import BASE
 from evaluating.files import write_text
 
 PAGE = "methods.md"
@@ -38,7 +42,7 @@ def tables(name: str, work: Work) -> dict[str, str]:
 
 
 def write_page(name: str, work: Work, docs: Path) -> None:
-    """Write a study's tables between their marks and draw its figure.
+    """Write a study's tables between their marks, draw its figure and, if its pictures are here, a sheet.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -49,5 +53,11 @@ def write_page(name: str, work: Work, docs: Path) -> None:
         text = replace_table(text, mark, table)
     write_text(page, text)
     curves = curves_of(work)
-    if curves:
-        draw(curves, "seconds" if work.study.timed else "calls", docs / "images" / f"{name}.png")
+    if not curves:
+        return
+    draw(curves, "seconds" if work.study.timed else "calls", docs / "images" / f"{name}.png")
+    pictures = pictures_of(work, [curve.setting for curve in curves])
+    if len(pictures) == len(curves) + 1:  # the base and all others
+        prompts = load_prompts(asset_path(work.study.evaluation.prompts))
+        shown = [prompts[int(file.name.split("-")[0])] for file in pictures[BASE]]
+        draw_sheet(pictures, shown, docs / "images" / f"{name}_pictures.png")
