@@ -11,6 +11,7 @@ from test_adjoint_matching_training import end_moments, linear_policy, train
 
 from am_diffusers.disk_tensors import DiskTensors
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
+from am_diffusers.methods.base import PartShare
 from am_diffusers.methods.buffered_adjoint_matching import (
     BufferedAdjointMatching,
     BufferSettings,
@@ -145,7 +146,7 @@ def test_a_restored_buffer_goes_on_bit_by_bit(tmp_path, storage):
     store = in_memory if storage == "cpu" else DiskTensors(tmp_path)
     method, again = filled(store=store), buffered(store=store)
     again.load_state_dict(method.state_dict())
-    again.load_local_state_dicts(states_of([method], tmp_path), 0, 1)
+    again.load_local_state_dicts(states_of([method], tmp_path), PartShare())
     for iteration in range(7, 12):
         ours, theirs = (collect(each, iteration=iteration) for each in (again, method))
         assert_same_examples(ours.examples, theirs.examples)
@@ -192,7 +193,8 @@ def test_any_number_of_ranks_goes_on_with_the_same_rows(tmp_path, before, after)
     def go_on(rank, gather):
         method = buffered(mask_quantile=0.6, gather=gather)
         method.load_state_dict(common)
-        method.load_local_state_dicts(states, rank, after)
+        share = PartShare(rank, after, before)
+        method.load_local_state_dicts([states[part] for part in share.needed], share)
         return run(rank, after, gather, method, range(5, 8))
 
     _, whole, metrics = run(0, 1, gather=lambda values: values, iterations=range(8))
@@ -223,8 +225,8 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
     method = filled()
     with pytest.raises(ValueError, match=r"holds rows \(6, 7, 2\).*makes \(4, 7, 2\): put back the settings"):
         collect(method, num=4, iteration=7)
-    with pytest.raises(ValueError, match="6 samples of the buffer can't be shared by 4 processes"):
-        method.load_local_state_dicts([method.local_state_dict()], 0, 4)
+    with pytest.raises(ValueError, match="6 samples saved by 1 processes can't be shared by 4"):
+        method.load_local_state_dicts([method.local_state_dict()], PartShare(0, 4, 1))
     with pytest.raises(ValueError, match="full adjoints depend on the policy"):
         buffered(adjoint="full")
     for wrong in ((0, 1), (1, 0)):

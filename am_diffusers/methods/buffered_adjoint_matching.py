@@ -27,7 +27,7 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
-from am_diffusers.methods.base import Collected, Method
+from am_diffusers.methods.base import Collected, Method, PartShare
 from am_diffusers.methods.replay import Drawn, Replay, Store, in_memory
 from am_diffusers.methods.rows import kept_batch
 from am_diffusers.rollout import LatentSpec
@@ -131,9 +131,9 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         """This rank's part of the buffer."""
         return {"generations": self.replay.state()}
 
-    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
         """Restores this rank's part of the buffer, see `Method.load_local_state_dicts`."""
-        self.replay.load([state["generations"] for state in states], rank, ranks)
+        self.replay.load([state["generations"] for state in states], share)
 
     def _gather(self, values: Tensor) -> Tensor:
         """Small numbers of what lies on the CPU, exchanged where the processes exchange."""

@@ -38,7 +38,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gather_from_one
 from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.values import Advantages, reward_values
 from am_diffusers.out_of_memory import phase
@@ -167,14 +167,14 @@ class FlowGRPO(Method[PolicyRows]):
         kept = self._kept
         return {"examples": kept.examples.state_dict(), "rewards": kept.rewards, "metrics": kept.metrics}
 
-    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
         """Restores this rank's share of the rows; without any, the next iteration rolls out."""
         self._kept = None
         if all(states) and states:
             device = self.latents.device
-            rows = rows_of_rank([state["examples"] for state in states], rank, ranks, device)
-            rewards = torch.cat([state["rewards"] for state in states]).chunk(ranks)[rank]
-            self._kept = Collected(rows, rewards.to(device), states[0]["metrics"])
+            rows = rows_of_rank([state["examples"] for state in states], share, device)
+            rewards = torch.cat([state["rewards"] for state in states])
+            self._kept = Collected(rows, rewards[share.rows(len(rewards))].to(device), states[0]["metrics"])
 
     def _rows_left(self) -> bool:
         """Whether the rows have passes left; rows without any pass are of an iteration that failed."""
