@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from oracles import THREE_MODES, CountingField, gaussian, unconditional
 from test_adjoint_matching import Ranks, collect, make, total_loss
 from test_adjoint_matching_training import end_moments, linear_policy, train
@@ -18,9 +19,9 @@ from am_diffusers.methods.buffered_adjoint_matching import (
     buffer_bytes,
 )
 from am_diffusers.methods.replay import Replay, in_memory
-from am_diffusers.methods.rows import SampleRows
+from am_diffusers.methods.rows import SampleRows, Swept
 from am_diffusers.rollout import LatentSpec, generators_for
-from am_diffusers.state_files import load_state, save_state, tensor_bytes
+from am_diffusers.state_files import load_state, save_state
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import Conditioning
 
@@ -234,10 +235,35 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
             BufferSettings(*wrong)
 
 
-def test_the_estimated_bytes_are_those_of_latents_and_targets():
-    generations = filled(9).local_state_dict()["generations"]
-    large = [g["rows"][name] for g in generations for name in ("latents", "target")]
-    assert buffer_bytes(3 * 6, 7, LatentSpec((2,), dtype=torch.float64)) == tensor_bytes(large)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_the_bytes_announced_are_the_most_that_is_held(tmp_path, storage):
+    """Identity: measured over iterations of a full buffer, as the trainer makes them, with all rows kept."""
+    samples, steps, spec = 6, 7, LatentSpec((500,), dtype=torch.float64)
+    store = in_memory if storage == "memory" else DiskTensors(tmp_path)
+    method = buffered(3, 2, store=store, mask_quantile=None)
+
+    def swept(cond, generators, shared):
+        generator, shape = generators[0], (samples, steps)
+        latents, target = (
+            torch.randn((*shape, *spec.shape), generator=generator, dtype=spec.dtype) for _ in range(2)
+        )
+        ones = torch.ones(shape, dtype=spec.dtype)
+        return Swept(SampleRows(latents, target, ones, ones, ones), ones[:, 0], {}, ())
+
+    method.inner.sweep = swept
+    with LiveBytes(samples * steps * spec.shape[0] * 8) as measured:
+        for iteration in range(9):
+            roll_back = method.snapshot()
+            collected = collect(method, iteration=iteration)
+            assert len(collected.examples) == samples * steps
+            del collected, roll_back
+    found, kept = buffer_bytes(samples, 3, steps, spec), measured.live
+    if storage == "memory":
+        assert measured.peak == {"memory": found.peak, "files": 0}
+        assert kept == {"memory": found.stored, "files": 0}
+    else:
+        assert measured.peak == {"memory": found.drawn, "files": found.stored + found.falling_out}
+        assert kept == {"memory": 0, "files": found.stored}
 
 
 # -------------------------------------------------------------------------------------------------- law
