@@ -25,7 +25,15 @@ OWN = {
     "refl": {"refl_last_steps": 3},
 }
 WITH_TWO_PROCESSES = [name for name in OWN if name != "adjoint_matching"]  # in test_scripts.py
-SHORT = {"eval_prompts": None, "eval_rewards": None, "max_train_steps": 2, "report_to": "none"}
+SHORT = {
+    "eval_prompts": None,
+    "eval_rewards": None,
+    "max_train_steps": 2,
+    "num_validation_prompts": 1,
+    "num_validation_images": 1,
+    "validation_prompts": ["a red fox"],
+    "report_to": "none",
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
