@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,16 @@ def test_an_iteration_of_every_method_makes_the_announced_calls(
     assert flops[LOSS] > 2 * transformer_flops() * in_the_loss  # frozen weights have no gradient
     assert (REWARD in flops) == (name not in ("draft", "refl"))
     assert found.peak > sum(found.resident.values())
+
+
+def test_the_main_process_estimates_alone(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
+    """The others of a launched dry run have nothing to do: an exchange would wait for ever."""
+    changes = {"method": "deterministic_adjoint_matching", "eval_prompts": None, "eval_rewards": None}
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
+    one_of_two = SimpleNamespace(
+        num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu")
+    )
+    assert estimate(replace(plan, num_processes=2), one_of_two, on_gpu=False).peak > 0  # pyright: ignore
 
 
 @pytest.mark.slow
