@@ -37,14 +37,6 @@ RUNS = {
         "reward_micro_batch_size": 4,
         "resolution": 128,
     },
-    f"{REWARD}, ram": {
-        "method": "ram",
-        "mask_quantile": 0.9,
-        "samples_per_prompt": 2,
-        "train_batch_size": 48,
-        "loss_micro_batch_size": 4,
-        "rollout_micro_batch_size": 4,
-    },
 }
 
 
