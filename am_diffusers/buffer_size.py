@@ -1,22 +1,23 @@
 """How large a run's buffer of trajectories will be, before a model is loaded."""
 
 from am_diffusers.config import Config
-from am_diffusers.methods.buffered_adjoint_matching import buffer_bytes
+from am_diffusers.methods.buffered_adjoint_matching import BufferBytes, buffer_bytes
 from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.rollout import LatentSpec
 
 GIB = 2**30
 
 
-def buffer_size(config: Config, source: Pretrained) -> int:
+def buffer_size(config: Config, source: Pretrained) -> BufferBytes:
     """Bytes of the full buffer over all processes; 0 for a method without one."""
     if config.method.method != "buffered_adjoint_matching":
-        return 0
+        return BufferBytes(0, 0, 0)
     channels = source.config("transformer/config.json")["in_channels"]
     side = config.model.resolution // vae_scale(source.config("vae/config.json"))
-    steps = config.method.loss_steps
+    steps, batch = config.method.loss_steps, config.optimizer.train_batch_size
     rows = config.method.num_inference_steps - 1 if steps == "all" else steps
-    return buffer_bytes(config.buffer.buffer_size, rows, LatentSpec((channels, side, side)))
+    latents = LatentSpec((channels, side, side))
+    return buffer_bytes(batch, config.buffer.buffer_size // batch, rows, latents)
 
 
 def check_buffer(config: Config, source: Pretrained) -> None:
@@ -25,10 +26,13 @@ def check_buffer(config: Config, source: Pretrained) -> None:
     Raises:
         ValueError: with its size and what makes it smaller.
     """
-    size, limit = buffer_size(config, source) / GIB, config.buffer.buffer_max_gb
-    if size > limit:
+    size, limit = buffer_size(config, source), config.buffer.buffer_max_gb
+    if size.peak / GIB > limit:
+        held = size.falling_out + size.drawn
         raise ValueError(
-            f"the buffer would hold {size:.3g} GiB over all processes, and as much in every checkpoint, more "
-            f"than --buffer_max_gb {limit:g}: lower --buffer_size or --loss_steps, or raise --buffer_max_gb "
-            "(--buffer_storage disk keeps it out of main memory)"
+            f"the buffer would hold {size.peak / GIB:.3g} GiB over all processes, more than --buffer_max_gb "
+            f"{limit:g}: {size.stored / GIB:.3g} GiB that it keeps, also in every checkpoint, and "
+            f"{held / GIB:.3g} GiB for the collection that falls out and the rows that are drawn: lower "
+            "--buffer_size, --loss_steps or --train_batch_size, or raise --buffer_max_gb (--buffer_storage "
+            "disk keeps all but the drawn rows out of main memory)"
         )

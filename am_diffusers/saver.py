@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, iteration_of, verify
 from am_diffusers.methods import Method
+from am_diffusers.methods.base import PartShare
 from am_diffusers.processes import PeerError, Processes
 from am_diffusers.state_files import load_state, save_state, tensor_bytes
 from am_diffusers.train_state import Progress, TrainState
@@ -124,26 +125,27 @@ class Saver:
     def restore(self, folder: Path, *, outdated: Collection[str] = ()) -> None:
         """Go on from a verified checkpoint; called on all processes, of which there may be more or fewer.
 
+        Each reads the parts that its share of the samples is in alone; they may be as large as buffers.
+
         Args:
             folder: the checkpoint.
-            outdated: settings that were changed and that the method's stored rows were made with; if there
-                are any, the rows are dropped and made anew.
+            outdated: changed settings that the method's stored rows depend on: with any, they are dropped.
 
         Raises:
-            CheckpointError: if it belongs to another model or method.
+            CheckpointError: if it belongs to another model or method, or so many processes can't share it.
         """
         state = load_state(folder, STATE)
         parts = sorted(folder.glob(f"{LOCAL}-*.json"))  # the manifest says that none is missing
-        if parts and outdated:
-            if self.processes.is_main:
-                logger.warning(STALE, folder, ", ".join(outdated))
-            parts = []
-        local = [load_state(folder, part.stem) for part in parts]
+        if parts and outdated and self.processes.is_main:
+            logger.warning(STALE, folder, ", ".join(outdated))
+        parts = [] if outdated else parts
+        share = PartShare(self.processes.index, self.processes.number, len(parts))
+        local = [load_state(folder, parts[part].stem) for part in share.needed]
         try:
             self.state.load_state_dict(state["train"])
             self.method.load_state_dict(state["method"])
             if local:
-                self.method.load_local_state_dicts(local, self.processes.index, self.processes.number)
+                self.method.load_local_state_dicts(local, share)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
 

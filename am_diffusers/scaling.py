@@ -41,9 +41,16 @@ def scaled_vjp(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
 class ScaledBackward:
     """Backward passes of an iteration, each scaled for its own loss; gradients add up as without scaling.
 
-    The gradient of a loss sum_i w_i |d_i|^2 with respect to the d_i has a norm of at most
-    2 sqrt(max_i w_i * loss): that bound is scaled to SAFE_NORM. The sums in `.grad` follow from scale to
-    scale, in float32. All of it is a function of the losses, so that there is no state to save.
+    The scale is the power of two that brings b = 2 sqrt(max_i w_i * |loss|) to SAFE_NORM. The sums in `.grad`
+    follow from scale to scale, in float32: whatever the loss, no digit changes where nothing underflows or
+    overflows. All of it is a function of the losses, so that there is no state to save.
+
+    What b says depends on the loss. For a regression, sum_i w_i |d_i|^2, b bounds the norm of the gradient
+    with respect to the d_i, so that what enters the network stays in range. Others have no such bound, b is
+    only a size that grows with them: the rewards that DRaFT and ReFL sum may cancel, which makes b small and
+    the scale large whatever their gradients are, and Flow-GRPO's terms, of which none is negative, say
+    nothing of the densities' gradients. Beyond float16's range such a gradient is infinite or NaN, which the
+    trainer refuses, or loses digits unseen; float32 and bfloat16 have the range.
 
     Args:
         parameters: leaves whose `.grad` the passes fill.
@@ -54,7 +61,7 @@ class ScaledBackward:
         self._scale = 1.0
 
     def backward(self, loss: Tensor, weight: Tensor) -> None:
-        """Add the gradient of `loss` (), a sum of squared errors with factors `weight` (N,)."""
+        """Add the gradient of `loss` (), a sum of terms with factors `weight` (N,), >= 0."""
         bound = 2 * (weight.max() * loss.detach().abs()).double().sqrt()
         self._rescale(safe_scale(bound).item())
         (loss * self._scale).backward()

@@ -5,21 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from oracles import THREE_MODES, CountingField, gaussian, unconditional
 from test_adjoint_matching import Ranks, collect, make, total_loss
 from test_adjoint_matching_training import end_moments, linear_policy, train
 
 from am_diffusers.disk_tensors import DiskTensors
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
+from am_diffusers.methods.base import PartShare
 from am_diffusers.methods.buffered_adjoint_matching import (
     BufferedAdjointMatching,
     BufferSettings,
     buffer_bytes,
 )
 from am_diffusers.methods.replay import Replay, in_memory
-from am_diffusers.methods.rows import SampleRows
+from am_diffusers.methods.rows import SampleRows, Swept
 from am_diffusers.rollout import LatentSpec, generators_for
-from am_diffusers.state_files import load_state, save_state, tensor_bytes
+from am_diffusers.state_files import load_state, save_state
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import Conditioning
 
@@ -145,7 +147,7 @@ def test_a_restored_buffer_goes_on_bit_by_bit(tmp_path, storage):
     store = in_memory if storage == "cpu" else DiskTensors(tmp_path)
     method, again = filled(store=store), buffered(store=store)
     again.load_state_dict(method.state_dict())
-    again.load_local_state_dicts(states_of([method], tmp_path), 0, 1)
+    again.load_local_state_dicts(states_of([method], tmp_path), PartShare())
     for iteration in range(7, 12):
         ours, theirs = (collect(each, iteration=iteration) for each in (again, method))
         assert_same_examples(ours.examples, theirs.examples)
@@ -192,7 +194,8 @@ def test_any_number_of_ranks_goes_on_with_the_same_rows(tmp_path, before, after)
     def go_on(rank, gather):
         method = buffered(mask_quantile=0.6, gather=gather)
         method.load_state_dict(common)
-        method.load_local_state_dicts(states, rank, after)
+        share = PartShare(rank, after, before)
+        method.load_local_state_dicts([states[part] for part in share.needed], share)
         return run(rank, after, gather, method, range(5, 8))
 
     _, whole, metrics = run(0, 1, gather=lambda values: values, iterations=range(8))
@@ -223,8 +226,8 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
     method = filled()
     with pytest.raises(ValueError, match=r"holds rows \(6, 7, 2\).*makes \(4, 7, 2\): put back the settings"):
         collect(method, num=4, iteration=7)
-    with pytest.raises(ValueError, match="6 samples of the buffer can't be shared by 4 processes"):
-        method.load_local_state_dicts([method.local_state_dict()], 0, 4)
+    with pytest.raises(ValueError, match="6 samples saved by 1 processes can't be shared by 4"):
+        method.load_local_state_dicts([method.local_state_dict()], PartShare(0, 4, 1))
     with pytest.raises(ValueError, match="full adjoints depend on the policy"):
         buffered(adjoint="full")
     for wrong in ((0, 1), (1, 0)):
@@ -232,10 +235,35 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
             BufferSettings(*wrong)
 
 
-def test_the_estimated_bytes_are_those_of_latents_and_targets():
-    generations = filled(9).local_state_dict()["generations"]
-    large = [g["rows"][name] for g in generations for name in ("latents", "target")]
-    assert buffer_bytes(3 * 6, 7, LatentSpec((2,), dtype=torch.float64)) == tensor_bytes(large)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_the_bytes_announced_are_the_most_that_is_held(tmp_path, storage):
+    """Identity: measured over iterations of a full buffer, as the trainer makes them, with all rows kept."""
+    samples, steps, spec = 6, 7, LatentSpec((500,), dtype=torch.float64)
+    store = in_memory if storage == "memory" else DiskTensors(tmp_path)
+    method = buffered(3, 2, store=store, mask_quantile=None)
+
+    def swept(cond, generators, shared):
+        generator, shape = generators[0], (samples, steps)
+        latents, target = (
+            torch.randn((*shape, *spec.shape), generator=generator, dtype=spec.dtype) for _ in range(2)
+        )
+        ones = torch.ones(shape, dtype=spec.dtype)
+        return Swept(SampleRows(latents, target, ones, ones, ones), ones[:, 0], {}, ())
+
+    method.inner.sweep = swept
+    with LiveBytes(samples * steps * spec.shape[0] * 8) as measured:
+        for iteration in range(9):
+            roll_back = method.snapshot()
+            collected = collect(method, iteration=iteration)
+            assert len(collected.examples) == samples * steps
+            del collected, roll_back
+    found, kept = buffer_bytes(samples, 3, steps, spec), measured.live
+    if storage == "memory":
+        assert measured.peak == {"memory": found.peak, "files": 0}
+        assert kept == {"memory": found.stored, "files": 0}
+    else:
+        assert measured.peak == {"memory": found.drawn, "files": found.stored + found.falling_out}
+        assert kept == {"memory": 0, "files": found.stored}
 
 
 # -------------------------------------------------------------------------------------------------- law

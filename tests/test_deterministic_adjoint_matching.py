@@ -12,10 +12,10 @@ from test_adjoint_matching_training import linear_policy, train
 
 from am_diffusers.adjoint import NonFiniteError, truncated_adjoint
 from am_diffusers.methods import METHODS
+from am_diffusers.methods.control_cost import optimal_control
 from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicAdjointMatching,
     DeterministicSettings,
-    optimal_control,
 )
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout, sample
 from am_diffusers.terminal import GradientOptions

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from am_diffusers.build import make_accelerator
 from am_diffusers.build.auto import SETTINGS
 from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import Estimate, describe, estimate
-from am_diffusers.estimate.iteration import ADJOINT, LOSS, REWARD, ROLLOUT, estimable
+from am_diffusers.estimate.iteration import estimable
+from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT
 from am_diffusers.estimate.pretend import pretend
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.gpus import find_gpu
@@ -156,10 +158,99 @@ def test_collections_of_a_buffered_run_count_in_their_share_of_iterations(
     buffered = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 2}
     found = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **buffered)
     whole = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir)
-    assert found.peak == whole.peak
+    kept = 3 * 4 * 3 * 2 * 8 * 16 * 16 * 4  # states and targets of 3 steps of 8 samples, and 4 that fall out
+    assert found.resident["buffer"] == found.buffer.stored + found.buffer.falling_out == kept
+    assert found.peak == whole.peak + kept
     for name, phase in whole.phases.items():
         flops, share = found.phases[name].flops.total(), 2 if name in (ROLLOUT, ADJOINT, REWARD) else 1
         assert flops == phase.flops.total() // share, name
+
+
+def test_a_buffer_on_a_gpu_or_a_disk_is_named_and_not_in_the_devices_memory(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    buffered = {"method": "buffered_adjoint_matching", "buffer_size": 8}
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, **buffered, gpu="h100")
+    assert "buffer" not in estimate(plan, make_accelerator(plan.config), on_gpu=True).resident
+    assert "# " + "  buffer, at --buffer_storage: 0.00 GiB, and 0.00 GiB of drawn rows" in describe(
+        plan, make_accelerator(plan.config)
+    )
+    disk = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **buffered, buffer_storage="disk")
+    assert "buffer" not in disk.resident
+
+
+RELATIVES = {
+    "deterministic_adjoint_matching": {"truncate_steps": 3},
+    "draft": {"draft_steps": 2},
+    "efficient_adjoint_matching": {"num_inference_steps": 20, "eam_ode_steps": 3},
+    "flow_grpo": {"samples_per_prompt": 2, "grpo_passes": 2},
+    "ram": {"samples_per_prompt": 2},
+    "refl": {"refl_last_steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_an_iteration_of_every_method_makes_the_announced_calls(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path, name: str
+) -> None:
+    """FLOPs of the rollout and the sweep: between 1 and 1.5 times those of the base's calls, for the LoRA."""
+    changes = {"method": name, "eval_prompts": None, "eval_rewards": None} | RELATIVES[name]
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
+    found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
+    calls, samples = network_calls(plan.config), plan.config.optimizer.train_batch_size
+    sweeps = calls.pop("base, forward and backward", 0)
+    rest = sum(
+        number for kind, number in calls.items() if not kind.startswith("policy, forward and backward")
+    )
+    flops = {phase: usage.flops[torch.float32] / samples for phase, usage in found.phases.items()}
+    assert transformer_flops() * rest <= flops[ROLLOUT] < 1.5 * transformer_flops() * rest
+    assert 1.9 * transformer_flops() * sweeps <= flops.get(ADJOINT, 0) <= 2.5 * transformer_flops() * sweeps
+    in_the_loss = calls["policy, forward and backward of the loss"]
+    assert flops[LOSS] > 2 * transformer_flops() * in_the_loss  # frozen weights have no gradient
+    assert (REWARD in flops) == (name not in ("draft", "refl"))
+    assert found.peak > sum(found.resident.values())
+
+
+def test_the_main_process_estimates_alone(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
+    """The others of a launched dry run have nothing to do: an exchange would wait for ever."""
+    changes = {"method": "deterministic_adjoint_matching", "eval_prompts": None, "eval_rewards": None}
+    plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
+    one_of_two = SimpleNamespace(
+        num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu")
+    )
+    assert estimate(replace(plan, num_processes=2), one_of_two, on_gpu=False).peak > 0  # pyright: ignore
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "phase"),
+    [
+        ("ram", "reward_micro_batch_size", REWARD),
+        ("flow_grpo", "loss_micro_batch_size", LOSS),
+        ("draft", "reward_micro_batch_size", LOSS),
+        ("refl", "loss_micro_batch_size", LOSS),
+        ("efficient_adjoint_matching", "reward_micro_batch_size", REWARD),
+        ("deterministic_adjoint_matching", "rollout_micro_batch_size", ADJOINT),
+    ],
+)
+def test_micro_batches_lower_the_phases_of_every_method(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path, name: str, size: str, phase: str
+) -> None:
+    changes = {"method": name, "eval_prompts": None, "eval_rewards": None} | RELATIVES[name]
+    peaks = [
+        estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **changes, **more).phases[phase].peak
+        for more in ({}, {size: 1})
+    ]
+    assert peaks[1] < 0.95 * peaks[0]
+
+
+def test_rewards_that_count_pixels_cost_their_pictures(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    changes = {"method": "ram", "samples_per_prompt": 2, "rewards": [{"name": "jpeg_size"}]}
+    changes |= {"eval_prompts": None, "eval_rewards": None}
+    found = estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
+    assert found.phases[REWARD].flops.total() > 0
 
 
 def test_the_reward_is_differentiated_beside_the_graph_of_the_last_step(

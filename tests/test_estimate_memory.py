@@ -12,7 +12,7 @@ import yaml
 from am_diffusers.build import make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import estimate
-from am_diffusers.estimate.iteration import LOSS, REWARD
+from am_diffusers.estimate.passes import LOSS, REWARD
 from am_diffusers.plan import make_plan
 
 MEASURE = Path(__file__).parent / "memory_run.py"
@@ -26,6 +26,15 @@ RUNS = {
         "rollout_micro_batch_size": 4,
         "reward_micro_batch_size": 2,
         "gradient_checkpointing": True,
+        "resolution": 128,
+    },
+    f"{LOSS}, draft": {
+        "method": "draft",
+        "draft_steps": 2,
+        "mask_quantile": 0.9,  # its default: draft has no mask
+        "train_batch_size": 32,
+        "loss_micro_batch_size": 32,
+        "reward_micro_batch_size": 4,
         "resolution": 128,
     },
 }
@@ -69,7 +78,7 @@ def test_the_estimate_is_within_15_percent_of_the_growth_of_a_process(tmp_path: 
     measured = json.loads(done.stdout.splitlines()[-1])
     config = parse_config(["--config", str(large)])
     found = estimate(make_plan(config, 1), make_accelerator(config), on_gpu=False)
-    assert found.highest == phase
+    assert found.highest == phase.split(",")[0]
     assert measured["peak"] > 3 * measured["loaded"], "activations dominate"
     assert measured["peak"] > 300e6
     assert found.peak == pytest.approx(measured["peak"], rel=0.15)

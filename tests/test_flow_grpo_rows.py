@@ -18,6 +18,7 @@ from oracles import CountingField
 from test_trainer import make_trainer
 
 from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.methods.base import PartShare
 from am_diffusers.processes import Interrupted, PeerNotFiniteError
 from am_diffusers.state_files import load_state, save_state
 from am_diffusers.transitions import jitter_sigmas, memoryless_local_linear, uniform_sigmas
@@ -78,7 +79,7 @@ def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
         assert bool(state["local"]) == (stop % 3 != 0)  # nothing to keep after the last pass
         resumed = make(LAW.field(), table=jittered, passes=3)
         resumed.load_state_dict(state["own"])
-        resumed.load_local_state_dicts([state["local"]], 0, 1)
+        resumed.load_local_state_dicts([state["local"]], PartShare())
         for i in range(stop, 5):
             found = collect(resumed, iteration=i)
             assert same_rows(found.examples, runs[i].examples)
@@ -174,7 +175,8 @@ def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
     def restored(rank, ranks):
         method = make(shifted(shifts), passes=2, steps=2)
         method.load_state_dict(states[0]["own"])
-        method.load_local_state_dicts([state["local"] for state in states], rank, ranks)
+        share = PartShare(rank, ranks, parts=2)
+        method.load_local_state_dicts([states[part]["local"] for part in share.needed], share)
         own = collect(method, 16 // ranks, iteration=1)
         assert len(own.examples.cond) == 16 // ranks
         pooled = own.examples.cond.index(own.examples.samples.tolist()).pooled
@@ -187,5 +189,5 @@ def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
     assert times == pytest.approx([times[0]] * 4, rel=1e-12)
     lost = make(shifted(shifts), passes=2)
     lost.load_state_dict(states[0]["own"])
-    lost.load_local_state_dicts([states[0]["local"], {}], 0, 2)
+    lost.load_local_state_dicts([{}], PartShare(1, 2, 2))
     assert collect(lost, iteration=1).metrics["grpo_pass"] == 1

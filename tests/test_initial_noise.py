@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import affine, float64, gaussian, unconditional
+from test_adjoint_matching import Ranks
 
 from am_diffusers.matching import matching_loss
 from am_diffusers.methods.initial_noise import sample_noise, stage_rows
@@ -138,6 +139,22 @@ def test_rows_are_bridges_with_the_negative_adjoint_as_target():
     assert abs(z.mean().item()) < 4 / 4000**0.5
     assert abs(z.var().item() - 1) < 4 * (2 / 4000) ** 0.5
     assert abs(batch.sigmas.mean().item() - 0.5) < 4 / (12 * 4000) ** 0.5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_of_all_ranks_make_the_loss_of_one_process(ranks):
+    """Identity: the same samples, shared; sums of losses agree to rounding."""
+    noise, stage = torch.linspace(-2, 2, 6, dtype=torch.float64)[:, None], CallableField(lambda x, u, _: x)
+    share = len(noise) // ranks
+
+    def loss(first, number, **gather):
+        own = slice(first, first + number)
+        generators = generators_for(0, 0, range(first, first + number))
+        rows = stage_rows(noise[own], noise[own].sin(), unconditional(number), generators, **gather)
+        return matching_loss(stage, rows).item()
+
+    parts = Ranks(ranks).run(lambda rank, gather: loss(rank * share, share, gather=gather))
+    assert sum(parts) == pytest.approx(loss(0, len(noise)), rel=1e-12)
 
 
 def test_without_a_field_the_noise_is_standard_normal():

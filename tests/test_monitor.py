@@ -4,6 +4,9 @@ import json
 import logging
 import math
 
+import pytest
+import test_deterministic_adjoint_matching as deterministic
+import test_efficient_adjoint_matching as efficient
 import torch
 from oracles import THREE_MODES
 from test_adjoint_matching import collect, make
@@ -55,6 +58,37 @@ def test_adjoint_matching_warns_where_its_base_expands_and_not_where_it_is_sound
     (text,) = collect(method).warnings
     assert "times that of the last step" in text
     assert collect(method, iteration=1).warnings == []
+
+
+def test_deterministic_adjoint_matching_warns_where_its_base_expands():
+    """The ODE's adjoint, of all steps; a truncated one has less of a way to grow."""
+    sound = deterministic.make(steps=None)
+    for iteration in range(5):
+        assert deterministic.collect(sound, iteration=iteration).warnings == []
+    base = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) - 8 * torch.tanh(x))
+    method = deterministic.make(base=base, steps=None)
+    (text,) = deterministic.collect(method).warnings
+    assert "times that of the last step" in text
+    resumed = deterministic.make(base=base, steps=None)
+    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
+    for again in (method, resumed):
+        assert deterministic.collect(again, iteration=1).warnings == []
+
+
+@pytest.mark.parametrize("score", efficient.SCORES)
+def test_efficient_adjoint_matching_warns_when_its_adjoint_grows_from_one_iteration_to_the_next(score):
+    method = efficient.make(score=score)
+    for iteration in range(5):
+        assert efficient.collect(method, iteration=iteration).warnings == []
+    resumed = efficient.make(score=score)
+    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
+    for again in (method, resumed):
+        plain = again.terminal.reward
+        again.terminal.reward = lambda x, prompts, plain=plain: 30 * plain(x, prompts)
+        (text,) = efficient.collect(again, iteration=5).warnings
+        assert "adjoint norm of step 6 " in text
+        assert "times its running mean over earlier iterations" in text
+        assert efficient.collect(again, iteration=6).warnings == []
 
 
 def test_the_trainer_names_the_iteration(tmp_path, caplog):

@@ -58,7 +58,7 @@ class Buffered(Method):
     def local_state_dict(self):
         return {"buffer": list(self.buffer)}
 
-    def load_local_state_dicts(self, states, rank, ranks):
+    def load_local_state_dicts(self, states, share):
         (state,) = states
         self.buffer = list(state["buffer"])
 

@@ -9,6 +9,7 @@ from test_processes import run_both
 
 from am_diffusers import saver
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
+from am_diffusers.methods.base import PartShare
 from am_diffusers.processes import is_secondhand
 from am_diffusers.saver import Saver
 
@@ -29,8 +30,8 @@ class Numbered:
     def local_state_dict(self):
         return {"part": torch.full((self.size,), float(self.index))} if self.size else {}
 
-    def load_local_state_dicts(self, states, rank, ranks):
-        self.restored = ([state["part"].tolist() for state in states], rank, ranks)
+    def load_local_state_dicts(self, states, share):
+        self.restored = ([state["part"].tolist() for state in states], share)
 
 
 STATE = {"parameters": {}}
@@ -54,13 +55,41 @@ def test_every_process_writes_its_part_before_the_manifest(written):
     assert names == ["local-00000-of-00002.json", "local-00001-of-00002.json"]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_parts_are_handed_to_any_number_of_processes_in_rank_order(written, number):
+@pytest.mark.parametrize(
+    ("number", "needed"),
+    [(1, [[0, 1]]), (2, [[0], [1]]), (3, [[0], [0, 1], [1]]), (4, [[0], [0], [1], [1]])],
+)
+def test_each_of_any_number_of_processes_reads_the_parts_it_needs_and_no_other(
+    written, monkeypatch, number, needed
+):
+    read, original = [], saver.load_state
+    monkeypatch.setattr(saver, "load_state", lambda *args: read.append(args[1]) or original(*args))
     for rank in range(number):
+        read.clear()
         method = Numbered(rank)
         processes = SimpleNamespace(index=rank, number=number)
         make_saver(written.parent, processes, method).restore(written)
-        assert method.restored == ([[0.0] * 3, [1.0] * 3], rank, number)
+        assert read == ["state", *(f"local-{part:05d}-of-00002" for part in needed[rank])]
+        assert method.restored == ([[float(part)] * 3 for part in needed[rank]], PartShare(rank, number, 2))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
+def test_shares_of_all_ranks_are_all_samples_once_in_order(parts, ranks):
+    saved, found = torch.arange(12).chunk(parts), []
+    for rank in range(ranks):
+        share = PartShare(rank, ranks, parts)
+        own = torch.cat([saved[part] for part in share.needed])
+        picked = own[share.rows(len(own))]
+        assert len(picked) == 12 // ranks
+        assert all(set(saved[part].tolist()) & set(picked.tolist()) for part in share.needed)
+        found += picked.tolist()
+    assert found == list(range(12))
+
+
+def test_samples_that_cannot_be_shared_are_an_error_that_says_how_to_go_on():
+    with pytest.raises(ValueError, match="6 samples saved by 2 processes can't be shared by 4: go on with"):
+        PartShare(1, 4, 2).rows(3)  # of each part
 
 
 def test_parts_made_with_other_settings_are_dropped_with_one_warning(written, caplog):

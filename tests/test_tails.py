@@ -1,6 +1,7 @@
 """DRaFT and ReFL: gradients against central differences and the adjoint chain, passes, steps, errors."""
 
 import itertools
+import weakref
 from functools import cache
 
 import pytest
@@ -134,10 +135,9 @@ def test_no_pass_is_wasted():
         assert policy.vjps == []
 
 
-def refl(shifts, table, last_steps):
-    return ReFL(
-        shifted(shifts, table), reward, table, last_steps=last_steps, latents=LATENTS, settings=SETTINGS
-    )
+def refl(shifts, table, last_steps, **changes):
+    settings = {"latents": LATENTS, "settings": SETTINGS} | changes
+    return ReFL(shifted(shifts, table), reward, table, last_steps=last_steps, **settings)
 
 
 def test_refl_draws_one_of_the_last_steps_for_all_and_rewards_its_clean_estimate():
@@ -185,6 +185,36 @@ def test_batch_sizes_and_ranks_change_nothing():
         )
         ranks.append(losses(method, own)[0].item())
     assert sum(ranks) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method_of",
+    [lambda s, c: draft(s, TABLES[1], 2, settings=c), lambda s, c: refl(s, TABLES[1], 2, settings=c)],
+)
+@pytest.mark.parametrize("size", [1, 2, 5, None])
+def test_rewards_take_so_many_samples_at_once_and_the_gradient_stays(method_of, size):
+    """Identity; when a pass of the reward begins, the graph of the one before is gone."""
+    found = []
+    for own in (None, size):
+        shifts, calls, graphs = some_shifts(), [], []
+        method = method_of(shifts, TailSettings(3.0, reward_batch_size=own))
+
+        def noted(x, prompts, calls=calls, graphs=graphs):
+            assert all(graph() is None for graph in graphs)
+            calls.append(len(x))
+            inside = torch.exp(x)  # kept for the backward pass
+            graphs.append(weakref.ref(inside))
+            return inside.log()[:, 0].sin() - 0.3 * x.square().sum(1)
+
+        method.reward = noted
+        loss, mean_reward = losses(method, collect(method, 5))
+        loss.backward()
+        found.append((loss.item(), mean_reward, shifts.grad))
+    assert sum(calls) == 5
+    assert max(calls) == (size or 5)
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-13)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-12, atol=1e-15)
+    assert found[0][2].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("make", [lambda s: draft(s, TABLES[0], 2), lambda s: refl(s, TABLES[0], 2)])

@@ -137,3 +137,34 @@ def test_a_log_probability_averaged_over_dimensions_is_none():
 
     assert mean_ratio(1) == pytest.approx(1, abs=1e-10)
     assert abs(mean_ratio(dim) - 1) > 0.02
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_importance_weights_that_are_not_used_push_past_the_optimum(weighted):
+    """Gradient of E[r] over one step from rows of an older policy, exactly, for r = -(x - goal)^2 / 2.
+
+    With the weights p_new / p_old it is that of the new policy, 0 where its mean is the goal. Without, the
+    one at the older policy, however far the new one has gone: it doesn't stop there.
+    """
+    table, k = memoryless_local_linear(uniform_sigmas(6)), 3
+    x, older, velocity = float64(0.3), float64(-1.1), float64(-0.1).requires_grad_(True)
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(60))
+    reached = table.step(k, x, older, nodes)[:, None]  # by the older policy
+    states = x.expand_as(reached)
+
+    def log_prob(of_policy):
+        return table.log_prob(k, reached, states, of_policy.expand_as(reached))
+
+    def gradient(goal):
+        rewards = -0.5 * (reached[:, 0] - goal) ** 2
+        mean = weights @ rewards / weights.sum()
+        new = log_prob(velocity)
+        ratio = (new.detach() - log_prob(older)).exp() if weighted else 1.0
+        (found,) = torch.autograd.grad(weights @ (ratio * (rewards - mean) * new) / weights.sum(), velocity)
+        return found.item()
+
+    means = {name: table.mean(k, x, v).item() for name, v in (("new", velocity), ("old", older))}
+    v_coef, there = table.v_coef[k].item(), "new" if weighted else "old"
+    for goal in (0.9, means["new"]):
+        assert gradient(goal) == pytest.approx(v_coef * (goal - means[there]), abs=1e-10)
+    assert abs(means["new"] - means["old"]) > 0.5 * table.std[k].item()  # far apart

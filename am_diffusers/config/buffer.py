@@ -14,7 +14,9 @@ class BufferConfig:
         buffer_refresh: iterations from one rollout to the next; how often a row is trained on, on average.
         buffer_storage: where latents and targets are kept: cpu (main memory), or disk (files in output_dir,
             mapped into memory).
-        buffer_max_gb: largest size of the buffer over all processes, in GiB; it is as large in a checkpoint.
+        buffer_max_gb: most that the buffer may hold over all processes, in GiB: buffer_size samples, which
+            are in every checkpoint, the train_batch_size that fall out while an iteration lasts, and twice
+            as many for the rows that are drawn, always in main memory.
     """
 
     buffer_size: int = 64

@@ -5,6 +5,7 @@ The run's own classes are built from configuration files and run for an iteratio
 tests hold it against the growth of the process.
 """
 
-from am_diffusers.estimate.report import UTILISATION, Estimate, describe, estimate, fits
+from am_diffusers.estimate.printing import describe
+from am_diffusers.estimate.report import UTILISATION, Estimate, estimate, fits
 
 __all__ = ["UTILISATION", "Estimate", "describe", "estimate", "fits"]

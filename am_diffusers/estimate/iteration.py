@@ -1,11 +1,12 @@
 """One iteration of a run on data-free tensors: the real method, fields, VAE, rewards, loss and optimizer.
 
-A transformer call is run once for each size of its input and counted again wherever the method makes the same
-call, on top of what is held there; so is a pass of VAE and rewards. Everything between the calls runs as is.
+A transformer call is run once for each size of its input and counted again wherever the method makes the
+same call, on top of what is held there; so is a pass of VAE and rewards (`passes.py`). Everything between the
+calls runs as is. DRaFT and ReFL take rewards in the loss, whose phase they belong to then.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,107 +15,32 @@ from torch import Tensor
 from am_diffusers.build.auto import SETTINGS
 from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
+from am_diffusers.estimate.passes import (
+    LOSS,
+    ROLLOUT,
+    SAMPLING,
+    STEP,
+    Costs,
+    Field,
+    Noise,
+    RewardPass,
+    TerminalPass,
+)
 from am_diffusers.estimate.pretend import Pretence
-from am_diffusers.estimate.tracker import Tracker, Usage
+from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.load import encoder, guided, make_sampler, weighted
 from am_diffusers.methods import Method
-from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, gather_from_one
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
-from am_diffusers.models.field import SD3Field
+from am_diffusers.methods.refl import ReFL
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.rewards.skeleton import Skeleton
 from am_diffusers.rollout import generator_for, generators_for
 from am_diffusers.samples import pictures_of
 from am_diffusers.scaling import ScaledBackward
-from am_diffusers.terminal import Terminal, TerminalCost
+from am_diffusers.terminal import RewardOfLatents
 from am_diffusers.train_state import TrainState
-from am_diffusers.velocity import Conditioning, Cotangent
-
-ROLLOUT, ADJOINT, REWARD = "rollout", "adjoint", "VAE and reward gradient"
-LOSS, STEP, SAMPLING = "loss backward", "optimizer step", "grids and evaluation"
-Costs = dict[tuple[object, ...], Usage]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Latents without data, in the place of `LatentSpec`."""
-
-    pretence: Pretence
-    shape: tuple[int, ...]
-    device: str = "cpu"
-
-    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """As many latents as generators."""
-        return self.pretence.empty(len(generators), *self.shape)
-
-
-class Field:
-    """A transformer's velocity field, each kind of call run once and then only counted."""
-
-    def __init__(self, field: SD3Field, tracker: Tracker, costs: Costs) -> None:
-        self._field, self._tracker, self._costs = field, tracker, costs
-        self._graph = 0
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity; with gradient, as in the loss, it is the field's own."""
-        if torch.is_grad_enabled():
-            return self._field(x, sigma, cond)
-        key = ("call", self._field.adapter, x.shape)
-        if key not in self._costs:
-            self._costs[key] = self._tracker.cost(lambda: self._field(x, sigma, cond))
-        self._tracker.replay(self._costs[key])
-        return torch.empty_like(x)
-
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and vector-Jacobian product; a function as cotangent runs beside the graph between."""
-        key, tracker = ("vjp", self._field.adapter, x.shape), self._tracker
-        graph = ("graph", *key)
-        with tracker.phase(ADJOINT):
-            if key not in self._costs:
-                self._costs[key] = tracker.cost(lambda: self._vjp(x, sigma, cond))
-                self._costs[graph] = Usage(self._graph)
-            tracker.replay(self._costs[key])
-        velocity = torch.empty_like(x)
-        if callable(cotangent):
-            with tracker.holding(self._costs[graph].peak), tracker.phase(REWARD):
-                cotangent(velocity)
-        return velocity, torch.empty_like(x)
-
-    def _vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> None:
-        before = self._tracker.live
-
-        def cotangent(velocity: Tensor) -> Tensor:
-            self._graph = self._tracker.live - before
-            return torch.zeros_like(velocity)
-
-        self._field.vjp(x, sigma, cond, cotangent)
-
-
-class TerminalPass:
-    """A `TerminalCost` of which one pass of VAE and rewards is run and then only counted."""
-
-    def __init__(self, terminal: TerminalCost, tracker: Tracker) -> None:
-        self._terminal, self._tracker = terminal, tracker
-        self._costs: Costs = {}
-
-    def __call__(self, final: Tensor, prompts: Sequence[str], noise: Callable[[], Tensor]) -> Terminal:
-        """Rewards and adjoints without data."""
-        size = min(self._terminal.options.batch_size or len(final), len(final))
-        if (size,) not in self._costs:
-            part = final[:size]
-            self._costs[size,] = self._tracker.cost(
-                lambda: self._terminal(part, prompts[:size], lambda: torch.empty_like(part))
-            )
-        self._tracker.replay(self._costs[size,], len(final) / size)
-        rewards, norms, slopes = (final.new_empty(len(final)) for _ in range(3))
-        return Terminal(rewards, torch.empty_like(final), norms, slopes)
-
-    def update(self, gradient_norms: Tensor) -> None:
-        """Nothing: thresholds hold no memory."""
 
 
 def run_iteration(
@@ -128,9 +54,6 @@ def run_iteration(
         tracker: is entered.
         processes: asked for nothing.
         samples: of the iteration on this process.
-
-    Raises:
-        ValueError: if the method has no estimate.
     """
     config, model = plan.config, pretence.model
     method = _method(plan, pretence, tracker, processes)
@@ -139,7 +62,8 @@ def run_iteration(
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         state.step()
-    prompts = (plan.train_prompts * samples)[:samples]
+    groups, prompts = config.method.samples_per_prompt, plan.train_prompts
+    prompts = [prompts[i // groups % len(prompts)] for i in range(samples)]
     with tracker.phase(ROLLOUT):
         cond = encoder(config, model, config.method.rollout_guidance_scale)(prompts)
         generators = generators_for(config.run.seed, 0, range(samples))
@@ -208,13 +132,29 @@ def _method(plan: Plan, pretence: Pretence, tracker: Tracker, processes: Process
     model, config, costs = pretence.model, plan.config, Costs()
     model.base = Field(model.base, tracker, costs)  # pyright: ignore[reportAttributeAccessIssue]
     model.policy = Field(model.policy, tracker, costs)  # pyright: ignore[reportAttributeAccessIssue]
-    reward = weighted(pretence.rewards, config)
-    method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
-    if isinstance(method, BufferedAdjointMatching):
-        method = method.inner  # in an iteration that collects, which needs most
-    if not isinstance(method, AdjointMatching):
-        raise ValueError(f"no estimate for the method {config.method.method}")
-    method.gather = gather_from_one
-    method.terminal = TerminalPass(method.terminal, tracker)  # pyright: ignore[reportAttributeAccessIssue]
-    method.latents = Noise(pretence, method.latents.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    return method
+    made: Any = METHOD_BUILDERS[config.method.method](
+        plan, model, weighted(pretence.rewards, config), processes
+    )
+    if isinstance(made, BufferedAdjointMatching):
+        made = made.inner  # in an iteration that collects, which needs most
+    made.gather, made.latents = gather_from_one, Noise(pretence, made.latents.shape)
+    if hasattr(made, "terminal"):
+        made.terminal = TerminalPass(made.terminal, tracker)
+    elif not made.needs_reward_gradient:
+        made.reward = RewardPass(_without_data(pretence), tracker)
+    if isinstance(made, ReFL):
+        made.last_steps = 1  # a rollout of all steps, the longest there is
+    return made
+
+
+def _without_data(pretence: Pretence) -> RewardOfLatents:
+    """The rewards that can be run on no data; the others count pixels on the CPU."""
+    usable = [r for r in pretence.rewards if isinstance(r, Skeleton) or r.differentiable]
+
+    def scored(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        images = pretence.model.decode(latents)
+        for reward in usable:
+            reward(images, prompts)
+        return latents.new_empty(len(latents))
+
+    return scored

@@ -1,28 +1,23 @@
-"""The estimate of a run, and how the dry run prints it."""
+"""The estimate of a run: what it holds all the time, and an iteration without data on top."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.config.belonging import BUFFERED
-from am_diffusers.estimate.iteration import (
-    ADJOINT,
-    LOSS,
-    REWARD,
-    ROLLOUT,
-    SAMPLING,
-    STEP,
-    estimable,
-    run_iteration,
-    sample_pictures,
-)
+from am_diffusers.buffer_size import buffer_size
+from am_diffusers.command_line import asset_path
+from am_diffusers.config import Config
+from am_diffusers.config.belonging import BUFFERED, GRPO
+from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pictures
+from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
-from am_diffusers.gpus import GPUS, find_gpu
+from am_diffusers.gpus import find_gpu
 from am_diffusers.load import micro_batch
-from am_diffusers.models.pretrained import MissingModelError
+from am_diffusers.methods.buffered_adjoint_matching import BufferBytes
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.network_calls import trained_rows
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
@@ -34,17 +29,8 @@ USABLE = 0.9
 """Share of a card's memory that is counted on: the rest is CUDA's context, workspaces and fragmentation."""
 ENCODING = "prompt encoding"
 COLLECTING = (ROLLOUT, ADJOINT, REWARD)
-"""Phases that a method with a buffer has in some iterations only."""
+"""Phases that a method which trains on rows again has in some iterations only."""
 GIB = 2**30
-KNOBS = {
-    ENCODING: "mixed_precision",
-    ROLLOUT: "rollout_micro_batch_size, offload_trajectories",
-    ADJOINT: "rollout_micro_batch_size, gradient_checkpointing",
-    REWARD: "reward_micro_batch_size, rollout_micro_batch_size, gradient_checkpointing",
-    LOSS: "loss_micro_batch_size, gradient_checkpointing",
-    STEP: "rank",
-    SAMPLING: "eval_batch_size",
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +41,7 @@ class Estimate:
         resident: bytes held all the time, by what holds them.
         phases: needs of each phase, all that is resident included in `peak` and `before`.
         main_memory: bytes of encoded prompts, on the CPU.
+        buffer: this process's share of a buffer of trajectories, on the CPU or a disk; 0 for most methods.
         picture_flops: of one picture of grids and evaluation, scores included.
         num_pictures: of all grids and the evaluation, on this process.
     """
@@ -62,6 +49,7 @@ class Estimate:
     resident: dict[str, int]
     phases: dict[str, Usage]
     main_memory: int
+    buffer: BufferBytes
     picture_flops: Flops
     num_pictures: float
 
@@ -99,17 +87,22 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
     """
     plan = estimable(plan)
     samples, in_memory = _samples(plan, on_gpu)
-    every = plan.config.buffer.buffer_refresh if plan.config.method.method in BUFFERED else 1
+    every, buffer = _every(plan.config), _buffer(plan)
+    processes = Processes(accelerator)
+    # The others don't take part: nothing may wait for them.
+    processes.number = 1  # pyright: ignore[reportAttributeAccessIssue]
     pretence, tracker = pretend(plan, on_gpu=on_gpu), Tracker()
     with tracker:
         resident = _hold_weights(plan, pretence, tracker)
         main_memory = pretence.prompt_bytes * _num_texts(plan)
         if not on_gpu:
             resident["encoded prompts"] = main_memory
+            if plan.config.buffer.buffer_storage == "cpu":  # what is drawn, the iteration makes itself
+                resident["buffer"] = buffer.stored + buffer.falling_out
         extra = sum(resident.values()) - tracker.live
         extra += (samples - in_memory) * pretence.prompt_bytes
         with tracker.holding(extra):
-            state = run_iteration(plan, pretence, tracker, Processes(accelerator), samples=in_memory)
+            state = run_iteration(plan, pretence, tracker, processes, samples=in_memory)
             pictures = sample_pictures(plan, pretence, tracker)
     for name in set(tracker.phases) - {SAMPLING}:
         usage, share = tracker.phases[name], in_memory * (every if name in COLLECTING else 1)
@@ -122,6 +115,7 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         resident=resident,
         phases={ENCODING: encoding} | tracker.phases,
         main_memory=main_memory,
+        buffer=buffer,
         picture_flops=Counter({dtype: round(number / pictures) for dtype, number in flops.items()}),
         num_pictures=_num_pictures(plan),
     )
@@ -166,6 +160,19 @@ def _samples(plan: Plan, on_gpu: bool) -> tuple[int, int]:
     return share, min(share, max(chunk, -(-int(options.loss_micro_batch_size) // rows)))
 
 
+def _every(config: Config) -> int:
+    """Iterations from one rollout to the next."""
+    if config.method.method in BUFFERED:
+        return config.buffer.buffer_refresh
+    return config.baselines.grpo_passes if config.method.method in GRPO else 1
+
+
+def _buffer(plan: Plan) -> BufferBytes:
+    model = plan.config.model
+    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
+    return BufferBytes(*(size // plan.num_processes for size in buffer_size(plan.config, source)))
+
+
 def _num_texts(plan: Plan) -> int:
     """Prompts that are kept encoded, the empty negative one included."""
     return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, ""})
@@ -177,69 +184,3 @@ def _num_pictures(plan: Plan) -> float:
     grids = 2 + -(-steps // options.validation_steps)
     in_grids = grids * len(plan.validation_prompts) * options.num_validation_images
     return in_grids + 2 * options.eval_images_per_prompt * len(plan.eval_prompts) / plan.num_processes
-
-
-def describe(plan: Plan, accelerator: Accelerator) -> str:
-    """The estimate as comment lines; what is missing for one, if it can't be made."""
-    on_gpu = plan.config.run.gpu is not None or accelerator.device.type != "cpu"
-    try:
-        found = estimate(plan, accelerator, on_gpu=on_gpu)
-    except MissingModelError as error:
-        reason = str(error).replace("\n", "\n#   ")
-        return (
-            f"# memory, FLOPs and hours: their estimate needs the model's configuration files\n#   {reason}\n"
-        )
-    except ValueError as error:
-        return f"# memory, FLOPs and hours: not estimated: {error}\n"
-    lines = [*_memory(found), *_bounds(plan), *_flops(found), *_hours(plan, found)]
-    return "".join(f"# {line}\n" for line in lines)
-
-
-def _memory(found: Estimate) -> list[str]:
-    rows = [
-        f"  {name:<24} {_gib(usage.peak)} = {_gib(usage.before)} held before + "
-        f"{_gib(usage.peak - usage.before)}"
-        for name, usage in found.phases.items()
-    ]
-    return [
-        "memory of a process by phase (estimated without weights or a GPU; kernels' workspaces not counted):",
-        *rows,
-        "  held all the time: "
-        + ", ".join(f"{name} {_gib(size)}" for name, size in found.resident.items() if size),
-        f"  peak: {_gib(found.peak)} in {found.highest}; lower with {KNOBS[found.highest]}",
-        f"  encoded prompts in main memory: {_gib(found.main_memory)}",
-    ]
-
-
-def _bounds(plan: Plan) -> list[str]:
-    """What was estimated otherwise than the run will be."""
-    before, after = plan.config.optimizer, estimable(plan).config.optimizer
-    changed = [name for name, value in asdict(before).items() if value != getattr(after, name)]
-    return [f"  estimated with {name} {getattr(after, name)}, a bound" for name in changed]
-
-
-def _flops(found: Estimate) -> list[str]:
-    flops = found.iteration_flops()
-    kinds = ", ".join(f"{n / 1e12:.4g} {str(d).removeprefix('torch.')}" for d, n in flops.items() if n)
-    total = sum(flops.values()) / 1e12
-    return [f"TFLOPs an iteration and process (no row masked): {total:.4g} ({kinds})"]
-
-
-def _hours(plan: Plan, found: Estimate) -> list[str]:
-    name, tf32 = plan.config.run.gpu, plan.config.run.allow_tf32
-    if name is None:
-        return [f"hours: name a card with --gpu ({', '.join(GPUS)})"]
-    gpu, steps = find_gpu(name), plan.config.optimizer.max_train_steps
-    training = found.seconds(name, steps, allow_tf32=tf32) / 3600
-    pictures = gpu.seconds(found.picture_flops, utilisation=UTILISATION, allow_tf32=tf32)
-    return [
-        f"on {name}: {training:.3g} hours for {steps} iterations and "
-        f"{pictures * found.num_pictures / 3600:.2g} for pictures, at an assumed {UTILISATION:.0%} of its "
-        "published peak (never measured)",
-        f"memory of {name}: {gpu.memory} GiB, of which {USABLE:.0%} are counted on: "
-        + ("it fits" if fits(found, gpu.memory) else f"it does NOT fit; lower {KNOBS[found.highest]}"),
-    ]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"

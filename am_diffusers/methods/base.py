@@ -66,6 +66,44 @@ class Collected(Generic[E]):
     warnings: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class PartShare:
+    """Which of the samples that ranks saved in parts are this rank's, however many ranks there are now.
+
+    All ranks had as many samples, and all have, in rank order: rank r of R has the r-th of R equal shares.
+
+    Attributes:
+        rank: this one, from 0.
+        ranks: how many there are now.
+        parts: how many there were.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    parts: int = 1
+
+    @property
+    def needed(self) -> range:
+        """The parts that this rank's samples are in: with as many ranks as before, its own alone."""
+        return range(self.rank * self.parts // self.ranks, -(-(self.rank + 1) * self.parts // self.ranks))
+
+    def rows(self, samples: int) -> slice:
+        """This rank's samples among the `samples` that the needed parts hold together.
+
+        Raises:
+            ValueError: if they can't be shared evenly.
+        """
+        of_a_part, rest = divmod(samples, len(self.needed))
+        total = of_a_part * self.parts
+        if rest or total % self.ranks:
+            raise ValueError(
+                f"{total} samples saved by {self.parts} processes can't be shared by {self.ranks}: go on "
+                "with a number of processes that divides them"
+            )
+        first = self.rank * total // self.ranks - self.needed.start * of_a_part
+        return slice(first, first + total // self.ranks)
+
+
 class Method(ABC, Generic[E]):
     """A fine-tuning method: a way to make training rows and the loss of a row.
 
@@ -115,7 +153,7 @@ class Method(ABC, Generic[E]):
 
         def roll_back(error: Exception | None) -> None:
             self.load_state_dict(state)
-            self.load_local_state_dicts([local], 0, 1)
+            self.load_local_state_dicts([local], PartShare())
 
         return roll_back
 
@@ -126,11 +164,13 @@ class Method(ABC, Generic[E]):
         """
         return {}
 
-    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
         """Restores this rank's part of what all ranks returned, of which there may have been more or fewer.
 
         Args:
-            states: what `local_state_dict` returned on each rank, in rank order.
-            rank: this one, from 0.
-            ranks: how many there are now.
+            states: what `local_state_dict` returned on the ranks `share.needed`, in this order.
+            share: which of their samples are this rank's.
+
+        Raises:
+            ValueError: if the samples can't be shared by so many ranks.
         """

@@ -20,14 +20,14 @@ the others, which report no rewards, path KL or adjoint norms.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
-from am_diffusers.methods.base import Collected, Method
+from am_diffusers.methods.base import Collected, Method, PartShare
 from am_diffusers.methods.replay import Drawn, Replay, Store, in_memory
 from am_diffusers.methods.rows import kept_batch
 from am_diffusers.rollout import LatentSpec
@@ -94,21 +94,12 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         """
         rewards, metrics, warnings = torch.empty(0), dict[str, float](), ()
         if not len(self.replay) or self._iteration - self._collected >= self.settings.refresh:
-            swept = self.inner.sweep(cond, generators, shared)
-            self.replay.push(swept.rows, cond.prompts, self._iteration)
-            self._collected = self._iteration
-            rewards, metrics, warnings = swept.rewards, swept.metrics, swept.warnings
-        drawn = self.replay.draw(generators)
-        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(drawn.prompts))}
-        samples = torch.tensor([prompts[prompt] for prompt in drawn.prompts])
-        examples, masked = kept_batch(
-            drawn.rows, samples, self.encode(list(prompts)), self._gather, all_kept=self.inner.mask is None
-        )
+            rewards, metrics, warnings = self._refresh(cond, generators, shared)
+        examples, of_rows = self._draw(generators)
         if torch.device(self.inner.latents.device).type == "cuda":
             examples = examples.pin_memory()
-        metrics = metrics | self._ages(drawn) | {"masked": masked}
         self._iteration += 1
-        return Collected(examples, rewards, metrics, warnings)
+        return Collected(examples, rewards, metrics | of_rows, warnings)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
@@ -131,9 +122,28 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         """This rank's part of the buffer."""
         return {"generations": self.replay.state()}
 
-    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
         """Restores this rank's part of the buffer, see `Method.load_local_state_dicts`."""
-        self.replay.load([state["generations"] for state in states], rank, ranks)
+        self.replay.load([state["generations"] for state in states], share)
+
+    def _refresh(
+        self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
+    ) -> tuple[Tensor, dict[str, float], Sequence[str]]:
+        """Collect, and let the oldest go; rewards, metrics and warnings of the collection."""
+        swept = self.inner.sweep(cond, generators, shared)
+        self.replay.push(swept.rows, cond.prompts, self._iteration)
+        self._collected = self._iteration
+        return swept.rewards, swept.metrics, swept.warnings
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> tuple[MatchingBatch, dict[str, float]]:
+        """Rows to train on, and what there is to log of them; the copy they were drawn into is let go."""
+        drawn = self.replay.draw(generators)
+        prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(drawn.prompts))}
+        samples = torch.tensor([prompts[prompt] for prompt in drawn.prompts])
+        examples, masked = kept_batch(
+            drawn.rows, samples, self.encode(list(prompts)), self._gather, all_kept=self.inner.mask is None
+        )
+        return examples, self._ages(drawn) | {"masked": masked}
 
     def _gather(self, values: Tensor) -> Tensor:
         """Small numbers of what lies on the CPU, exchanged where the processes exchange."""
@@ -151,6 +161,35 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         }
 
 
-def buffer_bytes(samples: int, rows: int, latents: LatentSpec) -> int:
-    """Bytes of the latents and targets of so many samples with `rows` rows each."""
-    return samples * rows * 2 * torch.Size(latents.shape).numel() * latents.dtype.itemsize
+class BufferBytes(NamedTuple):
+    """Bytes of latents and targets over all ranks; what else a row has is a few numbers.
+
+    Attributes:
+        stored: those that the buffer keeps, also in a checkpoint.
+        falling_out: the oldest collection, kept where it lies until the iteration that replaced it has
+            succeeded.
+        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
+            for a GPU, a pinned one).
+    """
+
+    stored: int
+    falling_out: int
+    drawn: int
+
+    @property
+    def peak(self) -> int:
+        """Most that is held at a time, in an iteration that collects."""
+        return self.stored + self.falling_out + self.drawn
+
+
+def buffer_bytes(collection: int, generations: int, rows: int, latents: LatentSpec) -> BufferBytes:
+    """Size of a full buffer.
+
+    Args:
+        collection: samples of a collection, over all ranks.
+        generations: collections that are kept.
+        rows: of a sample.
+        latents: shape and dtype of the latents.
+    """
+    one = collection * rows * 2 * torch.Size(latents.shape).numel() * latents.dtype.itemsize
+    return BufferBytes(generations * one, one, 2 * one)

@@ -45,8 +45,10 @@ from am_diffusers.adjoint import AdjointSweep, truncated_adjoint
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.methods.control_cost import control_cost, optimal_control, step_length
+from am_diffusers.methods.monitor import AdjointMonitor
 from am_diffusers.methods.rows import Rows, kept_batch, sample_rows
-from am_diffusers.methods.statistics import everywhere, means
+from am_diffusers.methods.statistics import ADJOINT_NORM, adjoint_norms, everywhere, means
 from am_diffusers.methods.step_selection import Selected
 from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, Trajectory, rollout
@@ -98,18 +100,6 @@ class DeterministicSettings:
             raise ValueError(f"cost_power must be > 1, for a convex cost, got {self.cost_power}")
 
 
-def optimal_control(adjoint: Tensor, cost_power: float) -> Tensor:
-    """The u that minimises |u|^q / q + adjoint . u, (B, ...): -|adjoint|^{(2-q)/(q-1)} adjoint.
-
-    Args:
-        adjoint: (B, ...); its norms are those of whole samples.
-        cost_power: q > 1.
-    """
-    norm = adjoint.flatten(1).norm(dim=1).clamp(min=torch.finfo(adjoint.dtype).tiny)
-    size = norm ** ((2 - cost_power) / (cost_power - 1))
-    return -size.view(-1, *[1] * (adjoint.ndim - 1)) * adjoint
-
-
 class DeterministicAdjointMatching(Method[MatchingBatch]):
     """Deterministic Adjoint Matching with a table without noise.
 
@@ -147,6 +137,7 @@ class DeterministicAdjointMatching(Method[MatchingBatch]):
         self.rollout_policy, self.gather = rollout_policy, gather
         quantile = settings.mask_quantile
         self.mask = None if quantile is None else QuantileMask(quantile, settings.mask_decay)
+        self.monitor = AdjointMonitor()
 
     @torch.no_grad()
     def collect(
@@ -168,27 +159,29 @@ class DeterministicAdjointMatching(Method[MatchingBatch]):
             chunks.append(chunk.to_cpu() if self.settings.offload else chunk)
         collected = Rows.cat(chunks)
         selected = Selected(steps, [1.0] * len(steps))
-        kept = sample_rows(collected, table, selected, mask=self.mask, gather=self.gather, weight=_weight)
+        kept = sample_rows(collected, table, selected, mask=self.mask, gather=self.gather, weight=step_length)
         samples = torch.arange(len(cond))[:, None].expand(kept.keep.shape)
         examples, masked = kept_batch(kept, samples, cond, self.gather, all_kept=self.mask is None)
         if self.settings.offload and torch.device(self.latents.device).type == "cuda":
             examples = examples.pin_memory()
         columns = everywhere(collected.stats, self.gather)
         self.terminal.update(columns["reward_gradient_norm"])
-        return Collected(examples, collected.stats["reward"], means(columns) | {"masked": masked})
+        warnings = self.monitor.update(adjoint_norms(columns))
+        return Collected(examples, collected.stats["reward"], means(columns) | {"masked": masked}, warnings)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the matching loss that these rows contribute, see `Method.loss`."""
         return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Thresholds of the mask and of clipping."""
+        """Thresholds of the mask and of clipping, references of the adjoint norms."""
         mask = {} if self.mask is None else {"mask": self.mask.state_dict()}
-        return mask | {"clip_norm": self.terminal.clip_norm}
+        return mask | {"clip_norm": self.terminal.clip_norm, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.terminal.clip_norm = state["clip_norm"]
+        self.monitor.load_state_dict(state.get("monitor", {}))
         if self.mask is not None:
             self.mask.load_state_dict(state.get("mask", {}))
 
@@ -221,7 +214,7 @@ class DeterministicAdjointMatching(Method[MatchingBatch]):
             known = {k: self.policy(*trajectory.at(k)) for k in steps}
         q = self.settings.cost_power
         targets = {k: sweep.velocity_base[k] - optimal_control(sweep.adjoints[k + 1], q) for k in steps}
-        residuals = [matching.residual(known[k], targets[k], _weight(table, k)) for k in steps]
+        residuals = [matching.residual(known[k], targets[k], step_length(table, k)) for k in steps]
         return Rows(
             torch.stack([trajectory.latents[k] for k in steps], 1),
             torch.stack(list(targets.values()), 1),
@@ -233,18 +226,11 @@ class DeterministicAdjointMatching(Method[MatchingBatch]):
         self, terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep, known: dict[int, Tensor]
     ) -> dict[str, Tensor]:
         """Named statistics of B samples, (B,) each; `control_cost` is that of the trained steps."""
-        q, table = self.settings.cost_power, trajectory.transitions
-        controls = {k: (sweep.velocity_base[k] - v).flatten(1).norm(dim=1) for k, v in known.items()}
-        costs = [_weight(table, k) * size**q / q for k, size in controls.items()]
+        controls = {k: sweep.velocity_base[k] - velocity for k, velocity in known.items()}
         return {
             "reward": terminal.rewards,
             "reward_gradient_norm": terminal.gradient_norms,
             "reward_slope": terminal.slopes,
-            "control_cost": torch.stack(costs).sum(0),
-            **{f"adjoint_norm/{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
+            "control_cost": control_cost(trajectory.transitions, controls, self.settings.cost_power),
+            **{f"{ADJOINT_NORM}{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
         }
-
-
-def _weight(table: Transitions, k: int) -> float:
-    """Length of step `k` in sigma: the cost of a control there is this times |u|^q / q."""
-    return -table.v_coef[k].item()

@@ -4,8 +4,8 @@
 
 K' = K is DRaFT, the exact gradient of the sampler's reward; fewer steps cost less memory and are biased, yet
 the paper finds few steps, even one, to learn faster. Algorithm: roll out without gradient to step K - K',
-then with gradient to the end, through decoding and reward. Activations of K' steps are held at once;
-`gradient_checkpointing` is what the paper uses against it.
+then with gradient to the end, through decoding and reward. Activations of K' steps are held at once, those of
+decoding and reward for a few samples at a time (tails.py); `gradient_checkpointing` is what the paper uses.
 
 Bias: nothing holds the policy to the base (no KL term, as published), so that it has no tilted law as its
 optimum but the pictures of highest reward: `reward_scale` doesn't set how far it goes, the number of
@@ -85,7 +85,7 @@ class DRaFT(Method[Tails]):
 
     def loss(self, example: Tails) -> tuple[Tensor, dict[str, float]]:
         """Share of the loss that these samples contribute, see `tails.tail_loss`."""
-        return tail_loss(self.policy, self.reward, self.settings.reward_scale, example)
+        return tail_loss(self.policy, self.reward, self.settings, example)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: all there is are the weights."""

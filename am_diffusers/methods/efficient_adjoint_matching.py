@@ -44,7 +44,8 @@ from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods import linear_base
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.statistics import everywhere, means
+from am_diffusers.methods.monitor import AdjointMonitor
+from am_diffusers.methods.statistics import end_point_statistics, everywhere, means
 from am_diffusers.out_of_memory import phase
 from am_diffusers.parametrization import interpolate, score_from_velocity
 from am_diffusers.rollout import LatentSpec, Trajectory, sample_ode
@@ -148,6 +149,7 @@ class EfficientAdjointMatching(Method[MatchingBatch]):
         self.rollout_policy, self.gather = rollout_policy or policy, gather
         self.lowest = settings.sigma if settings.score == "stopped" else 0.0
         self.sigmas = self.lowest + (1 - self.lowest) * sigmas
+        self.monitor = AdjointMonitor()
 
     @torch.no_grad()
     def collect(
@@ -164,7 +166,7 @@ class EfficientAdjointMatching(Method[MatchingBatch]):
             ids = rows.tolist()
             some = [generators[i] for i in ids]
             start = self._start(cond.index(ids), some)
-            found.append(_statistics(start))
+            found.append(end_point_statistics(start.terminal, start.adjoint, start.score))
             chunk = self._rows(start, some)
             chunks.append([part.cpu() for part in chunk] if self.settings.offload else chunk)
         stats = {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -176,19 +178,22 @@ class EfficientAdjointMatching(Method[MatchingBatch]):
         examples = MatchingBatch(latents, sigmas, target, weight, samples, cond)
         if self.settings.offload and torch.device(self.latents.device).type == "cuda":
             examples = examples.pin_memory()
-        return Collected(examples, stats["reward"], means(columns))
+        # There is one adjoint, that of the rows: what can be watched is its growth over iterations.
+        warnings = self.monitor.update({len(self.sigmas) - 1: columns["adjoint_norm"].median().item()})
+        return Collected(examples, stats["reward"], means(columns), warnings)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
         """Share of the regression's loss that these rows contribute, see `Method.loss`."""
         return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Threshold of clipping."""
-        return {"clip_norm": self.terminal.clip_norm}
+        """Threshold of clipping, reference of the adjoint norm."""
+        return {"clip_norm": self.terminal.clip_norm, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.terminal.clip_norm = state["clip_norm"]
+        self.monitor.load_state_dict(state.get("monitor", {}))
 
     def _start(self, cond: Conditioning, generators: Sequence[torch.Generator]) -> Start:
         """States to noise, where the policy's ODE leads."""
@@ -236,14 +241,3 @@ class EfficientAdjointMatching(Method[MatchingBatch]):
         )
         weight = linear_base.capped_weight(sigma, self.settings.max_weight) / (len(self.sigmas) - 1)
         return [x, target, sigma.to(start.x), weight.to(start.x)]
-
-
-def _statistics(start: Start) -> dict[str, Tensor]:
-    """Named statistics of B samples, (B,) each."""
-    return {
-        "reward": start.terminal.rewards,
-        "reward_gradient_norm": start.terminal.gradient_norms,
-        "reward_slope": start.terminal.slopes,
-        "adjoint_norm": start.adjoint.flatten(1).norm(dim=1),
-        "score_norm": start.score.flatten(1).norm(dim=1),
-    }

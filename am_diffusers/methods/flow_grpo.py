@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.adjoint import NonFiniteError
-from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
+from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gather_from_one
 from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.step_selection import draw_steps
 from am_diffusers.methods.values import Advantages, reward_values
@@ -174,12 +174,12 @@ class FlowGRPO(Method[PolicyRows]):
             return {}
         return {"examples": self._kept.state_dict()}
 
-    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], rank: int, ranks: int) -> None:
+    def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
         """Restores this rank's share of the rows; without any, the next iteration rolls out."""
         self._kept = None
         if all(states) and states:
             parts = [state["examples"] for state in states]
-            self._kept = rows_of_rank(parts, rank, ranks, self.latents.device)
+            self._kept = rows_of_rank(parts, share, self.latents.device)
 
     def snapshot(self) -> Callable[[Exception | None], None]:
         """As `Method.snapshot`, but rows of a pass that wasn't finite are dropped: they would fail again."""

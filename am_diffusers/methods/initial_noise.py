@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
+from am_diffusers.methods.base import Gather, gather_from_one
 from am_diffusers.rollout import draw
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -52,24 +53,33 @@ def sample_noise(
 
 
 def stage_rows(
-    noise: Tensor, adjoint: Tensor, cond: Conditioning, generators: Sequence[torch.Generator]
+    noise: Tensor,
+    adjoint: Tensor,
+    cond: Conditioning,
+    generators: Sequence[torch.Generator],
+    *,
+    gather: Gather = gather_from_one,
 ) -> MatchingBatch:
     """One row a sample of the stage's regression, for `matching.matching_loss(stage, rows)`.
+
+    Losses of all ranks add up to a mean over the samples of all.
 
     Args:
         noise: X_1 that trajectories started from, (B, ...).
         adjoint: a_0, gradient of the cost to go at `noise`, (B, ...).
         cond: conditioning, B rows.
         generators: one CPU generator a sample; a time, uniform in [0, 1), and a bridge's noise are drawn.
+        gather: concatenates a 1-D tensor over ranks; a single process by default.
     """
     times = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     bridge = draw(generators, noise.shape[1:], noise.dtype).to(noise.device)
     u = times.to(noise).reshape(-1, *[1] * (noise.ndim - 1))
+    ones = noise.new_ones(len(noise))
     return MatchingBatch(
         latents=u * noise + (u * (1 - u)).sqrt() * bridge,
         sigmas=times.to(noise),
         target=-adjoint,
-        weight=torch.full_like(times, 1 / len(noise)).to(noise),
+        weight=ones / len(gather(ones)),
         samples=torch.arange(len(noise)),
         cond=cond,
     )

@@ -4,6 +4,11 @@ A lean adjoint under the base contracts towards noise, roughly like the derivati
 norm at step 1 is at most a few times that at the end. Two things are told apart: norms that grow *along* the
 trajectory, against the terminal one, from the first iteration on (a Jacobian that expands); and norms that
 grow from iteration to iteration, against a running reference of the same step (a policy that runs away).
+
+Who has which: Adjoint Matching, buffered or deterministic, has adjoints along trajectories, so both. (Under
+the base's ODE the adjoint of data N(m, S^2 I) grows to at most sqrt(1 + S^2) times the terminal one.)
+Efficient Adjoint Matching has the adjoint at its end points alone, so growth over iterations only. RAM and
+Flow-GRPO take no gradient of the reward, DRaFT and ReFL no adjoint: none.
 """
 
 import math

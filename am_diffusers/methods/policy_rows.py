@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from am_diffusers.methods.base import PartShare
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning
 
@@ -85,19 +86,20 @@ class PolicyRows:
 
 
 def rows_of_rank(
-    states: Sequence[dict[str, Any]], rank: int, ranks: int, device: torch.device | str
+    states: Sequence[dict[str, Any]], share: PartShare, device: torch.device | str
 ) -> PolicyRows:
     """This rank's share of the rows that all ranks had, of which there may have been more or fewer.
 
     Args:
-        states: `PolicyRows.state_dict` of each rank, in rank order, each with as many samples.
-        rank: this one, from 0.
-        ranks: how many there are now; divides the number of samples.
+        states: `PolicyRows.state_dict` of the ranks `share.needed`, in this order.
+        share: which of their samples are this rank's.
         device: where states go; the conditioning stays where it is.
+
+    Raises:
+        ValueError: if the samples can't be shared evenly.
     """
     numbers = [len(state["cond"]["prompts"]) for state in states]
-    size = sum(numbers) // ranks
-    mine = range(rank * size, (rank + 1) * size)
+    mine = range(sum(numbers))[share.rows(sum(numbers))]
     cond = {
         name: _cat([state["cond"][name] for state in states]) for name in states[0]["cond"]
     }  # prompts are a tuple, the others tensors or None

@@ -86,7 +86,7 @@ class ReFL(Method[Tails]):
 
     def loss(self, example: Tails) -> tuple[Tensor, dict[str, float]]:
         """Share of the loss that these samples contribute, see `tails.tail_loss`."""
-        return tail_loss(self.policy, self.reward, self.settings.reward_scale, example)
+        return tail_loss(self.policy, self.reward, self.settings, example)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: all there is are the weights."""

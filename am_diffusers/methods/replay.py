@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from am_diffusers.methods.base import PartShare
 from am_diffusers.methods.rows import SampleRows
 
 Store = Callable[[Tensor], Tensor]
@@ -117,8 +118,8 @@ class Replay:
             for each in self._generations
         ]
 
-    def load(self, states: Sequence[list[dict[str, Any]]], rank: int, ranks: int) -> None:
-        """This rank's share of what `state` returned on each of any number of ranks, in rank order.
+    def load(self, states: Sequence[list[dict[str, Any]]], share: PartShare) -> None:
+        """This rank's share of what `state` returned on the ranks `share.needed`, in rank order.
 
         Raises:
             ValueError: if its samples can't be shared evenly.
@@ -127,17 +128,13 @@ class Replay:
         for number in range(len(states[0]))[-self.limit :]:
             parts = [state[number] for state in states]
             prompts = [prompt for part in parts for prompt in part["prompts"]]
-            if len(prompts) % ranks:
-                raise ValueError(f"{len(prompts)} samples of the buffer can't be shared by {ranks} processes")
-            share = slice(rank * len(prompts) // ranks, (rank + 1) * len(prompts) // ranks)
+            mine = share.rows(len(prompts))
             rows = {
-                name: torch.cat([part["rows"][name] for part in parts])[share]
-                if len(parts) > 1
-                else own[share]
+                name: torch.cat([part["rows"][name] for part in parts])[mine] if len(parts) > 1 else own[mine]
                 for name, own in parts[0]["rows"].items()
             }
             generation = Generation(
-                self._stored(SampleRows(**rows)), tuple(prompts[share]), parts[0]["iteration"]
+                self._stored(SampleRows(**rows)), tuple(prompts[mine]), parts[0]["iteration"]
             )
             generations.append(generation)
         self._generations = tuple(generations)

@@ -34,6 +34,23 @@ def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) 
     }
 
 
+def end_point_statistics(terminal: Terminal, adjoint: Tensor, score: Tensor) -> dict[str, Tensor]:
+    """Named statistics of B samples whose rows are noised from end points, (B,) each.
+
+    Args:
+        terminal: rewards and what was made of their gradients.
+        adjoint: gradient of the terminal cost at the end points, (B, ...).
+        score: the base's score there, (B, ...).
+    """
+    return {
+        "reward": terminal.rewards,
+        "reward_gradient_norm": terminal.gradient_norms,
+        "reward_slope": terminal.slopes,
+        "adjoint_norm": adjoint.flatten(1).norm(dim=1),
+        "score_norm": score.flatten(1).norm(dim=1),
+    }
+
+
 def everywhere(stats: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
     """Each statistic of the samples of all ranks, in one exchange."""
     values = gather(torch.stack(list(stats.values()), 1).flatten()).reshape(-1, len(stats))

@@ -4,7 +4,12 @@
     x_K = steps first .. K-1 of the policy from x_first, differentiable in its parameters
     loss = mean over samples of -reward_scale * reward(x_K)
 
-The gradient goes through decoding, reward and each of these steps, so that memory grows with their number.
+The gradient goes through decoding and reward first, some samples at a time, and then through the steps, as
+
+    grad loss = sum over samples of (d x_K / d parameters)^T (-reward_scale * weight * grad reward(x_K)).
+
+So what is held at once is the graph of these steps for the samples of a micro-batch of the loss, which grows
+with their number, and that of decoding and reward for `reward_batch_size` of them.
 """
 
 from collections.abc import Sequence
@@ -13,11 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import require_finite, terminal_adjoint
+from am_diffusers.adjoint import terminal_adjoint
 from am_diffusers.methods.base import Collected, Gather
 from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, noise_level, sample
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.terminal import RewardOfLatents, reward_gradient
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -79,6 +84,8 @@ class TailSettings:
         reward_scale: factor of the reward in the loss, > 0. There is no term to weigh it against: with Adam
             it changes hardly anything but the clipping of gradients.
         collect_batch_size: samples rolled out at once, without gradient; all by default.
+        reward_batch_size: samples decoded and differentiated at once; by default all of a micro-batch of the
+            loss. The reward of a sample depends on that sample alone.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -86,6 +93,7 @@ class TailSettings:
 
     reward_scale: float
     collect_batch_size: int | None = None
+    reward_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.reward_scale <= 0:
@@ -146,26 +154,26 @@ def collect_tails(
 
 
 def tail_loss(
-    policy: VelocityField, reward: RewardOfLatents, reward_scale: float, tails: Tails
+    policy: VelocityField, reward: RewardOfLatents, settings: TailSettings, tails: Tails
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted sum of -reward_scale * reward of the tails' ends, and that of the rewards to log.
 
+    Its gradient is that sum's; the graph from the ends to the rewards is gone when it returns.
+
     Raises:
         ValueError: if the reward is not differentiable or not one number per sample.
-        NonFiniteError: if a reward is not finite; names the prompts.
+        NonFiniteError: if a reward or its gradient is not finite; names the prompts.
+        PhaseMemoryError: if memory runs out in decoding or reward.
     """
     x, table, cond = tails.latents, tails.table, tails.cond
     for k in range(table.num_steps):
         velocity = policy(x, noise_level(table, k, x), cond)
         noisy = table.std[k].item() > 0
         x = table.step(k, x, velocity, tails.step_noise[:, k]) if noisy else table.mean(k, x, velocity)
-    rewards = reward(x, cond.prompts)
-    if rewards.shape != (len(tails),) or not rewards.requires_grad:
-        raise ValueError(
-            f"expected a differentiable reward per sample, ({len(tails)},), got {tuple(rewards.shape)} "
-            f"with requires_grad={rewards.requires_grad}; use a reward with `differentiable = True`"
-        )
-    require_finite("reward", rewards, cond.prompts)
-    weight = tails.weight.to(rewards)
-    cost = terminal_adjoint(rewards, reward_scale)  # linear in its argument: of the rewards, their cost
-    return (weight * cost).sum(), {"reward": (weight * rewards.detach()).sum().item()}
+    size, scale, weight = settings.reward_batch_size, settings.reward_scale, tails.weight
+    rewards, gradient = reward_gradient(reward, x.detach(), cond.prompts, batch_size=size)
+    cotangent = terminal_adjoint(gradient, scale) * weight.view(-1, *[1] * (x.ndim - 1))
+    cost = terminal_adjoint(rewards, scale)  # linear in its argument: of the rewards, their cost
+    # The second term is 0 and has the gradient: d loss / d x_K is the cotangent.
+    loss = (weight * cost).sum() + (cotangent * (x - x.detach())).sum()
+    return loss, {"reward": (weight * rewards).sum().item()}

@@ -42,5 +42,9 @@ def refl(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method
 
 
 def _settings(config: Config) -> TailSettings:
-    size = micro_batch(config.optimizer.rollout_micro_batch_size)
-    return TailSettings(config.method.reward_scale, collect_batch_size=size)
+    options = config.optimizer
+    return TailSettings(
+        config.method.reward_scale,
+        collect_batch_size=micro_batch(options.rollout_micro_batch_size),
+        reward_batch_size=micro_batch(options.reward_micro_batch_size),
+    )
