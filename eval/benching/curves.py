@@ -1,145 +1,129 @@
-"""From records to what is compared: the way of a setting, and its points of equal trained reward."""
+"""From records to what is compared: the way of a setting from the base, run by run and prompt by prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from am_diffusers.comparison import Estimate, estimate
 from am_diffusers.evaluation import Array
-from benching.records import Record, Snapshot
+from benching.records import Record
+
+Rows = NDArray[np.intp]
+BASE = "base"
 
 
-@dataclass(frozen=True)
-class Point:
-    """A place on the way, means over seeds.
+class Place(NamedTuple):
+    """A place on a way, means over seeds and prompts.
 
     Attributes:
-        mark: its name; "" between two marks.
+        trained: mean gain of the trained rewards, in base standard deviations.
+        held_out: mean gain of the held-out ones.
         seconds: of training.
         calls: of the transformer, a sample each.
         iterations: optimizer steps.
-        gains: of each reward by prompt, (P,), in base standard deviations.
-        roles: `trained` or `held-out` by reward.
         diversity: share of the base's that is kept.
         frechet: squared Frechet distance to the base's pictures, less the floor.
     """
 
-    mark: str
+    trained: float
+    held_out: float
     seconds: float
     calls: float
     iterations: float
-    gains: Mapping[str, Array]
-    roles: Mapping[str, str]
     diversity: float
     frechet: float
-
-    def by_prompt(self, role: str) -> Array:
-        """Mean gain of the rewards of a role by prompt, (P,)."""
-        return np.mean([gain for name, gain in self.gains.items() if self.roles[name] == role], axis=0)
-
-    def gain(self, role: str) -> float:
-        """Mean gain of the rewards of a role."""
-        return float(self.by_prompt(role).mean())
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The way of a setting.
+    """The way of a setting: S runs, M marks by time, the unchanged base first, P prompts.
 
     Attributes:
         setting: its name.
         method: of the setting.
-        seeds: how many runs it is the mean of.
-        points: by time, the unchanged base first.
-        spread: by mark, least and largest trained gain of the seeds.
+        marks: their names, `base` first.
+        gains: of each reward, (S, M, P), in base standard deviations.
+        roles: `trained` or `held-out` by reward.
+        others: seconds, calls, iterations, diversity and Frechet distance, (5, S, M).
     """
 
     setting: str
     method: str
-    seeds: int
-    points: Sequence[Point]
-    spread: Mapping[str, tuple[float, float]]
-
-    def at(self, mark: str) -> Point:
-        """The point of a mark."""
-        return next(point for point in self.points if point.mark == mark)
+    marks: Sequence[str]
+    gains: Mapping[str, Array]
+    roles: Mapping[str, str]
+    others: Array
 
     @property
-    def best(self) -> float:
-        """Largest trained gain of its marks."""
-        return max(point.gain("trained") for point in self.points)
+    def seeds(self) -> int:
+        """Number of runs."""
+        return self.others.shape[1]
 
-    def where(self, level: float) -> Point | None:
-        """Where the trained gain first is `level` > 0, between two marks linearly; None if nowhere."""
-        for before, after in zip(self.points, self.points[1:], strict=False):
-            start, end = before.gain("trained"), after.gain("trained")
-            if start < level <= end:
-                return _between(before, after, (level - start) / (end - start))
-        return None
+    def by_prompt(self, role: str) -> Array:
+        """Mean gain of the rewards of a role, (S, M, P)."""
+        return np.mean([gain for name, gain in self.gains.items() if self.roles[name] == role], axis=0)
+
+    def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
+        """The fields of `Place` at the marks, (7, M), for some or all runs and prompts, which may repeat."""
+        seeds = np.arange(self.seeds) if seeds is None else seeds
+        roles = [self.by_prompt(role)[seeds] for role in ("trained", "held-out")]
+        chosen = roles if prompts is None else [role[..., prompts] for role in roles]
+        gains = np.stack([role.mean(axis=(0, 2)) for role in chosen])
+        return np.concatenate([gains, self.others[:, seeds].mean(axis=1)])
+
+    def at(self, mark: str) -> Place:
+        """The place of a mark."""
+        return Place(*self.places()[:, self.marks.index(mark)].tolist())
 
 
 def make_curve(records: Sequence[Record]) -> Curve:
-    """The mean over the runs of one setting.
+    """The runs of one setting.
 
     Args:
-        records: one a seed, at least one.
+        records: one a seed, at least one, with the same marks.
     """
-    marks = [snapshot.mark for snapshot in records[0].snapshots]
-    points = [_mean([record.at(mark) for record in records]) for mark in marks]
-    points.sort(key=lambda point: point.seconds)
-    spread = {
-        mark: (min(trained), max(trained))
-        for mark in marks
-        if (trained := [record.at(mark).gain("trained") for record in records])
-    }
     first = records[0]
-    return Curve(first.setting, first.method, len(records), [_start(points[0]), *points], spread)
-
-
-def difference(first: Point, second: Point, role: str) -> Estimate:
-    """Mean gain of the rewards of a role at `first` less that at `second`, its interval over prompts."""
-    return estimate(np.mean, first.by_prompt(role) - second.by_prompt(role))
-
-
-def _mean(snapshots: Sequence[Snapshot]) -> Point:
-    first = snapshots[0]
-    return Point(
-        mark=first.mark,
-        seconds=_average([each.seconds for each in snapshots]),
-        calls=_average([each.calls for each in snapshots]),
-        iterations=_average([each.iterations for each in snapshots]),
-        gains={
-            name: np.mean([each.rewards[name].by_prompt for each in snapshots], axis=0)
-            for name in first.rewards
-        },
-        roles={name: reward.role for name, reward in first.rewards.items()},
-        diversity=_average([each.diversity_kept.value for each in snapshots]),
-        frechet=_average([each.frechet for each in snapshots]),
+    snapshots = sorted(first.snapshots, key=lambda snapshot: snapshot.seconds)
+    marks = [snapshot.mark for snapshot in snapshots]
+    runs = [[record.at(mark) for mark in marks] for record in records]
+    gains = {
+        name: np.array([[each.rewards[name].by_prompt for each in run] for run in runs])
+        for name in snapshots[0].rewards
+    }
+    others = [
+        [[each.seconds, each.calls, each.iterations, each.diversity_kept.value, each.frechet] for each in run]
+        for run in runs
+    ]
+    before = np.broadcast_to(np.array([0, 0, 0, 1, 0.0])[:, None, None], (5, len(runs), 1))
+    return Curve(
+        setting=first.setting,
+        method=first.method,
+        marks=[BASE, *marks],
+        gains={name: np.concatenate([0 * gain[:, :1], gain], axis=1) for name, gain in gains.items()},
+        roles={name: reward.role for name, reward in snapshots[0].rewards.items()},
+        others=np.concatenate([before, np.moveaxis(np.array(others, np.float64), -1, 0)], axis=2),
     )
 
 
-def _average(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def gain_of(curve: Curve, reward: str, mark: str) -> Estimate:
+    """Gain of one reward at a mark, mean over runs, its interval over prompts."""
+    return estimate(np.mean, curve.gains[reward][:, curve.marks.index(mark)].mean(axis=0))
 
 
-def _start(like: Point) -> Point:
-    """The base itself."""
-    none = {name: np.zeros_like(gain) for name, gain in like.gains.items()}
-    return Point("base", 0, 0, 0, none, like.roles, 1, 0)
+def where(places: Array, level: float) -> Place | None:
+    """Where the trained gain first is `level` > 0, between two marks linearly; None if nowhere.
 
-
-def _between(before: Point, after: Point, share: float) -> Point:
-    def mix(a: float, b: float) -> float:
-        return a + share * (b - a)
-
-    return Point(
-        mark="",
-        seconds=mix(before.seconds, after.seconds),
-        calls=mix(before.calls, after.calls),
-        iterations=mix(before.iterations, after.iterations),
-        gains={name: gain + share * (after.gains[name] - gain) for name, gain in before.gains.items()},
-        roles=before.roles,
-        diversity=mix(before.diversity, after.diversity),
-        frechet=mix(before.frechet, after.frechet),
-    )
+    Args:
+        places: of `Curve.places`.
+        level: in base standard deviations.
+    """
+    trained = places[0]
+    crossed = np.flatnonzero((trained[:-1] < level) & (level <= trained[1:]))
+    if not len(crossed):
+        return None
+    before = crossed[0]
+    share = (level - trained[before]) / (trained[before + 1] - trained[before])
+    return Place(*(places[:, before] + share * (places[:, before + 1] - places[:, before])).tolist())

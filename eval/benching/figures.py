@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from am_diffusers.panel import COLOURS, GREY
-from benching.curves import Curve, Point
+from benching.curves import BASE, Curve, Place
 from evaluating.files import write_whole
 from evaluating.svg import styled
 
 MARKERS = "oDs^vPX*"
-Axis = Callable[[Point], float]
+Axis = Callable[[Place], float]
 TRAINED = "gain of the trained reward (base sd)"
 HELD_OUT = "mean gain of the held-out rewards (base sd)"
 
@@ -34,7 +34,7 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         )
         unit = 1 if spent == "seconds" else 1000
         _panel(axes[0], curves, (lambda p: getattr(p, spent) / unit, _trained), (title, TRAINED))
-        _panel(axes[1], curves, (_trained, lambda p: p.gain("held-out")), (TRAINED, HELD_OUT))
+        _panel(axes[1], curves, (_trained, lambda p: p.held_out), (TRAINED, HELD_OUT))
         diversity = "diversity kept (% of the base's)"
         _panel(axes[2], curves, (_trained, lambda p: 100 * p.diversity), (TRAINED, diversity))
         frechet = "Frechet distance to the base, less its floor"
@@ -57,13 +57,13 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         write_whole(file, lambda part: figure.savefig(part, format="png", metadata={"Software": None}))
 
 
-def _trained(point: Point) -> float:
-    return point.gain("trained")
+def _trained(place: Place) -> float:
+    return place.trained
 
 
 def _panel(axes: Axes, curves: Sequence[Curve], of: tuple[Axis, Axis], titles: tuple[str, str]) -> None:
     for place, curve in enumerate(curves):
-        horizontal, vertical = ([axis(point) for point in curve.points] for axis in of)
+        horizontal, vertical = ([axis(curve.at(mark)) for mark in curve.marks] for axis in of)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         style = "-" if place < len(COLOURS) else "--"
         axes.plot(horizontal, vertical, style, marker=marker, color=colour, markersize=5, label=curve.setting)
@@ -73,4 +73,4 @@ def _panel(axes: Axes, curves: Sequence[Curve], of: tuple[Axis, Axis], titles: t
 
 def vertical_of_base(axis: Axis, curves: Sequence[Curve]) -> float:
     """Where the base is on a vertical axis."""
-    return axis(curves[0].points[0])
+    return axis(curves[0].at(BASE))

@@ -1,5 +1,6 @@
 """Evaluation of a run's LoRAs by the parts of `evaluate.py`: the same prompts, noise and sampler for all."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ def measure(
 ) -> list[Snapshot]:
     """Pictures and measures of every LoRA of a run; those of the base are made once for a study.
 
+    What an earlier attempt at the run left is removed: its LoRAs were others, as its clock was.
+
     Args:
         study: says how.
         run: name of the run.
@@ -34,6 +37,8 @@ def measure(
         folder: of the run.
         evaluations: folder of the pictures of all runs.
     """
+    for done in reached:
+        _forget(evaluations, f"{run}-{done.mark.name}")
     loras = [f"{run}-{done.mark.name}={done.lora(folder)}" for done in reached]
     plan = make_plan(parse([*_arguments(study), "--lora_path", *loras, "--output_dir", str(evaluations)]))
     options = plan.options
@@ -43,6 +48,11 @@ def measure(
     make_pictures(plan, store, chunks, processes)
     take_measures(plan, store, chunks, processes)
     return snapshots(plan, collect(plan, store), reached)
+
+
+def _forget(evaluations: Path, name: str) -> None:
+    for folder in evaluations.glob(f"*/{name}-scale*"):
+        shutil.rmtree(folder)
 
 
 def _arguments(study: Study) -> list[str]:

@@ -57,7 +57,7 @@ def write_page(name: str, work: Work, docs: Path) -> None:
         return
     draw(curves, "seconds" if work.study.timed else "calls", docs / "images" / f"{name}.png")
     pictures = pictures_of(work, [curve.setting for curve in curves])
-    if len(pictures) == len(curves) + 1:  # the base and all others
+    if work.study.select == "best" and len(pictures) == len(curves) + 1:  # the base and all others
         prompts = load_prompts(asset_path(work.study.evaluation.prompts))
         shown = [prompts[int(file.name.split("-")[0])] for file in pictures[BASE]]
         draw_sheet(pictures, shown, docs / "images" / f"{name}_pictures.png")

@@ -68,6 +68,7 @@ class Record:
         declared: what it depends on: flags, marks, evaluation, as plain JSON values.
         machine: what the seconds were measured on.
         snapshots: by time.
+        failed: why the run ended before its marks, without snapshots; "" = it didn't.
     """
 
     setting: str
@@ -76,6 +77,7 @@ class Record:
     declared: dict[str, object]
     machine: dict[str, str]
     snapshots: list[Snapshot]
+    failed: str = ""
 
     def at(self, mark: str) -> Snapshot:
         """The snapshot of a mark."""
@@ -112,6 +114,8 @@ def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Rec
         raise ValueError(
             f"{file} is no record that can be read: remove it and run again ({error})"
         ) from error
+    if file != record_file(file.parent, record.setting, record.seed):
+        raise ValueError(f"{file} is the record of {record.setting}, seed {record.seed}: remove or rename it")
     if declared is not None:
         differ = [name for name, value in declared.items() if record.declared.get(name) != _rounded(value)]
         if differ:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from am_diffusers.comparison import Estimate, estimate
-from benching.curves import Curve, Point, difference
+from am_diffusers.comparison import Estimate
+from benching.curves import Curve, Place, gain_of
+from benching.equal_reward import at_equal_reward
 from benching.records import Record
 
 NONE = "-"
@@ -21,71 +22,76 @@ def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> 
     """What each declared setting reached on the first seed; the chosen ones bold."""
     cells = []
     for record in records:
-        found = record.at(mark)
         name = f"**{record.setting}**" if record.setting in chosen else record.setting
-        cells.append(
-            [name, f"{found.iterations}", _sign(found.gain("trained")), _sign(found.gain("held-out"))]
-        )
+        if record.failed:
+            cells.append([f"{name}: {record.failed}", NONE, NONE, NONE])
+            continue
+        found = record.at(mark)
+        gains = [_sign(found.gain(role)) for role in ("trained", "held-out")]
+        cells.append([name, f"{found.iterations}", *gains])
     return rows(["setting", "iterations", "trained", "held-out"], cells)
 
 
 def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
     """Every setting at one mark, best held-out gain first; seconds if runs were timed on a quiet machine."""
-    names = list(curves[0].points[0].gains)
+    rewards = list(curves[0].gains)
     cells = []
-    for curve in sorted(curves, key=lambda curve: -curve.at(mark).gain("held-out")):
-        point = curve.at(mark)
-        low, high = curve.spread[mark]
-        gains = [_interval(estimate(np.mean, point.gains[name])) for name in names]
-        trained = f"{_sign(low)} to {_sign(high)}"
-        cells.append(
-            [curve.setting, str(curve.seeds), *_spent(point)[not timed :], *gains, trained, *_cost(point)]
-        )
+    for curve in sorted(curves, key=lambda curve: -curve.at(mark).held_out):
+        place, column = curve.at(mark), curve.marks.index(mark)
+        gains = [_interval(gain_of(curve, name, mark)) for name in rewards]
+        trained = curve.by_prompt("trained")[:, column].mean(axis=1)
+        spread = f"{_sign(trained.min())} to {_sign(trained.max())}"
+        later = curve.by_prompt("held-out")[1:, column]
+        other_seeds = _sign(float(np.mean(later))) if len(later) else NONE
+        cost = [f"{place.diversity:.0%}", f"{place.frechet:.4f}"]
+        spent = _spent(place)[not timed :]
+        cells.append([curve.setting, str(curve.seeds), *spent, *gains, spread, other_seeds, *cost])
     header = ["setting", "seeds", *["s", "iterations", "calls"][not timed :]]
-    titles = [f"{name} ({curves[0].points[0].roles[name]})" for name in names]
-    return rows([*header, *titles, "trained, seeds", "diversity", "Frechet"], cells)
+    titles = [f"{name} ({curves[0].roles[name]})" for name in rewards]
+    last = ["trained, range of seeds", "held-out, other seeds", "diversity", "Frechet"]
+    return rows([*header, *titles, *last], cells)
 
 
 def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool) -> str:
-    """Each setting beside the reference, where both have the highest trained gain that both reach."""
+    """Each setting beside the reference where both have the same trained gain."""
+    ratio = ["time, ratio", "calls, ratio"][not timed :]
+    header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
+    header += ["difference", "diversity of both", "Frechet of both", *ratio]
     cells = []
     for curve in others:
-        level = min(reference.best, curve.best)
-        ours, theirs = reference.where(level), curve.where(level)
-        if ours is None or theirs is None:
-            cells.append([curve.setting, _sign(level), *[NONE] * (7 if timed else 6)])
+        found = at_equal_reward(reference, curve)
+        if found is None:
+            cells.append([curve.setting, *[NONE] * (len(header) - 1)])
             continue
-        ratios = [f"{theirs.seconds / ours.seconds:.2f}", f"{theirs.calls / ours.calls:.2f}"]
+        ours, theirs = found.reference, found.other
         cells.append(
             [
                 curve.setting,
-                _sign(level),
-                _sign(ours.gain("held-out")),
-                _sign(theirs.gain("held-out")),
-                _interval(difference(ours, theirs, "held-out")),
+                _sign(found.level),
+                _sign(ours.held_out),
+                _sign(theirs.held_out),
+                _interval(found.difference),
                 f"{ours.diversity:.0%}, {theirs.diversity:.0%}",
-                f"{ours.frechet:.2g}, {theirs.frechet:.2g}",
-                *ratios[not timed :],
+                f"{ours.frechet:.4f}, {theirs.frechet:.4f}",
+                *[_ratio(found.seconds), _ratio(found.calls)][not timed :],
             ]
         )
-    header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
-    ratio = ["time, ratio", "calls, ratio"][not timed :]
-    return rows([*header, "difference", "diversity of both", "Frechet of both", *ratio], cells)
+    return rows(header, cells)
 
 
-def _spent(point: Point) -> list[str]:
-    return [f"{point.seconds:.0f}", f"{point.iterations:.0f}", f"{point.calls:.0f}"]
-
-
-def _cost(point: Point) -> list[str]:
-    return [f"{point.diversity:.0%}", f"{point.frechet:.2g}"]
+def _spent(place: Place) -> list[str]:
+    return [f"{place.seconds:.0f}", f"{place.iterations:.0f}", f"{place.calls:.0f}"]
 
 
 def _sign(value: float) -> str:
-    return f"{value:+.2f}"
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def _interval(found: Estimate) -> str:
     if found.low is None or found.high is None:
         return _sign(found.value)
     return f"{_sign(found.value)} [{_sign(found.low)}, {_sign(found.high)}]"
+
+
+def _ratio(found: Estimate) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

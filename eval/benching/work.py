@@ -1,13 +1,15 @@
 """What of a study is still to be run, and running it; several programs can share the work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from am_diffusers.trainer import IterationError
 from benching.measuring import measure
-from benching.records import Record, read_record, record_file, write_record
+from benching.records import Record, Snapshot, read_record, record_file, write_record
 from benching.study import Study
 from benching.training import machine, train
 
@@ -46,27 +48,36 @@ class Work:
     def chosen(self, method: str) -> str | None:
         """The setting of a method that is compared with other methods; None if not all have been tried.
 
-        The one of the highest mean gain of the held-out rewards at the budget, on the first seed.
+        The one of the highest mean gain of the held-out rewards at the budget, on the first seed; None, too,
+        if all of them failed.
         """
         tried = [self.record(setting, self.study.seeds[0]) for setting in self.study.methods[method]]
         if any(record is None for record in tried):
             return None
-        known = [record for record in tried if record is not None]
+        known = [record for record in tried if record is not None and not record.failed]
+        if not known:
+            return None
         return max(known, key=lambda record: record.at(self.study.budget).gain("held-out")).setting
 
     def compared(self) -> dict[str, list[Record]]:
-        """Records of all seeds there are of each setting that is compared, by its name."""
+        """Records of all seeds there are of each setting that is compared, by its name.
+
+        Raises:
+            ValueError: runs that are compared by time were made on different machines.
+        """
         if self.study.select == "all":
             settings = list(self.study.settings)
         else:
             chosen = [self.chosen(method) for method in self.study.methods]
             settings = [setting for setting in chosen if setting is not None]
         found = {setting: [self.record(setting, seed) for seed in self.study.seeds] for setting in settings}
-        return {
-            setting: known
+        known = {
+            setting: [record for record in records if record is not None and not record.failed]
             for setting, records in found.items()
-            if (known := [record for record in records if record is not None])
         }
+        if self.study.timed:
+            check_machines([record for records in known.values() for record in records])
+        return {setting: records for setting, records in known.items() if records}
 
     def missing(self) -> Iterator[tuple[str, int]]:
         """Runs that can be done now: settings on the first seed, then the chosen ones on the others."""
@@ -82,7 +93,16 @@ class Work:
                         yield setting, seed
 
     def do_next(self) -> str | None:
-        """Do the first missing run that no other program does; its name, None if there is none."""
+        """Do the first missing run that no other program does; its name, None if there is none.
+
+        Raises:
+            ValueError: a run can't be started, or one that is timed would not be comparable.
+        """
+        if self.study.timed and (machine()["threads"] != "1" or torch.cuda.is_available()):
+            raise ValueError(
+                "runs of this study are compared by time, on one CPU thread each: set OMP_NUM_THREADS=1, and "
+                "CUDA_VISIBLE_DEVICES= where there is a GPU"
+            )
         for setting, seed in self.missing():
             name = f"{setting}-seed{seed}"
             self.outputs.mkdir(parents=True, exist_ok=True)
@@ -96,8 +116,27 @@ class Work:
         return None
 
     def _do(self, setting: str, seed: int, folder: Path) -> None:
-        flags = self.study.flags(setting)
-        reached = train(flags, seed, self.study.marks, folder)
-        snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
-        record = Record(setting, str(flags["method"]), seed, self.declared(setting), machine(), snapshots)
+        flags, snapshots, failed = self.study.flags(setting), list[Snapshot](), ""
+        try:
+            reached = train(flags, seed, self.study.marks, folder)
+        except IterationError as error:  # a result, too: other settings are still to be run
+            failed = str(error)
+        else:
+            snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
+        declared, method = self.declared(setting), str(flags["method"])
+        record = Record(setting, method, seed, declared, machine(), snapshots, failed)
         write_record(record, record_file(self.data, setting, seed))
+
+
+def check_machines(records: Sequence[Record]) -> None:
+    """Check that all runs were made on the same kind of machine.
+
+    Raises:
+        ValueError: naming two that were not.
+    """
+    for record in records:
+        if record.machine != records[0].machine:
+            raise ValueError(
+                f"{records[0].setting} ran on {records[0].machine}, {record.setting} on {record.machine}: "
+                "their seconds can't be compared; remove the records of one and run them again"
+            )
