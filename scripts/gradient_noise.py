@@ -5,8 +5,8 @@ finetune.py. It makes trajectories of SAMPLES samples with the model as it start
 row (sample, denoising step) by itself, and prints for three choices of the steps that a sample is trained on:
 
 - signal / noise: length of the mean gradient over the root mean square length of a batch's error;
-- trajectory's share: the part of that mean square error that is left when the same trajectory is trained on
-  with all draws of its steps. Only new trajectories average it out, stored ones don't.
+- trajectory's share: the part of that mean square error that is left when the same trajectories are trained
+  on with all draws of their steps. Only new trajectories average it out, stored ones don't.
 
 Intervals are 95 % jackknives over samples. Rows are not masked.
 """
@@ -73,21 +73,30 @@ def draws_of(kind: str, steps: int) -> list[list[float]]:
 def figures(products: np.ndarray, factors: np.ndarray, batch: int, keep: np.ndarray) -> tuple[float, float]:
     """(signal / noise of a batch, trajectory's share) of the samples `keep`.
 
+    All samples of a batch share the draw of their steps, as in training: its part of the noise doesn't get
+    smaller with the batch.
+
     Args:
         products: inner products of the rows' gradients, (N, S, N, S).
         factors: of rows in draws, (draws, S).
         batch: samples a batch.
         keep: indices of samples.
     """
-    number = len(keep)
-    chosen = products[np.ix_(keep, range(products.shape[1]), keep, range(products.shape[1]))]
+    every = range(products.shape[1])
+    chosen = products[np.ix_(keep, every, keep, every)]
+    of_draws = [_moments(np.einsum("isjt,s,t->ij", chosen, draw, draw)) for draw in factors]
     mean = factors.mean(0)
-    between_samples = np.einsum("isjt,s,t->ij", chosen, mean, mean)
-    own = np.trace(between_samples)
-    signal = (between_samples.sum() - own) / (number * (number - 1))
-    drawn = np.einsum("isit,ds,dt->", chosen, factors, factors) / (len(factors) * number)
-    noise, trajectory = drawn - signal, own / number - signal
-    return float(np.sqrt(max(signal, 0) * batch / noise)), float(trajectory / noise)
+    signal, own = _moments(np.einsum("isjt,s,t->ij", chosen, mean, mean))
+    signals, scatter = np.array(of_draws).T
+    noise = scatter.mean() / batch + (signals.mean() - signal)
+    return float(np.sqrt(max(signal, 0) / noise)), float(own / batch / noise)
+
+
+def _moments(products: np.ndarray) -> tuple[float, float]:
+    """Squared length of the mean of N vectors, unbiased, and their variance, from inner products (N, N)."""
+    number, own = len(products), float(np.trace(products))
+    length = (float(products.sum()) - own) / (number * (number - 1))
+    return length, own / number - length
 
 
 def with_interval(statistic: Callable[[np.ndarray], float]) -> str:
