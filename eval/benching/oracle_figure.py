@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benching.oracle_problems import PROBLEMS
-from benching.oracle_records import BIN_EDGES, DATA, Key, load
+from benching.oracle_records import BIN_EDGES, DATA, DRAWN, Key, load
 from benching.oracle_variants import VARIANTS
 from evaluating.files import write_whole
 
-PROBLEM, SEED, COLUMNS = "two_modes_quadratic", 0, 4
+(PROBLEM, SEED), COLUMNS = DRAWN, 4
 STYLES = {"ode": ("#d1495b", "-"), "sde": ("#00798c", "--")}
 TOP = 1.5
 """Of the density axis; a law that has collapsed goes beyond it."""

@@ -86,12 +86,12 @@ def quantiles_of_noise() -> Tensor:
 def sde_on_a_line(field: VelocityField, table: Transitions) -> Points:
     """End points of a table whose steps all add noise except the last; means of steps stay in the grid."""
     x, cond = GRID[:, None], conditioning(len(GRID))
-    weight = (-0.5 * GRID**2).softmax(0)
+    weight, end = (-0.5 * GRID**2).softmax(0), x
     for k in range(table.num_steps):
-        mean = table.mean(k, x, field(x, noise_level(table, k, x), cond))
+        end = table.mean(k, x, field(x, noise_level(table, k, x), cond))
         std = table.std[k].item()
         if std > 0:
-            mean = mean[:, 0].clamp(GRID[0], GRID[-1])
+            mean = end[:, 0].clamp(GRID[0], GRID[-1])
             kernel = (-0.5 * ((GRID[:, None] - mean) / std) ** 2).softmax(0)
             weight = kernel @ weight
-    return Points(mean, weight / weight.sum())
+    return Points(end, weight / weight.sum())

@@ -73,6 +73,7 @@ _TO_THE_TILT = Schedule(learning_rate=0.0005, until_reward=True)
 _FROM_THE_TILT = Schedule(from_tilt=True)
 _LONGER = Schedule(iterations=600)
 _VALUES = Schedule(batch=256)
+_RAM = Schedule(batch=256, learning_rate=0.003)
 _RENOISED: dict[str, Any] = {"score": "renoised", "sigma": 0.1}
 
 VARIANTS: dict[str, Variant] = {
@@ -107,7 +108,7 @@ VARIANTS: dict[str, Variant] = {
         settings=_RENOISED,
         schedule=_FROM_THE_TILT,
     ),
-    "ram": Variant("RAM", "ram", parts={"group": 16}, schedule=_VALUES),
+    "ram": Variant("RAM", "ram", parts={"group": 16}, schedule=_RAM),
     "flow_grpo": Variant("Flow-GRPO", "flow_grpo", LOCAL_LINEAR, 10, parts={"group": 16}, schedule=_VALUES),
     "deterministic_am": Variant("Deterministic AM", "deterministic_adjoint_matching", settings=_UNMASKED),
     "draft_1_stopped": Variant(
