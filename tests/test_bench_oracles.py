@@ -73,11 +73,29 @@ def test_a_law_has_no_distance_from_itself_and_a_known_one_from_another(problem)
     assert other["mode_error"] > 0.2
 
 
+def test_all_mass_in_one_mode_is_in_the_wrong_ones_but_for_its_share():
+    """The modes are so far apart that their middles belong to one each, to 1e-4."""
+    tilt = PLANE.tilt()
+    found = measures(Points.equal(tilt.means[1:2]), tilt, points_of(tilt, 0), PLANE)
+    assert found["mode_error"] == pytest.approx(1 - tilt.weights[1].item(), abs=1e-4)
+    assert found["spread_bias"] == -1
+
+
 def test_the_tilt_is_the_base_times_the_exponential_reward():
     """Densities at points of the line, up to one constant."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     constants = LINE.tilt().log_density(x, 0.0) - LINE.law.log_density(x, 0.0) - LINE.reward(x)
     torch.testing.assert_close(constants, constants[:1].expand(9), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "expected"), zip(PROBLEMS, (0.95, 0.8, 0.65), strict=True))
+def test_rewards_deviate_under_the_base_as_the_page_says(name, expected):
+    """To .02: the page rounds, and 20,000 points have a standard error of .005."""
+    problem = PROBLEMS[name]
+    law = points_of(problem.law, 0)
+    rewards = problem.reward(law.x)
+    variance = law.weight @ (rewards - law.weight @ rewards).square()
+    assert math.sqrt(variance.item()) == pytest.approx(expected, abs=0.02)
 
 
 def test_points_that_are_not_finite_are_refused():
