@@ -17,11 +17,12 @@ from benching import oracle_records, oracle_variants
 from benching.oracle_figure import write_figure
 from benching.oracle_laws import law_of, points_of, quantiles_of_noise, sde_on_a_line
 from benching.oracle_measures import Points, distance, measures, wasserstein2
+from benching.oracle_methods import Surroundings, make_method
 from benching.oracle_problems import PROBLEMS
 from benching.oracle_records import REFERENCES, Key, density, ensure, load, settings_of
 from benching.oracle_tables import BEGIN, END, SEEDS, render, replace_block
 from benching.oracle_training import Schedule, control, reaches, train
-from benching.oracle_variants import VARIANTS, Surroundings, Variant, make_method
+from benching.oracle_variants import VARIANTS, Variant
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 LINE, PLANE = PROBLEMS["two_modes_quadratic"], PROBLEMS["five_modes"]
@@ -88,7 +89,7 @@ def test_the_tilt_is_the_base_times_the_exponential_reward():
     torch.testing.assert_close(constants, constants[:1].expand(9), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "expected"), zip(PROBLEMS, (0.95, 0.8, 0.65), strict=True))
+@pytest.mark.parametrize(("name", "expected"), list(zip(PROBLEMS, (0.95, 0.8, 0.65), strict=True)))
 def test_rewards_deviate_under_the_base_as_the_page_says(name, expected):
     """To .02: the page rounds, and 20,000 points have a standard error of .005."""
     problem = PROBLEMS[name]

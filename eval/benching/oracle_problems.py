@@ -2,8 +2,8 @@
 
     reward(x) = slope . x - curvature / 2 * |x|^2,        tilt = base * exp(reward)
 
-Rewards are measured so that reward_scale = 1. Their deviations under the base, .95, .8 and .65, are about as large
-as RAM stands: on the first it diverges.
+Rewards are measured so that reward_scale = 1. Their deviations under the base, .95, .8 and .65, are about as
+large as RAM stands: on the first it diverges.
 """
 
 from collections.abc import Sequence

@@ -17,9 +17,10 @@ from am_diffusers.velocity import CallableField
 from benching import oracle_laws, oracle_training
 from benching.oracle_laws import Sampler, law_of, points_of
 from benching.oracle_measures import Points, measures
+from benching.oracle_methods import Surroundings, make_method, resolved_settings
 from benching.oracle_problems import PROBLEMS
 from benching.oracle_training import control, reaches, train
-from benching.oracle_variants import VARIANTS, Surroundings, make_method, resolved_settings
+from benching.oracle_variants import VARIANTS
 from evaluating.files import write_whole
 
 DATA = Path(__file__).parent / "data" / "oracles"
