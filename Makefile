@@ -6,7 +6,7 @@ STAMP := $(VENV)/.am_diffusers-installed
 PARITY_VENV ?= .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.parity-installed
 
-.PHONY: demo test test-slow check format cli-surface parity venv clean
+.PHONY: demo test test-slow check format cli-surface parity bench-oracles venv clean
 
 # Exact versions of everything, so that a fresh machine gets what CI ran. The environment is rebuilt when they change.
 $(STAMP): pyproject.toml constraints.txt
@@ -45,6 +45,11 @@ $(PARITY_STAMP): requirements/parity.txt requirements/parity-originals.txt
 # Needs 10 GB of memory for the full-size ViT-H/14.
 parity: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python scripts/check_parity.py --python $(PARITY_VENV)/bin/python --output docs/parity.json
+
+# Distances to the tilt where it is known, into docs/methods.md: what is missing of the committed results, which
+# took about 20 minutes on one core.
+bench-oracles: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python eval/bench_oracles.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

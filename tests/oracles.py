@@ -1,13 +1,13 @@
 """Closed forms to test against: data laws whose velocity is known, their tilts, and linear chains."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import CallableField, Conditioning, Cotangent, VelocityField
+from am_diffusers.velocity import Conditioning, Cotangent, VelocityField
+from benching.oracle_mixture import Mixture
 
 
 def unconditional(num: int) -> Conditioning:
@@ -16,64 +16,6 @@ def unconditional(num: int) -> Conditioning:
 
 def float64(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Data law sum_i weights[i] N(means[i], variances[i] I) in D dimensions, float64.
-
-    In the sigma convention the noisy law of component i is N(t m_i, d_i), t = 1 - sigma,
-    d_i = t^2 V_i + sigma^2, and velocity = E[noise - clean | x] is linear in x for each component.
-    """
-
-    weights: Tensor  # (M,)
-    means: Tensor  # (M, D)
-    variances: Tensor  # (M,)
-
-    def _parts(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors t (B, 1), d (B, M), x - t m (B, M, D) and log w_i N(x; t m_i, d_i) (B, M)."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x))[:, None]
-        t = 1 - sigma
-        d = t**2 * self.variances + sigma**2
-        z = x[:, None] - t[:, :, None] * self.means
-        dim = x.shape[1]
-        log_density = -0.5 * z.square().sum(2) / d - 0.5 * dim * (2 * math.pi * d).log()
-        return t, d, z, self.weights.log() + log_density
-
-    def log_density(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Log density of the law at noise level sigma, (B,)."""
-        return self._parts(x, sigma)[3].logsumexp(1)
-
-    def velocity(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """E[noise - clean | x] at `x` (B, D), for sigma in [0, 1]."""
-        t, d, z, logits = self._parts(x, sigma)
-        slope = (1 - t - t * self.variances) / d
-        each = slope[:, :, None] * z - self.means
-        return (logits.softmax(1)[:, :, None] * each).sum(1)
-
-    def field(self) -> CallableField:
-        return CallableField(lambda x, sigma, cond: self.velocity(x, sigma))
-
-    def tilted(self, slope: Tensor, curvature: float = 0.0) -> "Mixture":
-        """The law times exp(slope . x - curvature |x|^2 / 2), normalised: again a mixture."""
-        precision = 1 / self.variances + curvature
-        means = (self.means / self.variances[:, None] + slope) / precision[:, None]
-        exponent = means.square().sum(1) * precision - self.means.square().sum(1) / self.variances
-        dim = self.means.shape[1]
-        logits = self.weights.log() + 0.5 * exponent - 0.5 * dim * (precision * self.variances).log()
-        return replace(self, weights=logits.softmax(0), means=means, variances=1 / precision)
-
-    def mean(self) -> Tensor:
-        return self.weights @ self.means
-
-    def covariance(self) -> Tensor:
-        centred = self.means - self.mean()
-        within = (self.weights @ self.variances) * torch.eye(self.means.shape[1], dtype=torch.float64)
-        return within + centred.T @ (self.weights[:, None] * centred)
-
-    def mode_weights(self, x: Tensor) -> Tensor:
-        """Share of the points `x` (B, D) in each component, by posterior probability, (M,)."""
-        return self._parts(x, 0.0)[3].softmax(1).mean(0)
 
 
 def gaussian(mean: float, variance: float, dim: int = 1) -> Mixture:
