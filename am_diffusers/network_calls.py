@@ -14,6 +14,8 @@ FIRST = "base, forward if step 0 is trained"
 def network_calls(config: Config) -> Calls:
     """Transformer calls of one sample in an iteration, by kind, before masking; means over iterations.
 
+    With `step_selection: pps` the call at step 0 is counted as in its first iteration.
+
     A guided velocity counts its calls: two, and three where its vector-Jacobian product is taken.
     """
     return CALLS[config.method.method](config)
@@ -37,9 +39,21 @@ def _adjoint_matching(config: Config) -> Calls:
         "policy, residuals for the mask": trained if guidance > 1 and not everywhere else 0,
         "base, forward and backward": (steps - 1) * vjp,
         "policy, forward and backward for the full adjoint": (steps - 2) * vjp * (method.adjoint == "full"),
-        FIRST: call,
+        FIRST: call * _chance_of_first(config),
         LOSS: trained * call,
     }
+
+
+def _chance_of_first(config: Config) -> float:
+    """Share of the iterations with a rollout that train step 0, see methods/step_selection.py.
+
+    For pps that of its start, when all steps count as of one size; later it follows their residuals.
+    """
+    number, total = trained_rows(config), config.method.num_inference_steps - 1
+    if config.method.step_selection == "last_and_random":
+        last = number // 2
+        return (number - last) / (total - last)
+    return 1 / (total // number) if config.method.step_selection == "stratified" else number / total
 
 
 def _buffered_adjoint_matching(config: Config) -> Calls:

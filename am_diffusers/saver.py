@@ -1,21 +1,17 @@
-"""Saving a run and going on with it: state, method and config in one checkpoint; the lock of its folder."""
+"""Saving a run and going on with it: state, method and config in one checkpoint."""
 
 import hashlib
 import json
 import logging
-import os
-import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, iteration_of, verify
+from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import PartShare
 from am_diffusers.processes import PeerError, Processes
@@ -25,8 +21,24 @@ from am_diffusers.train_state import Progress, TrainState
 logger = logging.getLogger(__name__)
 
 STATE, SETTINGS, LOCAL = "state", "settings", "local"
-LOCK_FILE = ".lock"
 STALE = "%s: its stored training rows were made with another %s and are dropped: the buffer starts empty"
+REVALUED = "%s: counts and running means of its method are those of another %s and start anew"
+
+
+class Outdated(NamedTuple):
+    """Changed settings that a checkpoint's method state was made with; what was is left behind.
+
+    Attributes:
+        rows: those that stored training rows depend on.
+        means: those that all else it has measured depends on: thresholds of the mask and of clipping, sizes
+            of steps, references of adjoint norms.
+    """
+
+    rows: Sequence[str] = ()
+    means: Sequence[str] = ()
+
+
+UP_TO_DATE = Outdated()
 
 
 @dataclass(frozen=True)
@@ -122,84 +134,47 @@ class Saver:
             logger.warning("no checkpoint after iteration %d: %s", self.state.iteration, failure)
         return False
 
-    def restore(self, folder: Path, *, outdated: Collection[str] = ()) -> None:
+    def restore(self, folder: Path, *, outdated: Outdated = UP_TO_DATE) -> None:
         """Go on from a verified checkpoint; called on all processes, of which there may be more or fewer.
 
         Each reads the parts that its share of the samples is in alone; they may be as large as buffers.
 
         Args:
             folder: the checkpoint.
-            outdated: changed settings that the method's stored rows depend on: with any, they are dropped.
+            outdated: changed settings for which rows or running means of the method start anew, as in a new
+                run: a method whose means do isn't told anything of the checkpoint but its rows.
 
         Raises:
             CheckpointError: if it belongs to another model or method, or so many processes can't share it.
         """
         state = load_state(folder, STATE)
         parts = sorted(folder.glob(f"{LOCAL}-*.json"))  # the manifest says that none is missing
-        if parts and outdated and self.processes.is_main:
-            logger.warning(STALE, folder, ", ".join(outdated))
-        parts = [] if outdated else parts
+        self._warn(folder, outdated, has_rows=bool(parts), has_means=bool(state["method"]))
+        parts = [] if outdated.rows else parts
         share = PartShare(self.processes.index, self.processes.number, len(parts))
         local = [load_state(folder, parts[part].stem) for part in share.needed]
         try:
             self.state.load_state_dict(state["train"])
-            self.method.load_state_dict(state["method"])
+            if not outdated.means:
+                self.method.load_state_dict(state["method"])
             if local:
                 self.method.load_local_state_dicts(local, share)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
+    def _warn(self, folder: Path, outdated: Outdated, *, has_rows: bool, has_means: bool) -> None:
+        """Say once what of the method is left behind."""
+        if not self.processes.is_main:
+            return
+        if has_rows and outdated.rows:
+            logger.warning(STALE, folder, ", ".join(outdated.rows))
+        if has_means and outdated.means:
+            logger.warning(REVALUED, folder, ", ".join(outdated.means))
+
 
 def local_name(index: int, number: int) -> str:
     """What the part of one of `number` processes is called; in alphabetical order they are in rank order."""
     return f"{LOCAL}-{index:05d}-of-{number:05d}"
-
-
-def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes) -> Path | None:
-    """The checkpoint to go on from, the same on all processes; None = start afresh.
-
-    Args:
-        checkpoints: those of the output folder.
-        wanted: `latest`, or the path of one.
-        processes: the main one looks.
-
-    Raises:
-        CheckpointError: if none of the existing ones verifies, the one asked for doesn't, or newer ones
-            lie beside it that would be mistaken for this run's.
-    """
-    found: list[Path | None] = [None]
-
-    def look() -> None:
-        found[0] = _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
-
-    processes.on_main(look)
-    return broadcast_object_list(found)[0] if processes.number > 1 else found[0]
-
-
-def _latest(checkpoints: Checkpoints) -> Path | None:
-    latest = checkpoints.latest()
-    if latest is None and checkpoints.list():
-        raise CheckpointError(
-            f"{checkpoints.folder}: there are checkpoints and none is sound (see above): move them away to "
-            "start afresh"
-        )
-    return latest
-
-
-def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
-    if not path.is_dir():
-        raise CheckpointError(
-            f"--resume_from_checkpoint {path}: no such folder; pass latest, or a checkpoint-NUMBER folder"
-        )
-    verify(path)
-    newer = [p for p in checkpoints.list() if iteration_of(p) > iteration_of(path)]
-    if newer:
-        names = ", ".join(p.name for p in newer)
-        raise CheckpointError(
-            f"{checkpoints.folder} holds newer checkpoints ({names}) than {path.name}: move them away, or "
-            "choose another --output_dir"
-        )
-    return path
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
@@ -222,29 +197,6 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-class FolderInUseError(ValueError):
-    """Another run writes to the folder."""
-
-
 def load_progress(folder: Path) -> Progress:
     """The counters of a checkpoint."""
     return Progress(**load_state(folder, STATE)["train"]["progress"])
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Take the lock of an output folder; the system lets it go when the process ends, however it does.
-
-    Raises:
-        FolderInUseError: another run has it; names its process.
-    """
-    lock = FileLock(folder / LOCK_FILE)
-    owner = folder / (LOCK_FILE + ".owner")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = owner.read_text("utf-8").strip() if owner.exists() else "unknown"
-        raise FolderInUseError(
-            f"{folder} is in use by another run ({who}): wait for it, stop it, or choose another --output_dir"
-        ) from error
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
-    return lock

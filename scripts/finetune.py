@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 from am_diffusers.build import STOPPED_FILE, build, make_accelerator
 from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import describe
+from am_diffusers.folder_lock import FolderInUseError
 from am_diffusers.plan import make_plan
 from am_diffusers.processes import Interrupted, StopSignal, is_secondhand
 from am_diffusers.redact import guard_output, redact
-from am_diffusers.saver import FolderInUseError
 
 
 def main() -> None:

@@ -191,3 +191,32 @@ def test_the_bias_of_flow_grpo_is_of_second_order_in_the_scale_and_none_for_a_li
     assert (slopes - 2).abs().max() < 0.15
     linear = [policy_of(steps, 2.0, price_of_the_rest=rest, slope=0.7) for rest in (False, True)]
     torch.testing.assert_close(linear[0], linear[1], rtol=1e-12, atol=0)
+
+
+def tilted_mean(values, chances, scale):
+    """Log E exp(scale * r), the value of a state from which the rewards `values` (n,) have these chances."""
+    return (chances.log() + scale * values).logsumexp(0)
+
+
+def test_every_cumulant_from_the_second_on_separates_what_flow_grpo_reaches_from_the_tilt():
+    """W + V = sum over n >= 2 of (2^(n-1) - 1) kappa_n / n!; order 5 of what the first three terms leave."""
+    values, chances, rest = float64(-1.0, 0.5, 2.0), float64(0.3, 0.5, 0.2), []
+    centred = values - chances @ values
+    second, third, fourth = (chances @ centred**n for n in (2, 3, 4))
+    terms = (second / 2, 3 * third / 6, 7 * (fourth - 3 * second**2) / 24)
+    for scale in (0.05, 0.025):
+        gap = tilted_mean(values, chances, 2 * scale) / 2 - tilted_mean(values, chances, scale)
+        rest.append(gap - sum(term * scale**n for n, term in enumerate(terms, 2)))
+    assert torch.log2(rest[0] / rest[1]).item() == pytest.approx(5, abs=0.2)
+
+
+def test_flow_grpo_is_not_exact_where_only_the_variance_does_not_depend_on_the_state():
+    """Two rewards of variance 1, with chance p of the higher: W + V depends on p, and not on a shift."""
+    gaps = []
+    for chance, shift in ((0.2, 0.0), (0.8, 0.0), (0.2, 3.0)):
+        spread = (chance * (1 - chance)) ** 0.5
+        values, chances = float64(0, 1) / spread + shift, float64(1 - chance, chance)
+        assert chances @ values**2 - (chances @ values) ** 2 == pytest.approx(1)
+        gaps.append((tilted_mean(values, chances, 1.0) / 2 - tilted_mean(values, chances, 0.5)).item())
+    assert gaps[0] - gaps[1] > 0.1
+    assert gaps[2] == pytest.approx(gaps[0], rel=1e-12)

@@ -11,7 +11,7 @@ from am_diffusers import saver
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
 from am_diffusers.methods.base import PartShare
 from am_diffusers.processes import is_secondhand
-from am_diffusers.saver import Saver
+from am_diffusers.saver import Outdated, Saver
 
 
 class Numbered:
@@ -20,12 +20,14 @@ class Numbered:
     def __init__(self, index: int, size: int = 3) -> None:
         self.index, self.size = index, size
         self.restored: tuple = ()
+        self.told = False
 
     def state_dict(self):
         return {"common": 1.5}
 
     def load_state_dict(self, state):
         assert state == {"common": 1.5}
+        self.told = True
 
     def local_state_dict(self):
         return {"part": torch.full((self.size,), float(self.index))} if self.size else {}
@@ -67,7 +69,7 @@ def test_each_of_any_number_of_processes_reads_the_parts_it_needs_and_no_other(
     for rank in range(number):
         read.clear()
         method = Numbered(rank)
-        processes = SimpleNamespace(index=rank, number=number)
+        processes = SimpleNamespace(index=rank, number=number, is_main=rank == 0)
         make_saver(written.parent, processes, method).restore(written)
         assert read == ["state", *(f"local-{part:05d}-of-00002" for part in needed[rank])]
         assert method.restored == ([[float(part)] * 3 for part in needed[rank]], PartShare(rank, number, 2))
@@ -96,17 +98,33 @@ def test_parts_made_with_other_settings_are_dropped_with_one_warning(written, ca
     for rank in range(2):
         method = Numbered(rank)
         processes = SimpleNamespace(index=rank, number=2, is_main=rank == 0)
-        make_saver(written.parent, processes, method).restore(written, outdated=["pairing", "reward_scale"])
+        outdated = Outdated(rows=["pairing", "loss_steps"])
+        make_saver(written.parent, processes, method).restore(written, outdated=outdated)
         assert method.restored == ()
+        assert method.told
     (record,) = caplog.records
-    assert "with another pairing, reward_scale and are dropped: the buffer starts empty" in record.message
+    assert "with another pairing, loss_steps and are dropped: the buffer starts empty" in record.message
+
+
+def test_running_means_of_other_settings_start_anew_with_one_warning(written, caplog):
+    for rank in range(2):
+        method = Numbered(rank)
+        processes = SimpleNamespace(index=rank, number=2, is_main=rank == 0)
+        outdated = Outdated(means=["reward_scale"])
+        make_saver(written.parent, processes, method).restore(written, outdated=outdated)
+        assert not method.told
+        assert method.restored != ()
+    (record,) = caplog.records
+    assert "counts and running means of its method are those of another reward_scale" in record.message
 
 
 def test_a_method_without_local_state_writes_no_such_files(tmp_path):
     run_both(lambda processes: make_saver(tmp_path, processes, Numbered(processes.index, 0)).save())
     assert not list(tmp_path.glob("*/local-*"))
     method = Numbered(0)
-    make_saver(tmp_path, SimpleNamespace(index=0, number=1), method).restore(tmp_path / "checkpoint-000003")
+    make_saver(tmp_path, SimpleNamespace(index=0, number=1, is_main=True), method).restore(
+        tmp_path / "checkpoint-000003"
+    )
     assert method.restored == ()
 
 

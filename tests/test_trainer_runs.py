@@ -120,7 +120,9 @@ def test_the_announced_network_calls_are_those_made(
     config = parse_config(["--config", str(tmp_path / "run.yaml")])
     announced = {name: number * iterations for name, number in network_calls(config).items()}
     first = announced.pop("base, forward if step 0 is trained")
-    assert sum(announced.values()) <= len(calls) <= sum(announced.values()) + first
+    at_first = len(calls) - sum(announced.values())
+    # One of three steps is drawn: its share of the calls is a third, those made are all or none.
+    assert at_first in ((0, 3 * first) if "loss_steps" in changes else (first,))
 
 
 @pytest.mark.parametrize("storage", ["cpu", "disk"])

@@ -23,6 +23,7 @@ from am_diffusers.checkpoint import Checkpoints
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.config.cautions import cautions
+from am_diffusers.folder_lock import lock_folder
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.metrics import keep_lines
 from am_diffusers.models.lora import LORA_FILE
@@ -31,7 +32,7 @@ from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes, StopSignal, check_joined
 from am_diffusers.run import Run
-from am_diffusers.saver import Saver, load_progress, lock_folder
+from am_diffusers.saver import Saver, load_progress
 from am_diffusers.trackers import PROJECT, Trackers, start_trackers
 from am_diffusers.train_state import Progress, TrainState
 from am_diffusers.trainer import Hooks

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, iteration_of
+from accelerate.utils import broadcast_object_list
+
+from am_diffusers.checkpoint import CheckpointError, Checkpoints, iteration_of, verify
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig, TerminalConfig
 from am_diffusers.plan import Plan
 from am_diffusers.processes import Processes
 from am_diffusers.redact import redact, redact_values
-from am_diffusers.saver import changes, digest, find_checkpoint, load_settings
+from am_diffusers.saver import Outdated, changes, digest, load_settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "buffer_max_gb",
 }
 DECISIVE_IN_RUN = {"seed"}
-STORED = {field.name for field in dataclasses.fields(TerminalConfig)} | {
+GOAL = {field.name for field in dataclasses.fields(TerminalConfig)} | {
     "pretrained_model_name_or_path",
     "revision",
     "variant",
@@ -45,8 +47,21 @@ STORED = {field.name for field in dataclasses.fields(TerminalConfig)} | {
     "num_inference_steps",
     "rollout_guidance_scale",
     "guidance_mode",
+    "adjoint",
+    "mask_quantile",
+    "cost_power",
+    "eam_score",
+    "eam_sigma",
 }
-"""Settings that targets, advantages and base velocities of stored rows depend on."""
+"""Settings that targets, advantages, base velocities and masks of rows depend on, and so do all running means
+of residuals and norms."""
+PROMPTS = "prompts of train_prompts"
+SHAPE = {"train_batch_size", "loss_steps", "step_selection", "seed", PROMPTS}
+"""Settings that decide which rows there are and what each stands for: other rows don't fit beside them.
+
+The seed and the prompts are among them as only texts that this run trains on are encoded, and a stored row
+asks for its own. Not among them: buffer_size (as many of the last collections are read) and sigma_jitter (a
+row has its own noise level)."""
 FREE_OF_A_REWARD = {"batch_size", "device"}
 
 
@@ -66,7 +81,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
     decisive = {name: value for name, value in flat.items() if name not in free}
-    decisive |= {"rewards": rewards, "prompts of train_prompts": digest(plan.train_prompts)}
+    decisive |= {"rewards": rewards, PROMPTS: digest(plan.train_prompts)}
     # They are written into every checkpoint; compared redacted with redacted.
     return {name: redact_values(value) for name, value in decisive.items()}
 
@@ -90,9 +105,60 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
     return found
 
 
-def outdated(folder: Path, now: Mapping[str, Any]) -> list[str]:
-    """Changed settings that make rows stored in a checkpoint targets of another goal than the run's."""
-    return [name for name in changes(load_settings(folder), now) if name in STORED]
+def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes) -> Path | None:
+    """The checkpoint to go on from, the same on all processes; None = start afresh.
+
+    Args:
+        checkpoints: those of the output folder.
+        wanted: `latest`, or the path of one.
+        processes: the main one looks.
+
+    Raises:
+        CheckpointError: if none of the existing ones verifies, the one asked for doesn't, or newer ones
+            lie beside it that would be mistaken for this run's.
+    """
+    found: list[Path | None] = [None]
+
+    def look() -> None:
+        found[0] = _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
+
+    processes.on_main(look)
+    return broadcast_object_list(found)[0] if processes.number > 1 else found[0]
+
+
+def _latest(checkpoints: Checkpoints) -> Path | None:
+    latest = checkpoints.latest()
+    if latest is None and checkpoints.list():
+        raise CheckpointError(
+            f"{checkpoints.folder}: there are checkpoints and none is sound (see above): move them away to "
+            "start afresh"
+        )
+    return latest
+
+
+def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {path}: no such folder; pass latest, or a checkpoint-NUMBER folder"
+        )
+    verify(path)
+    newer = [p for p in checkpoints.list() if iteration_of(p) > iteration_of(path)]
+    if newer:
+        names = ", ".join(p.name for p in newer)
+        raise CheckpointError(
+            f"{checkpoints.folder} holds newer checkpoints ({names}) than {path.name}: move them away, or "
+            "choose another --output_dir"
+        )
+    return path
+
+
+def outdated(folder: Path, now: Mapping[str, Any]) -> Outdated:
+    """Changed settings for which a method's rows or means in a checkpoint aren't those the run would have."""
+    changed = changes(load_settings(folder), now)
+    return Outdated(
+        rows=[name for name in changed if name in GOAL | SHAPE],
+        means=[name for name in changed if name in GOAL],
+    )
 
 
 def check_settings(folder: Path, now: Mapping[str, Any], *, allow: bool, processes: Processes) -> None:

@@ -15,8 +15,9 @@ class CheckpointConfig:
         resume_from_checkpoint: latest = the newest in output_dir that is sound, else a fresh start; or
             the path of a checkpoint.
         allow_config_change: go on though settings differ that change what is trained; they are shown. Rows
-            that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale, pairing or
-            another setting that they were made with is among them.
+            that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale, train_batch_size,
+            the prompts or another setting that they were made with is among them; thresholds of the mask and
+            other running means start anew if what is aimed at has changed.
         on_full_disk: stop the run when a checkpoint can't be written, or skip that checkpoint.
     """
 
