@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from am_diffusers.suggest import suggest
 from benching.page import write_page
 from benching.study import read_study
 from benching.work import Work
@@ -39,6 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         for name in options.studies or STUDIES:
+            if name not in STUDIES:
+                raise ValueError(f"no study {suggest(name, STUDIES)}")
             work = Work(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, options.output_dir / name)
             while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,9 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
     again = work.record("am", 0)
     assert again is not None
     assert again.snapshots[0].rewards == found.snapshots[0].rewards
+
+
+def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_methods.py", "methdos", "--tables_only"])
+    with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
+        runpy.run_path(str(ROOT / "eval/bench_methods.py"), run_name="__main__")

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.matching import select_steps
+from am_diffusers.matching import check_steps, select_steps
 from am_diffusers.transitions import Transitions
 
 Selection = Literal["last_and_random", "stratified", "pps"]
@@ -134,11 +134,7 @@ def draw_steps(table: Transitions, steps: int | Literal["all"], generator: torch
     Raises:
         ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
     """
-    number = table.num_steps - 1
-    if number < 1 or not (table.std[:-1] > 0).all() or table.std[-1] != 0:
-        raise ValueError("Flow-GRPO needs noise in every step but the last: use a memoryless table")
+    number = check_steps(table, steps, "Flow-GRPO")
     if steps == "all":
         return list(range(number))
-    if not 1 <= steps <= number:
-        raise ValueError(f"steps to train on: expected 1 .. {number} or 'all', got {steps}")
     return sorted(torch.randperm(number, generator=generator)[:steps].tolist())
