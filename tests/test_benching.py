@@ -143,6 +143,8 @@ def test_runs_that_are_timed_are_of_one_thread_and_one_machine(
     with pytest.raises(ValueError, match="OMP_NUM_THREADS=1"):
         work.do_next()
     put(work, "a", (0.2, 0.1))
+    put(work, "b", (0.2, 0.1))
+    assert work.do_next() is None  # nothing to run, so nothing to ask for
     other = dataclasses.replace(record(work, "b", (0.2, 0.1)), machine={"device": "another"})
     write_record(other, record_file(tmp_path, "b", 0))
     with pytest.raises(ValueError, match=r"b on .*another.*can't be compared"):

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from am_diffusers.comparison import Estimate, estimate
 from am_diffusers.evaluation import Array
-from benching.records import Record
+from benching.likeness import RunLikeness, with_likeness
+from benching.records import Record, Snapshot
 
 Rows = NDArray[np.intp]
 BASE = "base"
+ROLES = ("trained", "held-out", "independent")
 
 
 class Place(NamedTuple):
@@ -21,20 +23,24 @@ class Place(NamedTuple):
     Attributes:
         trained: mean gain of the trained rewards, in base standard deviations.
         held_out: mean gain of the held-out ones.
+        likeness: gain of the likeness to real pictures; NaN where it isn't known.
         seconds: of training.
         calls: of the transformer, a sample each.
         iterations: optimizer steps.
         diversity: share of the base's that is kept.
         frechet: squared Frechet distance to the base's pictures, less the floor.
+        real_frechet: squared Frechet distance to real pictures; NaN where it isn't known.
     """
 
     trained: float
     held_out: float
+    likeness: float
     seconds: float
     calls: float
     iterations: float
     diversity: float
     frechet: float
+    real_frechet: float
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Curve:
         method: of the setting.
         marks: their names, `base` first.
         gains: of each reward, (S, M, P), in base standard deviations.
-        roles: `trained` or `held-out` by reward.
-        others: seconds, calls, iterations, diversity and Frechet distance, (5, S, M).
+        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real pictures.
+        others: seconds, calls, iterations, diversity and both Frechet distances, (6, S, M).
     """
 
     setting: str
@@ -63,13 +69,14 @@ class Curve:
         return self.others.shape[1]
 
     def by_prompt(self, role: str) -> Array:
-        """Mean gain of the rewards of a role, (S, M, P)."""
-        return np.mean([gain for name, gain in self.gains.items() if self.roles[name] == role], axis=0)
+        """Mean gain of the rewards of a role, (S, M, P); NaN if there are none."""
+        gains = [gain for name, gain in self.gains.items() if self.roles[name] == role]
+        return np.mean(gains, axis=0) if gains else np.full_like(next(iter(self.gains.values())), np.nan)
 
     def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
-        """The fields of `Place` at the marks, (7, M), for some or all runs and prompts, which may repeat."""
+        """The fields of `Place` at the marks, (9, M), for some or all runs and prompts, which may repeat."""
         seeds = np.arange(self.seeds) if seeds is None else seeds
-        roles = [self.by_prompt(role)[seeds] for role in ("trained", "held-out")]
+        roles = [self.by_prompt(role)[seeds] for role in ROLES]
         chosen = roles if prompts is None else [role[..., prompts] for role in roles]
         gains = np.stack([role.mean(axis=(0, 2)) for role in chosen])
         return np.concatenate([gains, self.others[:, seeds].mean(axis=1)])
@@ -79,12 +86,17 @@ class Curve:
         return Place(*self.places()[:, self.marks.index(mark)].tolist())
 
 
-def make_curve(records: Sequence[Record]) -> Curve:
+def make_curve(records: Sequence[Record], likeness: Sequence[RunLikeness | None] = ()) -> Curve:
     """The runs of one setting.
 
     Args:
         records: one a seed, at least one, with the same marks.
+        likeness: of each, used if it is known of all.
     """
+    known = [each for each in likeness if each is not None]
+    complete = len(known) == len(records)
+    if complete:
+        records = [with_likeness(record, each) for record, each in zip(records, known, strict=True)]
     first = records[0]
     snapshots = sorted(first.snapshots, key=lambda snapshot: snapshot.seconds)
     marks = [snapshot.mark for snapshot in snapshots]
@@ -93,19 +105,26 @@ def make_curve(records: Sequence[Record]) -> Curve:
         name: np.array([[each.rewards[name].by_prompt for each in run] for run in runs])
         for name in snapshots[0].rewards
     }
-    others = [
-        [[each.seconds, each.calls, each.iterations, each.diversity_kept.value, each.frechet] for each in run]
-        for run in runs
-    ]
-    before = np.broadcast_to(np.array([0, 0, 0, 1, 0.0])[:, None, None], (5, len(runs), 1))
+    others = np.full((6, len(runs), 1 + len(marks)), np.nan)
+    others[:5, :, 0] = np.array([0, 0, 0, 1, 0.0])[:, None]
+    for row, run in enumerate(runs):
+        others[:5, row, 1:] = np.transpose([_others(each) for each in run])
+        if complete:
+            real = [known[row].base, *(known[row].marks[mark] for mark in marks)]
+            others[5, row] = [each.frechet for each in real]
     return Curve(
         setting=first.setting,
         method=first.method,
         marks=[BASE, *marks],
         gains={name: np.concatenate([0 * gain[:, :1], gain], axis=1) for name, gain in gains.items()},
         roles={name: reward.role for name, reward in snapshots[0].rewards.items()},
-        others=np.concatenate([before, np.moveaxis(np.array(others, np.float64), -1, 0)], axis=2),
+        others=others,
     )
+
+
+def _others(snapshot: Snapshot) -> tuple[float, ...]:
+    spent = (snapshot.seconds, snapshot.calls, snapshot.iterations)
+    return *spent, snapshot.diversity_kept.value, snapshot.frechet
 
 
 def gain_of(curve: Curve, reward: str, mark: str) -> Estimate:

@@ -1,15 +1,19 @@
 """docs/methods.md: tables and figures of the studies, from the committed records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from am_diffusers.command_line import asset_path
 from am_diffusers.markdown import replace_table
 from am_diffusers.prompts import load_prompts
+from am_diffusers.suggest import suggest
 from benching.curves import Curve, make_curve
 from benching.figures import draw
+from benching.likeness import RunLikeness
+from benching.records import Record
 from benching.sheet import draw_sheet, pictures_of
-from benching.tables import budget_table, equal_reward_table, tried_table
-from benching.work import Work
+from benching.tables import budget_table, equal_reward_table, likeness_table, tried_table
+from benching.work import Work, check_machines
 from evaluating.candidates import BASE
 from evaluating.files import write_text
 
@@ -18,7 +22,54 @@ PAGE = "methods.md"
 
 def curves_of(work: Work) -> list[Curve]:
     """Of all settings that are compared, the first method's first."""
-    return [make_curve(records) for records in work.compared().values()]
+    return [curve_of(work, records) for records in work.compared().values()]
+
+
+def curve_of(work: Work, records: Sequence[Record]) -> Curve:
+    """The way of the records of a setting, with what is known of their likeness."""
+    return make_curve(records, [work.likeness(record.setting, record.seed) for record in records])
+
+
+def reference_of(work: Work) -> list[Curve]:
+    """The study's reference from elsewhere; empty if there is none, or none has been run.
+
+    Raises:
+        ValueError: there is no such setting, it was evaluated otherwise, or on another machine.
+    """
+    study, named = work.study, work.study.reference
+    if named is None:
+        return []
+    other = Work.of(named.study, work.outputs.parent)
+    if named.setting not in other.study.settings:
+        raise ValueError(f"reference {suggest(named.setting, other.study.settings)}")
+    if other.study.evaluation != study.evaluation:
+        raise ValueError(
+            f"{named.study} and this study evaluate differently: {named.setting} is no reference"
+        )
+    records = other.compared().get(named.setting)
+    if records is None:
+        return []
+    check_machines([*records, *(each for found in work.compared().values() for each in found)])
+    return [curve_of(other, records)]
+
+
+def likeness_of(work: Work) -> RunLikeness | None:
+    """The likeness of one of the runs that are compared, for base and real pictures; None if none is known.
+
+    Raises:
+        ValueError: runs were judged by different real pictures, features, or beside different base pictures.
+    """
+    known = {
+        f"{record.setting}-seed{record.seed}": found
+        for records in work.compared().values()
+        for record in records
+        if (found := work.likeness(record.setting, record.seed)) is not None
+    }
+    first = next(iter(known.items()), None)
+    for name, found in known.items():
+        if first is not None and found.judge != first[1].judge:
+            raise ValueError(f"{first[0]} and {name} were judged by different judges: judge all again")
+    return None if first is None else first[1]
 
 
 def tables(name: str, work: Work) -> dict[str, str]:
@@ -27,12 +78,22 @@ def tables(name: str, work: Work) -> dict[str, str]:
     timed = study.timed
     if not curves:
         return {}
+    elsewhere = reference_of(work)
+    every = [*curves, *elsewhere]
     found = {
-        f"{name}-{mark.name}": budget_table(curves, mark.name, timed=timed)
+        f"{name}-{mark.name}": budget_table(
+            [curve for curve in every if mark.name in curve.marks], mark.name, timed=timed
+        )
         for mark in study.marks
         if mark.name == study.budget or mark.calls is not None
     }
-    found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
+    judged = likeness_of(work)
+    if judged is not None:
+        found[f"{name}-likeness"] = likeness_table(every, study, judged)
+    if len(curves) > 1:
+        found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
+    for curve in elsewhere:
+        found[f"{name}-reference"] = equal_reward_table(curve, curves, timed=timed)
     if study.select == "best":
         first = [work.record(setting, study.seeds[0]) for setting in study.settings]
         known = [record for record in first if record is not None]
@@ -55,7 +116,11 @@ def write_page(name: str, work: Work, docs: Path) -> None:
     curves = curves_of(work)
     if not curves:
         return
-    draw(curves, "seconds" if work.study.timed else "calls", docs / "images" / f"{name}.png")
+    draw(
+        [*curves, *reference_of(work)],
+        "seconds" if work.study.timed else "calls",
+        docs / "images" / f"{name}.png",
+    )
     pictures = pictures_of(work, [curve.setting for curve in curves])
     if work.study.select == "best" and len(pictures) == len(curves) + 1:  # the base and all others
         prompts = load_prompts(asset_path(work.study.evaluation.prompts))

@@ -18,7 +18,7 @@ class Reward:
     """One reward of the pictures of a LoRA against the base's of the same noise.
 
     Attributes:
-        role: `trained` or `held-out`.
+        role: `trained` or `held-out`; `independent` is the likeness, which has a file of its own.
         gain: mean paired difference in base standard deviations, with its 95 % interval over prompts.
         by_prompt: the same of each prompt, (P,), so that runs can be compared prompt by prompt.
     """
@@ -94,7 +94,7 @@ def record_file(folder: Path, setting: str, seed: int) -> Path:
 
 def write_record(record: Record, file: Path) -> None:
     """Write a record, whole or not at all, with numbers of five significant digits."""
-    document = _rounded(asdict(record))
+    document = rounded(asdict(record))
     write_text(file, json.dumps(document, indent=None, allow_nan=False).replace("}, {", "},\n{") + "\n")
 
 
@@ -117,7 +117,7 @@ def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Rec
     if file != record_file(file.parent, record.setting, record.seed):
         raise ValueError(f"{file} is the record of {record.setting}, seed {record.seed}: remove or rename it")
     if declared is not None:
-        differ = [name for name, value in declared.items() if record.declared.get(name) != _rounded(value)]
+        differ = [name for name, value in declared.items() if record.declared.get(name) != rounded(value)]
         if differ:
             raise ValueError(
                 f"{file} was made with other {', '.join(differ)} than are declared now: remove it to run it "
@@ -126,12 +126,12 @@ def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Rec
     return record
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """Plain JSON values with short numbers."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {str(key): _rounded(each) for key, each in value.items()}
+        return {str(key): rounded(each) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return value

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from am_diffusers.grids import shorten
 from benching.work import Work
-from evaluating.candidates import BASE, Candidate
+from evaluating.candidates import BASE
 from evaluating.files import write_whole
 
 PROMPTS = 10
@@ -19,13 +19,10 @@ def pictures_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
 
     Only of settings whose pictures are on this disk: they aren't kept with the records.
     """
-    steps, seed = work.study.evaluation.num_inference_steps, work.study.seeds[0]
-    folder = work.outputs / "evaluation/pictures"
-    names = {BASE: Candidate(BASE, steps).key}
-    for setting in settings:
-        run = f"{setting}-seed{seed}-{work.study.budget}"
-        names[setting] = Candidate(run, steps, lora=Path(run)).key
-    found = {shown: sorted((folder / key).glob("*-000.png")) for shown, key in names.items()}
+    seed, mark = work.study.seeds[0], work.study.budget
+    folders = {setting: work.pictures(setting, seed, mark) for setting in settings}
+    folders = {BASE: work.base_pictures} | folders
+    found = {shown: sorted(folder.glob("*-000.png")) for shown, folder in folders.items()}
     complete = {shown: files for shown, files in found.items() if len(files) >= PROMPTS}
     return {
         shown: [files[i * len(files) // PROMPTS] for i in range(PROMPTS)] for shown, files in complete.items()

@@ -70,6 +70,16 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A setting of another study, with the same evaluation."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    study: str
+    setting: str
+
+
+@dataclass(frozen=True)
 class Study:
     """What is declared.
 
@@ -82,6 +92,7 @@ class Study:
         common: flags of finetune.py for all settings.
         settings: further flags by name of the setting; `method` is among those of one or the other.
         evaluation: the same for all.
+        reference: what the settings are compared with at equal trained reward, beside the first method's.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -94,6 +105,7 @@ class Study:
     common: dict[str, Flag]
     settings: dict[str, dict[str, Flag]]
     evaluation: EvaluationOptions
+    reference: Elsewhere | None = None
 
     def __post_init__(self) -> None:
         if self.budget not in {mark.name for mark in self.marks}:

@@ -1,5 +1,6 @@
 """The tables of docs/methods.md, from records."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,9 @@ import numpy as np
 from am_diffusers.comparison import Estimate
 from benching.curves import Curve, Place, gain_of
 from benching.equal_reward import at_equal_reward
+from benching.likeness import LIKENESS, ROLE, RunLikeness
 from benching.records import Record
+from benching.study import Study
 
 NONE = "-"
 
@@ -34,7 +37,7 @@ def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> 
 
 def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
     """Every setting at one mark, best held-out gain first; seconds if runs were timed on a quiet machine."""
-    rewards = list(curves[0].gains)
+    rewards = [name for name, role in curves[0].roles.items() if role != ROLE]
     cells = []
     for curve in sorted(curves, key=lambda curve: -curve.at(mark).held_out):
         place, column = curve.at(mark), curve.marks.index(mark)
@@ -56,7 +59,7 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
     """Each setting beside the reference where both have the same trained gain."""
     ratio = ["time, ratio", "calls, ratio"][not timed :]
     header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
-    header += ["difference", "diversity of both", "Frechet of both", *ratio]
+    header += ["difference", "likeness, difference", "diversity of both", "Frechet of both", *ratio]
     cells = []
     for curve in others:
         found = at_equal_reward(reference, curve)
@@ -71,12 +74,38 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
                 _sign(ours.held_out),
                 _sign(theirs.held_out),
                 _interval(found.difference),
+                _interval(found.likeness),
                 f"{ours.diversity:.0%}, {theirs.diversity:.0%}",
                 f"{ours.frechet:.4f}, {theirs.frechet:.4f}",
                 *[_ratio(found.seconds), _ratio(found.calls)][not timed :],
             ]
         )
     return rows(header, cells)
+
+
+def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -> str:
+    """Every setting that is known beside real pictures at the marks of its way, most like them first.
+
+    Args:
+        curves: of the settings.
+        study: says the marks and the budget, at which the Frechet distance is given.
+        judged: a run's, for what base and other real pictures have.
+    """
+    marks = [mark.name for mark in study.marks if mark.calls is None]
+    known = [curve for curve in curves if LIKENESS in curve.gains and study.budget in curve.marks]
+    header = ["pictures"]
+    for mark in marks:
+        header += [f"trained, {mark}", f"likeness, {mark}"]
+    blank = [NONE] * (2 * len(marks) - 1)
+    cells = [
+        ["*other real pictures*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
+        ["*base*", *blank, _sign(0), f"{judged.base.frechet:.1f}"],
+    ]
+    for curve in sorted(known, key=lambda curve: -curve.at(study.budget).likeness):
+        places = [(curve.at(mark).trained, gain_of(curve, LIKENESS, mark)) for mark in marks]
+        gains = [text for trained, gain in places for text in (_sign(trained), _interval(gain))]
+        cells.append([curve.setting, *gains, f"{curve.at(study.budget).real_frechet:.1f}"])
+    return rows([*header, "Frechet, to real"], cells)
 
 
 def _spent(place: Place) -> list[str]:
@@ -88,6 +117,8 @@ def _sign(value: float) -> str:
 
 
 def _interval(found: Estimate) -> str:
+    if math.isnan(found.value):
+        return NONE
     if found.low is None or found.high is None:
         return _sign(found.value)
     return f"{_sign(found.value)} [{_sign(found.low)}, {_sign(found.high)}]"

@@ -8,10 +8,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from am_diffusers.trainer import IterationError
+from benching.likeness import RunLikeness, likeness_file, read_likeness
 from benching.measuring import measure
 from benching.records import Record, Snapshot, read_record, record_file, write_record
-from benching.study import Study
+from benching.study import Study, read_study
 from benching.training import machine, train
+from evaluating.candidates import BASE, Candidate
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,19 @@ class Work:
     study: Study
     data: Path
     outputs: Path
+
+    @classmethod
+    def of(cls, name: str, outputs: Path) -> "Work":
+        """A study of this repository.
+
+        Args:
+            name: of its file beside this one and of the folder of its records.
+            outputs: folder of the outputs of all studies.
+
+        Raises:
+            ValueError: if there is no such study.
+        """
+        return cls(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, outputs / name)
 
     def declared(self, setting: str) -> dict[str, object]:
         """What a record of a setting depends on."""
@@ -44,6 +61,28 @@ class Work:
         """
         file = record_file(self.data, setting, seed)
         return read_record(file, self.declared(setting)) if file.exists() else None
+
+    def likeness(self, setting: str, seed: int) -> RunLikeness | None:
+        """The likeness of a run's pictures to real ones, if it has been judged.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return read_likeness(likeness_file(record_file(self.data, setting, seed)))
+
+    @property
+    def base_pictures(self) -> Path:
+        """Folder of the base's pictures."""
+        return self._pictures(Candidate(BASE, self.study.evaluation.num_inference_steps))
+
+    def pictures(self, setting: str, seed: int, mark: str) -> Path:
+        """Folder of the pictures of a run at a mark; they aren't kept with the records."""
+        name = f"{setting}-seed{seed}-{mark}"
+        steps = self.study.evaluation.num_inference_steps
+        return self._pictures(Candidate(name, steps, lora=Path(name)))
+
+    def _pictures(self, candidate: Candidate) -> Path:
+        return self.outputs / "evaluation/pictures" / candidate.key
 
     def chosen(self, method: str) -> str | None:
         """The setting of a method that is compared with other methods; None if not all have been tried.
@@ -96,14 +135,10 @@ class Work:
         """Do the first missing run that no other program does; its name, None if there is none.
 
         Raises:
-            ValueError: a run can't be started, or one that is timed would not be comparable.
+            ValueError: a run can't be started, or its time would not be comparable.
         """
-        if self.study.timed and (machine()["threads"] != "1" or torch.cuda.is_available()):
-            raise ValueError(
-                "runs of this study are compared by time, on one CPU thread each: set OMP_NUM_THREADS=1, and "
-                "CUDA_VISIBLE_DEVICES= where there is a GPU"
-            )
         for setting, seed in self.missing():
+            check_threads()
             name = f"{setting}-seed{seed}"
             self.outputs.mkdir(parents=True, exist_ok=True)
             try:
@@ -125,7 +160,22 @@ class Work:
             snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
         declared, method = self.declared(setting), str(flags["method"])
         record = Record(setting, method, seed, declared, machine(), snapshots, failed)
-        write_record(record, record_file(self.data, setting, seed))
+        file = record_file(self.data, setting, seed)
+        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's pictures
+        write_record(record, file)
+
+
+def check_threads() -> None:
+    """Check that a run would have one CPU thread and nothing else: times are compared, also between studies.
+
+    Raises:
+        ValueError: it would have more; says what to set.
+    """
+    if machine()["threads"] != "1" or torch.cuda.is_available():
+        raise ValueError(
+            "runs are compared by time, on one CPU thread each: set OMP_NUM_THREADS=1, and "
+            "CUDA_VISIBLE_DEVICES= where there is a GPU"
+        )
 
 
 def check_machines(records: Sequence[Record]) -> None:
