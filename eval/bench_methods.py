@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.suggest import suggest
-from benching.judging import judge_pictures
+from benching.judging import judge_pictures, picture_files
 from benching.page import write_page
 from benching.work import Work
 
@@ -48,9 +48,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        for name in options.studies or STUDIES:
+        for name in options.studies:
             if name not in STUDIES:
                 raise ValueError(f"no study {suggest(name, STUDIES)}")
+        if options.real_pictures is not None:
+            picture_files(options.real_pictures)  # not after hours of training
+        for name in options.studies or STUDIES:
             work = Work.of(name, options.output_dir)
             while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)

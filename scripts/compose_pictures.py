@@ -43,19 +43,20 @@ def labels_of(pictures: PictureSet, captions: Sequence[str]) -> Labels:
     return every.index(torch.tensor([place[caption] for caption in captions]))
 
 
-def main() -> None:
-    options = _parse()
-    try:
-        pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_prompts(asset_path(options.prompts))
-        if options.output_dir.exists() and any(options.output_dir.iterdir()):
-            raise ValueError(f"--output_dir {options.output_dir} is not empty: choose another folder")
-        if options.num_images_per_prompt < 1:
-            raise ValueError(f"--num_images_per_prompt {options.num_images_per_prompt}: expected at least 1")
-        labels = labels_of(pictures, captions)
-        options.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    generator = torch.Generator().manual_seed(options.seed)
+def compose(options: argparse.Namespace) -> int:
+    """Write the pictures, all of them or none; their number.
+
+    Raises:
+        ValueError: a caption isn't one of the picture set, or the folder isn't empty.
+        OSError: they can't be written.
+    """
+    pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_prompts(asset_path(options.prompts))
+    if options.output_dir.exists() and any(options.output_dir.iterdir()):
+        raise ValueError(f"--output_dir {options.output_dir} is not empty: choose another folder")
+    if options.num_images_per_prompt < 1:
+        raise ValueError(f"--num_images_per_prompt {options.num_images_per_prompt}: expected at least 1")
+    labels, generator = labels_of(pictures, captions), torch.Generator().manual_seed(options.seed)
+    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output_dir.parent) as part:
         folder = Path(part) / "pictures"
         folder.mkdir()
@@ -64,8 +65,17 @@ def main() -> None:
                 about = PngImagePlugin.PngInfo()  # as evaluate.py's pictures have it
                 about.add_itxt("am_diffusers", json.dumps({"prompt": captions[prompt], "candidate": "real"}))
                 to_pil(picture).save(folder / f"{prompt:05d}-{image:03d}.png", pnginfo=about)
-        folder.replace(options.output_dir)  # all of them or none
-    print(f"{len(captions) * options.num_images_per_prompt} pictures in {options.output_dir}")
+        folder.replace(options.output_dir)
+    return len(captions) * options.num_images_per_prompt
+
+
+def main() -> None:
+    options = _parse()
+    try:
+        number = compose(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{number} pictures in {options.output_dir}")
 
 
 def _parse() -> argparse.Namespace:

@@ -241,6 +241,15 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
 
 
 def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["bench_methods.py", "methdos", "--tables_only"])
-    with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
+    def run(*flags: str) -> None:
+        monkeypatch.setattr("sys.argv", ["bench_methods.py", *flags])
         runpy.run_path(str(ROOT / "eval/bench_methods.py"), run_name="__main__")
+
+    def never(_: Work) -> None:
+        raise AssertionError("it must be said before anything runs")
+
+    monkeypatch.setattr("benching.work.Work.do_next", never)
+    with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
+        run("methods", "methdos")
+    with pytest.raises(SystemExit, match=r"error: /nowhere: expected pictures like 00012-003.png"):
+        run("methods", "--real_pictures", "/nowhere")

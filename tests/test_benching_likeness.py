@@ -21,6 +21,7 @@ from benching.judging import Judge, judge_pictures
 from benching.likeness import Judged, RunLikeness, likeness_file, read_likeness, write_likeness
 from benching.page import likeness_of
 from benching.records import record_file
+from benching.study import Elsewhere
 from benching.tables import equal_reward_table, likeness_table
 from benching.work import Work
 from evaluating.store import read_picture
@@ -170,6 +171,11 @@ def test_runs_are_judged_once_while_their_pictures_are_there(
     write_likeness(dataclasses.replace(work.likeness("b", 0), judge={"real": "others"}), file)
     with pytest.raises(ValueError, match="a-seed0 and b-seed0 were judged by different judges"):
         likeness_of(work)
+    file.unlink()
+    reference = Elsewhere("discretisation", "published-k40")  # judged by the real pictures of the page
+    elsewhere = dataclasses.replace(work, study=dataclasses.replace(work.study, reference=reference))
+    with pytest.raises(ValueError, match="a-seed0 and published-k40-seed0 were judged by different judges"):
+        likeness_of(elsewhere)
     likeness_file(record_file(work.data, "a", 0)).write_text("{")
     with pytest.raises(ValueError, match=r"a-seed0.json can't be read: remove it"):
         list(judge_pictures(work, other))

@@ -56,20 +56,31 @@ def reference_of(work: Work) -> list[Curve]:
 def likeness_of(work: Work) -> RunLikeness | None:
     """The likeness of one of the runs that are compared, for base and real pictures; None if none is known.
 
+    The reference from elsewhere is among those that are compared.
+
     Raises:
         ValueError: runs were judged by different real pictures, features, or beside different base pictures.
     """
-    known = {
-        f"{record.setting}-seed{record.seed}": found
-        for records in work.compared().values()
-        for record in records
-        if (found := work.likeness(record.setting, record.seed)) is not None
-    }
+    known = _judged(work, list(work.compared()))
+    if work.study.reference is not None:
+        known |= _judged(
+            Work.of(work.study.reference.study, work.outputs.parent), [work.study.reference.setting]
+        )
     first = next(iter(known.items()), None)
     for name, found in known.items():
         if first is not None and found.judge != first[1].judge:
             raise ValueError(f"{first[0]} and {name} were judged by different judges: judge all again")
     return None if first is None else first[1]
+
+
+def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
+    """What is known of the likeness of the runs of some settings, by the name of the run."""
+    return {
+        f"{record.setting}-seed{record.seed}": found
+        for setting in settings
+        for record in work.compared().get(setting, [])
+        if (found := work.likeness(record.setting, record.seed)) is not None
+    }
 
 
 def tables(name: str, work: Work) -> dict[str, str]:
