@@ -21,7 +21,7 @@ adjoint_k. Like the path KL it is a cost: small is good. With a memoryless table
 base's times exp(reward_scale * reward) * E_base[exp(-sum of those costs) | x_K]: f changes what is sampled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,15 +29,12 @@ import torch
 from torch import Tensor
 
 from am_diffusers.rollout import Trajectory
+from am_diffusers.system.failures import require_finite
 from am_diffusers.velocity import Conditioning, VelocityField
 
 TerminalAdjoint = Callable[[Tensor], Tensor]
 StateCost = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Differentiable running cost f of states (B, ...), sigmas (B,) and conditioning: (B,), per unit of sigma."""
-
-
-class NonFiniteError(ValueError):
-    """A reward, gradient or adjoint is NaN or infinite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +133,6 @@ def full_adjoint(
     """
     step = partial(_full_step, base, policy, trajectory)
     return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
-
-
-def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
-    """Raises NonFiniteError naming the prompts of the rows of `values` (B, ...) that are not finite."""
-    finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
-    if not finite.all():
-        bad = [prompt for prompt, ok in zip(prompts, finite.tolist(), strict=True) if not ok]
-        raise NonFiniteError(f"{name} is NaN or infinite for {len(bad)} of {len(finite)} samples: {bad[:4]}")
 
 
 def _sweep(

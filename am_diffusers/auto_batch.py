@@ -13,8 +13,8 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch, matching_loss
-from am_diffusers.out_of_memory import REMAINING, PhaseMemoryError
 from am_diffusers.rollout import LatentSpec, generator_for
+from am_diffusers.system.failures import REMAINING, PhaseMemoryError
 from am_diffusers.terminal import RewardOfLatents, reward_gradient
 from am_diffusers.velocity import Conditioning, VelocityField
 

@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.redact import redact_values
 from am_diffusers.rewards import Reward
 from am_diffusers.samples import Sampler, pictures_of, share_of
+from am_diffusers.system.text import redact_values
 from am_diffusers.velocity import VelocityField
 
 BASE_REWARDS_FILE = "base_rewards.json"

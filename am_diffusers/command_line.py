@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.belonging import check_belonging
 from am_diffusers.config.checks import check_values
-from am_diffusers.redact import redact_values
+from am_diffusers.system.text import redact_values
 
 SECTIONS = typing.get_type_hints(Config)
 FIELDS = {
@@ -112,27 +112,11 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to an equal Config (`dry_run` left out).
 
-    Secrets in it are redacted (`redact.py`): it is printed, stored and shared.
+    Secrets in it are redacted (`system/text.py`): it is printed, stored and shared.
     """
     flat = {key: value for section in dataclasses.asdict(config).values() for key, value in section.items()}
     del flat["dry_run"]
     return yaml.safe_dump(redact_values(flat), sort_keys=False, allow_unicode=True, width=110)
-
-
-def asset_path(path: str) -> str:
-    """`path` with a leading `asset:` replaced by the package's asset folder.
-
-    Raises:
-        ValueError: if the package ships no such asset.
-    """
-    if not path.startswith("asset:"):
-        return path
-    folder = Path(__file__).parent / "assets"
-    resolved = folder / path.removeprefix("asset:")
-    if not resolved.exists():
-        shipped = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.exists() else "none"
-        raise ValueError(f"{path}: no such asset in {folder} (shipped: {shipped})")
-    return str(resolved)
 
 
 def _parser(program: str) -> ArgumentParser:

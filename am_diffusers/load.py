@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
@@ -15,6 +14,7 @@ from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, 
 from am_diffusers.rollout import LatentSpec
 from am_diffusers.samples import Sampler
 from am_diffusers.solver import TableSolver
+from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
 

@@ -14,10 +14,10 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from am_diffusers.evaluation import Evaluation
-from am_diffusers.markdown import escape_markdown
-from am_diffusers.redact import redact_values
+from am_diffusers.system.files import ASSETS
+from am_diffusers.system.text import escape_markdown, redact_values
 
-TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
+TEMPLATE = ASSETS / "model_card.md.jinja"
 TAGS = (
     "text-to-image",
     "diffusers-training",

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from am_diffusers.buffer_size import check_buffer
-from am_diffusers.command_line import asset_path, to_yaml
+from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.cautions import cautions
-from am_diffusers.gpus import find_gpu
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.network_calls import network_calls
@@ -21,7 +20,9 @@ from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.rollout import generator_for
-from am_diffusers.suggest import suggest
+from am_diffusers.system.files import asset_path
+from am_diffusers.system.gpus import find_gpu
+from am_diffusers.system.text import suggest
 from am_diffusers.trackers import check_tracker
 
 

@@ -14,8 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from am_diffusers.prompt_files import SUFFIXES, download_command
 from am_diffusers.prompt_sets import PromptSet, load_prompt_set
-
-ASSETS = Path(__file__).parent / "assets" / "prompts"
+from am_diffusers.system.files import ASSETS
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _published(name: str) -> list[Path]:
     """A preset's files: shipped, in the hub's cache, or downloaded into it."""
     preset = PRESETS[name]
     if preset.repository is None:
-        return [ASSETS / file for file in preset.files]
+        return [ASSETS / "prompts" / file for file in preset.files]
     if preset.on_github:
         file = preset.files[0]
         raise ValueError(

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import require_finite, terminal_adjoint
+from am_diffusers.adjoint import terminal_adjoint
 from am_diffusers.divergences import Tilt
-from am_diffusers.out_of_memory import phase
+from am_diffusers.system.failures import phase, require_finite
 
 TINY = torch.finfo(torch.float32).tiny
 RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]

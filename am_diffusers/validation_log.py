@@ -10,7 +10,7 @@ from PIL import Image
 
 from am_diffusers.metrics import read_lines
 from am_diffusers.panel import draw_panel
-from am_diffusers.redact import redact_values
+from am_diffusers.system.text import redact_values
 from am_diffusers.trackers import GRID, PANEL
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from am_diffusers.suggest import suggest
+from am_diffusers.system.text import suggest
 from benching.judging import judge_pictures, picture_files
 from benching.page import write_page
 from benching.work import Work

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from am_diffusers.system.files import write_whole
 from benching.oracle_figure import write_figure
 from benching.oracle_problems import PROBLEMS
 from benching.oracle_records import DATA, REFERENCES, Key, ensure
 from benching.oracle_tables import SEEDS, render, replace_block
 from benching.oracle_variants import VARIANTS
-from evaluating.files import write_whole
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROWS = [*REFERENCES, *VARIANTS]

@@ -16,8 +16,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from am_diffusers.processes import Interrupted, Processes, StopSignal, check_joined
-from am_diffusers.redact import guard_output, redact
+from am_diffusers.system.processes import Interrupted, Processes, StopSignal, check_joined
+from am_diffusers.system.text import guard_output, redact
 from evaluating.driver import evaluate
 from evaluating.options import parse
 from evaluating.plan import make_plan

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_diffusers.redact import guard_output
-from evaluating.files import write_text
+from am_diffusers.system.files import write_text
+from am_diffusers.system.text import guard_output
 from evaluating.leaderboard import choose_reward, find_evaluations, leaderboard_tables, to_rows
 from evaluating.renderings import to_latex, to_markdown, to_page
 from evaluating.tables import to_csv

@@ -24,12 +24,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.rewards import OCR, Aesthetic, HPSv2, ImageNetClass, ImageReward, LearnedReward, PickScore
 from am_diffusers.rewards.blip import RELEASED, BlipScorer
 from am_diffusers.rewards.heads import AffineHead
 from am_diffusers.rewards.image_reward import MARKS
 from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
+from am_diffusers.system.files import asset_path
 
 REPEATS = 3
 GPU, GPU_FLOPS = "H100, bf16 at 40 %", 0.4 * 989e12

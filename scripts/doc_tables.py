@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from am_diffusers.markdown import replace_table
+from am_diffusers.system.text import replace_table
 
 
 def write_results(document: dict[str, Any], file: Path, table: str) -> None:

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import UTILISATION, Estimate, estimate, fits
-from am_diffusers.gpus import GPUS
 from am_diffusers.plan import make_plan
+from am_diffusers.system.gpus import GPUS
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs/memory.md"

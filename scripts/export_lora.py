@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.redact import guard_output, redact
+from am_diffusers.system.files import asset_path
+from am_diffusers.system.text import guard_output, redact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,8 +22,8 @@ from am_diffusers.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.folder_lock import FolderInUseError
 from am_diffusers.plan import make_plan
-from am_diffusers.processes import Interrupted, StopSignal, is_secondhand
-from am_diffusers.redact import guard_output, redact
+from am_diffusers.system.processes import Interrupted, StopSignal, is_secondhand
+from am_diffusers.system.text import guard_output, redact
 
 
 def main() -> None:

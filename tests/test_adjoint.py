@@ -4,14 +4,10 @@ import pytest
 import torch
 from oracles import THREE_MODES, CountingField, chain_moments, gaussian, unconditional
 
-from am_diffusers.adjoint import (
-    NonFiniteError,
-    full_adjoint,
-    lean_adjoint,
-    terminal_adjoint,
-)
+from am_diffusers.adjoint import full_adjoint, lean_adjoint, terminal_adjoint
 from am_diffusers.matching import matching_target
 from am_diffusers.rollout import rollout, sample
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import reward_gradient
 from am_diffusers.transitions import (
     ancestral,

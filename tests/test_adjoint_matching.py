@@ -14,10 +14,10 @@ from oracles import (
     unconditional,
 )
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import (
     jitter_sigmas,

@@ -8,8 +8,8 @@ from test_trainer_runs import make_run, run_losses
 
 from am_diffusers.auto_batch import Passes, largest_fitting
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.out_of_memory import PhaseMemoryError
 from am_diffusers.rollout import LatentSpec
+from am_diffusers.system.failures import PhaseMemoryError
 from am_diffusers.velocity import CallableField
 
 AUTO = {f"{name}_micro_batch_size": "auto" for name in ("rollout", "reward", "loss")}

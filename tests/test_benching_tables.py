@@ -9,7 +9,7 @@ import pytest
 from bench_records import curve, record, study
 from PIL import Image
 
-from am_diffusers.markdown import replace_table
+from am_diffusers.system.text import replace_table
 from benching.curves import make_curve, where
 from benching.equal_reward import at_equal_reward
 from benching.figures import draw

@@ -10,7 +10,7 @@ from oracles import THREE_MODES, CountingField, affine, float64, gaussian, uncon
 from test_adjoint_matching import Ranks, total_loss
 from test_adjoint_matching_training import linear_policy, train
 
-from am_diffusers.adjoint import NonFiniteError, truncated_adjoint
+from am_diffusers.adjoint import truncated_adjoint
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.control_cost import optimal_control
 from am_diffusers.methods.deterministic_adjoint_matching import (
@@ -18,6 +18,7 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicSettings,
 )
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout, sample
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import (
     jitter_sigmas,

@@ -9,12 +9,12 @@ from oracles import THREE_MODES, CountingField, affine, float64, gaussian, uncon
 from test_adjoint_matching import Ranks, total_loss
 from test_adjoint_matching_training import train
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
 from am_diffusers.methods.linear_base import linear_target, renoised_score
 from am_diffusers.parametrization import clean_from_velocity, interpolate, score_from_velocity
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for, sample, sample_ode
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import GradientOptions
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField

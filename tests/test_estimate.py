@@ -18,13 +18,13 @@ from am_diffusers.estimate.iteration import estimable
 from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT
 from am_diffusers.estimate.pretend import pretend
 from am_diffusers.estimate.tracker import Tracker
-from am_diffusers.gpus import find_gpu
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.network_calls import network_calls
 from am_diffusers.plan import Plan, make_plan
 from am_diffusers.rewards import REWARDS, RewardOptions
 from am_diffusers.rewards.skeleton import skeleton
+from am_diffusers.system.gpus import find_gpu
 
 RELEASED_MEDIUM = Path(__file__).parents[1] / "configs/released/sd35_medium"
 KIB = 1024

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.processes import Processes
+from am_diffusers.system.processes import Processes
 from evaluating.driver import evaluate
 from evaluating.options import parse
 from evaluating.plan import lora_file, make_plan

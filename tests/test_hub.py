@@ -249,7 +249,7 @@ def test_errors_and_plans_keep_secrets(tiny_sd3_dir, tmp_path, monkeypatch, caps
 def test_logs_and_crashes_keep_secrets():
     secret = "hf_" + "Pl4nt3d" * 5
     crash = (
-        "import logging; from am_diffusers.redact import guard_output; guard_output();"
+        "import logging; from am_diffusers.system.text import guard_output; guard_output();"
         f"logging.warning('read %s', '{secret}'); raise RuntimeError('{secret}')"
     )
     done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True)

@@ -11,9 +11,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from am_diffusers.evaluation import Diversity, Evaluation, Interval, RewardGain
-from am_diffusers.markdown import escape_markdown
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.system.text import escape_markdown
 
 FACTS = CardFacts(
     title="my_lora",

@@ -7,7 +7,7 @@ import torch
 from test_adjoint_matching import BASE, OFFSET, collect, make
 from test_trainer import make_trainer
 
-from am_diffusers.out_of_memory import PhaseMemoryError, phase
+from am_diffusers.system.failures import PhaseMemoryError, phase
 from am_diffusers.trainer import IterationError
 
 

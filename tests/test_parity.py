@@ -13,7 +13,7 @@ from parity.compare import LIMIT, QUANTITIES, compare, relative_difference
 from parity.ours import score
 from parity.report import table
 
-from am_diffusers.markdown import marks, replace_table
+from am_diffusers.system.text import marks, replace_table
 
 ROOT = Path(__file__).parent.parent
 RENDERED = {"parity": table, "preprocessing_error": preprocessing_error.table}

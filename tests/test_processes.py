@@ -10,10 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.build.training import raw_rewards
 from am_diffusers.checkpoint import CheckpointError, DiskFullError
-from am_diffusers.processes import (
+from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
+from am_diffusers.saver import Saver
+from am_diffusers.system.failures import NonFiniteError
+from am_diffusers.system.processes import (
     Interrupted,
     PeerError,
     PeerNotFiniteError,
@@ -21,8 +23,6 @@ from am_diffusers.processes import (
     StopSignal,
     is_secondhand,
 )
-from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
-from am_diffusers.saver import Saver
 
 
 class Hub:

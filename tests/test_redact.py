@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from am_diffusers.redact import redact, redact_values
+from am_diffusers.system.text import redact, redact_values
 
 HF = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
 HEX = "0123456789abcdef0123456789abcdef01234567"

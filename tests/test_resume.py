@@ -17,8 +17,8 @@ from am_diffusers.folder_lock import lock_folder
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.metrics import MetricsLog
-from am_diffusers.processes import Interrupted, Processes, StopSignal
 from am_diffusers.saver import Saver, changes
+from am_diffusers.system.processes import Interrupted, Processes, StopSignal
 from am_diffusers.train_state import TrainState
 from am_diffusers.trainer import Hooks, IterationError, Trainer, TrainOptions
 from am_diffusers.velocity import CallableField, Conditioning

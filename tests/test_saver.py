@@ -10,8 +10,8 @@ from test_processes import run_both
 from am_diffusers import saver
 from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
 from am_diffusers.methods.base import PartShare
-from am_diffusers.processes import is_secondhand
 from am_diffusers.saver import Outdated, Saver
+from am_diffusers.system.processes import is_secondhand
 
 
 class Numbered:

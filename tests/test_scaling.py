@@ -6,9 +6,9 @@ import pytest
 import torch
 from sd3_points import point, strong_lora
 
-from am_diffusers import scaling
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.scaling import SAFE_NORM, ScaledBackward, safe_scale
+from am_diffusers.system import half_precision as scaling
+from am_diffusers.system.half_precision import SAFE_NORM, ScaledBackward, safe_scale
 
 ROUNDING = 0.01  # float16 has 11 bits; some ten rounded layers between input and output
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from oracles import THREE_MODES, CountingField, float64, unconditional
 
-from am_diffusers.adjoint import NonFiniteError, lean_adjoint, terminal_adjoint
+from am_diffusers.adjoint import lean_adjoint, terminal_adjoint
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.refl import ReFL
 from am_diffusers.methods.tails import TailSettings
 from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout, sample
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import reward_gradient
 from am_diffusers.transitions import (
     ancestral,

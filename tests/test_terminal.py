@@ -4,8 +4,8 @@ import pytest
 import torch
 from oracles import unconditional
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.divergences import Divergence, Tilt
+from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal import PLAIN, GradientOptions, TerminalCost, reward_gradient
 
 COND = unconditional(5)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods.values import STD_FLOOR, Advantages, reward_values
+from am_diffusers.system.failures import NonFiniteError
 
 PROMPTS = ["a", "a", "a", "b", "b", "b"]
 REWARDS = torch.tensor([1.0, 2.0, 6.0, 0.3, 0.3, 0.3], dtype=torch.float64)

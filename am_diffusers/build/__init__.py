@@ -30,9 +30,9 @@ from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes, StopSignal, check_joined
 from am_diffusers.run import Run
 from am_diffusers.saver import Saver, load_progress
+from am_diffusers.system.processes import Processes, StopSignal, check_joined
 from am_diffusers.trackers import PROJECT, Trackers, start_trackers
 from am_diffusers.train_state import Progress, TrainState
 from am_diffusers.trainer import Hooks

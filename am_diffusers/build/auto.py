@@ -13,8 +13,8 @@ from am_diffusers.load import encoder, latent_spec, weighted
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.network_calls import trained_rows
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 SETTINGS = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 

@@ -12,7 +12,7 @@ from am_diffusers.evaluation import Evaluation
 from am_diffusers.hub import HubTarget, check_hub, upload
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
+from am_diffusers.system.processes import Processes
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.load import DTYPES, micro_batch
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
@@ -22,6 +21,7 @@ from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rewards.skeleton import Skeleton, skeleton
+from am_diffusers.system.files import asset_path
 from am_diffusers.velocity import Conditioning
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from am_diffusers.estimate.iteration import estimable
 from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT, SAMPLING, STEP
 from am_diffusers.estimate.report import ENCODING, USABLE, UTILISATION, Estimate, estimate, fits
-from am_diffusers.gpus import GPUS, find_gpu
 from am_diffusers.models.pretrained import MissingModelError
 from am_diffusers.plan import Plan
+from am_diffusers.system.gpus import GPUS, find_gpu
 
 GIB = 2**30
 KNOBS = {

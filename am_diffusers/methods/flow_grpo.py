@@ -38,13 +38,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import NonFiniteError
 from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gather_from_one
 from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.step_selection import draw_steps
 from am_diffusers.methods.values import Advantages, reward_values
-from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, rollout
+from am_diffusers.system.failures import NonFiniteError, phase
 from am_diffusers.terminal import RewardOfLatents
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField

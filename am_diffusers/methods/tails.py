@@ -20,8 +20,8 @@ from torch import Tensor
 
 from am_diffusers.adjoint import terminal_adjoint
 from am_diffusers.methods.base import Collected, Gather
-from am_diffusers.out_of_memory import phase
 from am_diffusers.rollout import LatentSpec, noise_level, sample
+from am_diffusers.system.failures import phase
 from am_diffusers.terminal import RewardOfLatents, reward_gradient
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField

@@ -21,8 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import require_finite
-from am_diffusers.out_of_memory import phase
+from am_diffusers.system.failures import phase, require_finite
 from am_diffusers.terminal import RewardOfLatents
 
 STD_FLOOR = 1e-4

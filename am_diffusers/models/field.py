@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.models import lora
-from am_diffusers.scaling import scaled_vjp
+from am_diffusers.system.half_precision import scaled_vjp
 from am_diffusers.velocity import Conditioning, Cotangent
 
 if TYPE_CHECKING:

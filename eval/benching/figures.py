@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from am_diffusers.panel import COLOURS, GREY
+from am_diffusers.system.files import write_whole
 from benching.curves import BASE, Curve, Place
-from evaluating.files import write_whole
 from evaluating.svg import styled
 
 MARKERS = "oDs^vPX*"

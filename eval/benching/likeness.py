@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from am_diffusers.comparison import Estimate
+from am_diffusers.system.files import write_text
 from benching.records import Record, Reward, rounded
-from evaluating.files import write_text
 
 LIKENESS, ROLE = "likeness", "independent"
 FOLDER = "likeness"

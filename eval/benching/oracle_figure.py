@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from am_diffusers.system.files import write_whole
 from benching.oracle_problems import PROBLEMS
 from benching.oracle_records import BIN_EDGES, DATA, DRAWN, Key, load
 from benching.oracle_variants import VARIANTS
-from evaluating.files import write_whole
 
 (PROBLEM, SEED), COLUMNS = DRAWN, 4
 STYLES = {"ode": ("#d1495b", "-"), "sde": ("#00798c", "--")}

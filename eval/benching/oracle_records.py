@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from am_diffusers.adjoint import NonFiniteError
+from am_diffusers.system.failures import NonFiniteError
+from am_diffusers.system.files import write_whole
 from am_diffusers.velocity import CallableField
 from benching import oracle_laws, oracle_training
 from benching.oracle_laws import Sampler, law_of, points_of
@@ -21,7 +22,6 @@ from benching.oracle_methods import Surroundings, make_method, resolved_settings
 from benching.oracle_problems import PROBLEMS
 from benching.oracle_training import control, reaches, train
 from benching.oracle_variants import VARIANTS
-from evaluating.files import write_whole
 
 DATA = Path(__file__).parent / "data" / "oracles"
 AIM_SEED, FAR = 1_000_000, 10.0

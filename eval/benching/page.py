@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_diffusers.command_line import asset_path
-from am_diffusers.markdown import replace_table
 from am_diffusers.prompts import load_prompts
-from am_diffusers.suggest import suggest
+from am_diffusers.system.files import asset_path, write_text
+from am_diffusers.system.text import replace_table, suggest
 from benching.curves import Curve, make_curve
 from benching.figures import draw
 from benching.likeness import RunLikeness
@@ -15,7 +14,6 @@ from benching.sheet import draw_sheet, pictures_of
 from benching.tables import budget_table, equal_reward_table, likeness_table, tried_table
 from benching.work import Work, check_machines
 from evaluating.candidates import BASE
-from evaluating.files import write_text
 
 PAGE = "methods.md"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from am_diffusers.comparison import Estimate
-from evaluating.files import write_text
+from am_diffusers.system.files import write_text
 
 DIGITS = 5
 

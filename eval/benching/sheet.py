@@ -6,9 +6,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from am_diffusers.grids import shorten
+from am_diffusers.system.files import write_whole
 from benching.work import Work
 from evaluating.candidates import BASE
-from evaluating.files import write_whole
 
 PROMPTS = 10
 CELL, NAME, TEXT, GAP, LINE = 112, 190, 15, 4, 20

@@ -8,8 +8,8 @@ import numpy as np
 
 from am_diffusers.evaluation import Array
 from am_diffusers.samples import Picture
+from am_diffusers.system.files import write_whole
 from evaluating.candidates import Candidate
-from evaluating.files import write_whole
 from evaluating.measures import Measure
 from evaluating.plan import Plan
 from evaluating.results import Results

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.config import RewardConfig
 from am_diffusers.features import FEATURES, LPIPS, Features
 from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
-from am_diffusers.suggest import suggest
+from am_diffusers.system.files import asset_path
+from am_diffusers.system.text import suggest
 from evaluating.options import named
 from evaluating.weights import fingerprint
 

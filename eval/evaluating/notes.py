@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from am_diffusers.command_line import asset_path
 from am_diffusers.leaks import find_leaks
 from am_diffusers.models.text import token_counters
 from am_diffusers.prompt_presets import find_prompts
 from am_diffusers.prompt_report import report_prompts
 from am_diffusers.prompts import load_prompts
+from am_diffusers.system.files import asset_path
 from evaluating.options import Options
 from evaluating.plan import Plan
 from evaluating.runs import run_configs

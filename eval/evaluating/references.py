@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from am_diffusers.checkpoint import sha256
 from am_diffusers.evaluation import Array
-from am_diffusers.processes import Processes
+from am_diffusers.system.processes import Processes
 from evaluating.measures import Measure
 from evaluating.store import Store, read_picture
 

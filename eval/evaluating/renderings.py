@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from am_diffusers.markdown import escape_markdown
+from am_diffusers.system.text import escape_markdown
 
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -12,9 +12,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from am_diffusers.redact import redact
+from am_diffusers.system.files import write_text
+from am_diffusers.system.text import redact
 from evaluating import wording
-from evaluating.files import write_text
 from evaluating.findings import read_findings, verdict
 from evaluating.report_context import report_context
 from evaluating.report_pictures import embed_pictures

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from am_diffusers.evaluation import Array
-from am_diffusers.processes import Processes
+from am_diffusers.system.processes import Processes
 from evaluating.candidates import Candidate
 from evaluating.measures import Measure
 from evaluating.plan import Plan

@@ -30,9 +30,9 @@ from am_diffusers.checkpoint import sha256
 from am_diffusers.grids import to_pil
 from am_diffusers.rollout import generator_for
 from am_diffusers.samples import PURPOSE, Picture, pictures_of
+from am_diffusers.system.files import write_json_once, write_whole
 from am_diffusers.transitions import TRANSITIONS
 from evaluating.candidates import Candidate
-from evaluating.files import write_json_once, write_whole
 
 CHUNK = 16
 TEXT = "am_diffusers"

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from am_diffusers.comparison import Comparison, Estimate
 from am_diffusers.frechet import FrechetFromBase
 from am_diffusers.prompt_sets import PromptSet
-from am_diffusers.redact import redact_values
-from evaluating.files import write_text
+from am_diffusers.system.files import write_text
+from am_diffusers.system.text import redact_values
 
 SUMMARY_FILE = "summary.json"
 # The least p of the Wilcoxon test for P prompts is 2 / 2^P: of fewer, nothing can be below 0.05.

@@ -11,8 +11,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from am_diffusers.checkpoint import sha256
-from am_diffusers.command_line import asset_path
 from am_diffusers.rewards.packaged import PREFIX
+from am_diffusers.system.files import asset_path
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEXTS = (".md", ".html")

@@ -4,9 +4,10 @@
     python scripts/docs/same_run.py ../before . --work_dir outputs/same_run
 
 Each case is a short run of `scripts/finetune.py` in both checkouts. Compared are `metrics.jsonl` (without
-seconds) and the bytes of the LoRA; then the second checkout resumes the first one's checkpoint from the middle of
-the run and must end with the same bytes. Finished runs of the first checkout are kept in `--work_dir` and not run
-again, so that one reference serves many steps of a refactor. The exit status is the number of cases that differ.
+seconds) and the bytes of the LoRA; then the second checkout resumes the first one's checkpoint from the
+middle of the run and must end with the same bytes. Finished runs of the first checkout are kept in
+`--work_dir` and not run again, so that one reference serves many steps. The exit status is the
+number of cases that differ.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def same_case(options: argparse.Namespace, case: str) -> bool:
     if not (before / LORA).exists():
         finetune(options.before, before, case, iterations)
     finetune(options.after, after, case, iterations)
-    half = f"checkpoint-{iterations // 2}"
+    half = f"checkpoint-{iterations // 2:06}"
     resumed.mkdir(parents=True)
     shutil.copytree(before / half, resumed / half)
     finetune(options.after, resumed, case, iterations)

@@ -12,8 +12,8 @@ from am_diffusers.build.methods.ram import ram
 from am_diffusers.methods import Method
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,

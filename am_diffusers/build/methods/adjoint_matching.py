@@ -11,8 +11,8 @@ from am_diffusers.load import latent_spec, micro_batch
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 
 def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> AdjointMatching:

@@ -9,8 +9,8 @@ from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatchi
 from am_diffusers.methods.replay import in_memory
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 
 def buffered_adjoint_matching(

@@ -14,8 +14,8 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
 )
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 from am_diffusers.transitions import Transitions, jitter_sigmas, ode_euler
 
 logger = logging.getLogger(__name__)

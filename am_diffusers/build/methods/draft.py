@@ -9,8 +9,8 @@ from am_diffusers.methods.refl import ReFL, last_quarter
 from am_diffusers.methods.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 
 def draft(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:

@@ -6,8 +6,8 @@ from am_diffusers.methods import Method
 from am_diffusers.methods.ram import RAM, RAMSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
-from am_diffusers.processes import Processes
 from am_diffusers.rewards import Reward
+from am_diffusers.system.processes import Processes
 
 
 def ram(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:

@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+ASSETS = Path(__file__).parents[1] / "assets"
+"""The package's own models, prompts and images."""
+
 
 class StorageError(ValueError):
     """A result can't be written; what was written before is kept."""
@@ -58,3 +61,18 @@ def write_json_once(file: Path, document: object) -> None:
     """Write a JSON document unless the file is there; NaN and infinity are refused."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(file, lambda part: part.write_text(text, "utf-8"), replace=False)
+
+
+def asset_path(path: str) -> str:
+    """`path` with a leading `asset:` replaced by the package's asset folder.
+
+    Raises:
+        ValueError: if the package ships no such asset.
+    """
+    if not path.startswith("asset:"):
+        return path
+    resolved = ASSETS / path.removeprefix("asset:")
+    if not resolved.exists():
+        shipped = ", ".join(sorted(p.name for p in ASSETS.iterdir())) if ASSETS.exists() else "none"
+        raise ValueError(f"{path}: no such asset in {ASSETS} (shipped: {shipped})")
+    return str(resolved)

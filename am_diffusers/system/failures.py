@@ -1,10 +1,11 @@
-"""Out of memory, said so that a user knows what to change: the phase, its setting and the value to try."""
+"""Failures that a user can mend: memory (the phase, its setting, the value to try) and numbers not finite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Phase = Literal["rollout", "adjoint", "reward", "loss"]
 
@@ -49,3 +50,15 @@ def _remedy(name: Phase, setting: str, size: int) -> str:
     if name == "reward":
         return f"lower --rollout_micro_batch_size, whose last pass is kept meanwhile; {REMAINING}"
     return REMAINING
+
+
+class NonFiniteError(ValueError):
+    """A reward, gradient or adjoint is NaN or infinite."""
+
+
+def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
+    """Raises NonFiniteError naming the prompts of the rows of `values` (B, ...) that are not finite."""
+    finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
+    if not finite.all():
+        bad = [prompt for prompt, ok in zip(prompts, finite.tolist(), strict=True) if not ok]
+        raise NonFiniteError(f"{name} is NaN or infinite for {len(bad)} of {len(finite)} samples: {bad[:4]}")

@@ -1,15 +1,18 @@
-"""Secrets out of everything that leaves the process: messages, dumps, the model card, uploads.
+"""Text for people: secrets hidden in whatever leaves the process, Markdown, the nearest known name.
 
 Tokens get into a run by its environment, by URLs and by paths that users paste; a config, a traceback or a
-card repeats them to whoever reads it.
+card would repeat them. Prompts, names and paths must not become markup. Tables that programs write stand
+between two marks and are replaced, so that they can't drift from results.
 """
 
+import difflib
+import html
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 
 HIDDEN = "***"
@@ -82,3 +85,35 @@ class _RedactedRecord(logging.LogRecord):
 
 def _write_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+def escape_markdown(text: str) -> str:
+    """`text` on one line that Markdown and HTML show as it is."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    inline = re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
+    # Headings, lists, rules and quotes start a line.
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", inline))
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The comments around a table."""
+    return f"<!-- {name}: table -->", f"<!-- {name}: end -->"
+
+
+def replace_table(text: str, name: str, table: str) -> str:
+    """A Markdown text with the part between a table's marks replaced.
+
+    Raises:
+        ValueError: if the marks aren't there, once each and in order.
+    """
+    begin, end = marks(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """For an error message: the name, the nearest of the `known` ones, and all of those."""
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+    return f"{name!r}: did you mean {close[0]!r}? (known: {', '.join(sorted(known))})"
