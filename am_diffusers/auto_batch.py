@@ -13,9 +13,9 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch, matching_loss
-from am_diffusers.rollout import LatentSpec, generator_for
+from am_diffusers.noise import LatentSpec, generator_for
 from am_diffusers.system.failures import REMAINING, PhaseMemoryError
-from am_diffusers.terminal import RewardOfLatents, reward_gradient
+from am_diffusers.terminal_cost import RewardOfLatents, reward_gradient
 from am_diffusers.velocity import Conditioning, VelocityField
 
 

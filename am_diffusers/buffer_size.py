@@ -3,7 +3,7 @@
 from am_diffusers.config import Config
 from am_diffusers.methods.buffered_adjoint_matching import BufferBytes, buffer_bytes
 from am_diffusers.models.pretrained import Pretrained, vae_scale
-from am_diffusers.rollout import LatentSpec
+from am_diffusers.noise import LatentSpec
 
 GIB = 2**30
 

@@ -19,9 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.parametrization import memoryless_eta
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning, VelocityField, memoryless_eta
 
 Pairing = Literal["right", "left", "trapezoid"]
 _TENSORS = ("latents", "sigmas", "target", "weight")

@@ -1,4 +1,4 @@
-"""Running a velocity field through a transition table, and the noise that drives it.
+"""A velocity field run through a transition table: trajectories to train on, and end points of images.
 
     x_{k+1} = x_coef[k] * x_k + v_coef[k] * velocity(x_k, sigma[k]) + std[k] * xi_k
 
@@ -7,17 +7,23 @@ step is taken with the *base* velocity by the adjoint sweep, whose first pass co
 (adjoint.py). `sample` runs all K steps with one field: the ODE, or the plain SDE, of evaluation;
 `sample_ode` is the ODE to second order, for few steps.
 
-Noise is a function of (seed, iteration, sample id), drawn on the CPU: neither the number of processes
-nor the split into batches changes it, and a resumed run needs no generator state.
+A `Solver` carries noise to final latents when images are made: a table is one, the schedulers of Diffusers are
+others (models/schedulers.py). Stochastic ones draw the noise of their steps from one generator a row, so that
+neither batch size nor the number of processes changes it. The path KL of a stochastic table is
+
+    sum over steps k of KL(policy's step k || base's step k) at the policy's own states,
+
+whose expectation over the policy's noise is the KL divergence of its trajectories from those of the base.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from am_diffusers.noise import draw
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -141,32 +147,63 @@ def sample_ode(policy: VelocityField, sigmas: Tensor, cond: Conditioning, noise:
     return x
 
 
-def generator_for(*key: int | str) -> torch.Generator:
-    """CPU generator seeded by the SHA-256 of `key`, for instance (seed, iteration, "shared")."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+class Solution(NamedTuple):
+    """Final latents (B, ...), and their path KL (B,) in nats, float64 on the CPU, where it was taken."""
+
+    latents: Tensor
+    path_kl: Tensor | None
 
 
-def generators_for(seed: int, iteration: int, sample_ids: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample: noise = f(seed, iteration, sample id)."""
-    return [generator_for(seed, iteration, int(i)) for i in sample_ids]
+class Solver(Protocol):
+    """Noise to final latents, by a velocity field."""
+
+    def __call__(
+        self,
+        field: VelocityField,
+        cond: Conditioning,
+        noise: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        base: VelocityField | None = None,
+    ) -> Solution:
+        """Latents that `field` makes of `noise`.
+
+        Args:
+            field: what is followed, with its guidance.
+            cond: conditioning, B rows.
+            noise: starting noise, (B, ...).
+            generators: B, of the noise of the steps; a deterministic solver leaves them alone.
+            base: take the path KL against this field, with the same guidance: one more call of it for each
+                stochastic step. A solver without transition densities takes none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class LatentSpec:
-    """Shape of one latent, for instance (16, 64, 64), and where and in what precision states are kept."""
+class TableSolver:
+    """The steps of a table, deterministic or stochastic."""
 
-    shape: tuple[int, ...]
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
+    transitions: Transitions
 
-    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Standard normal latents, row i from generator i, (len(generators), *shape)."""
-        return draw(generators, self.shape, self.dtype).to(self.device)
+    @torch.no_grad()
+    def __call__(
+        self,
+        field: VelocityField,
+        cond: Conditioning,
+        noise: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        base: VelocityField | None = None,
+    ) -> Solution:
+        """See `Solver`: K calls of `field`; path KL of stochastic tables only."""
+        table, terms = self.transitions, list[Tensor]()
 
+        def compare(k: int, x: Tensor, velocity: Tensor) -> None:
+            if base is not None and table.std[k] > 0:
+                terms.append(table.path_kl(k, velocity, base(x, noise_level(table, k, x), cond)))
 
-def draw(
-    generators: Sequence[torch.Generator], shape: Sequence[int], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Standard normal numbers on the CPU, row i from generator i, (len(generators), *shape)."""
-    return torch.stack([torch.randn(tuple(shape), generator=g, dtype=dtype) for g in generators])
+        def step_noise(_: int) -> Tensor:
+            return draw(generators, noise.shape[1:], noise.dtype).to(noise.device)
+
+        latents = sample(field, table, cond, noise, step_noise, watch=compare)
+        return Solution(latents, torch.stack(terms).cpu().double().sum(0) if terms else None)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.rollout import LatentSpec, generator_for
-from am_diffusers.solver import Solver
+from am_diffusers.noise import LatentSpec, generator_for
+from am_diffusers.rollout import Solver
 from am_diffusers.velocity import Conditioning, VelocityField
 
 PURPOSE = "picture"

@@ -20,8 +20,8 @@ from am_diffusers.checkpoint import CheckpointError
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, Examples
 from am_diffusers.metrics import MetricsLog, add_to
+from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.prompts import prompt_rows
-from am_diffusers.rollout import generator_for, generators_for
 from am_diffusers.system.failures import NonFiniteError, phase
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes, share

@@ -8,7 +8,7 @@ from am_diffusers.adjoint import full_adjoint, lean_adjoint, terminal_adjoint
 from am_diffusers.matching import matching_target
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import reward_gradient
+from am_diffusers.terminal_cost import reward_gradient
 from am_diffusers.transitions import (
     ancestral,
     memoryless_euler,

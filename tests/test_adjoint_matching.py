@@ -16,9 +16,9 @@ from oracles import (
 
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import GradientOptions
+from am_diffusers.terminal_cost import GradientOptions
 from am_diffusers.transitions import (
     jitter_sigmas,
     memoryless_local_linear,

@@ -7,7 +7,8 @@ import torch
 from oracles import THREE_MODES, Mixture, affine, float64, gaussian, unconditional
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for, sample
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.rollout import sample
 from am_diffusers.transitions import (
     Transitions,
     ancestral,

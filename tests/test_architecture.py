@@ -11,8 +11,8 @@ EVAL_FILES = sorted((ROOT / "eval").rglob("*.py"))
 # Floors from the bottom up; a folder or a file of the mathematics imports its own floor and those below.
 FLOORS = [
     {"system"},
-    {"velocity", "transitions", "parametrization", "divergences"},
-    {"rollout", "solver", "adjoint", "matching", "terminal"},
+    {"velocity", "transitions", "noise", "divergences"},
+    {"rollout", "adjoint", "matching", "terminal_cost"},
     {"methods"},
 ]
 MATHEMATICS = set().union(*FLOORS[1:])

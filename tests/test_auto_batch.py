@@ -8,7 +8,7 @@ from test_trainer_runs import make_run, run_losses
 
 from am_diffusers.auto_batch import Passes, largest_fitting
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.rollout import LatentSpec
+from am_diffusers.noise import LatentSpec
 from am_diffusers.system.failures import PhaseMemoryError
 from am_diffusers.velocity import CallableField
 

@@ -17,9 +17,10 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicAdjointMatching,
     DeterministicSettings,
 )
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout, sample
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import GradientOptions
+from am_diffusers.terminal_cost import GradientOptions
 from am_diffusers.transitions import (
     jitter_sigmas,
     memoryless_local_linear,

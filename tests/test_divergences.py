@@ -8,7 +8,7 @@ from fixed_points import SIGMAS, Truth, base_and_jacobian, error, fixed_point
 from oracles import Mixture, float64
 
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.terminal import PLAIN, TerminalCost
+from am_diffusers.terminal_cost import PLAIN, TerminalCost
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 
 # f, written down independently of the module: f(1) = 0, f'(1) = 0.

@@ -12,12 +12,12 @@ from test_adjoint_matching_training import train
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
 from am_diffusers.methods.linear_base import linear_target, renoised_score
-from am_diffusers.parametrization import clean_from_velocity, interpolate, score_from_velocity
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for, sample, sample_ode
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.rollout import sample, sample_ode
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import GradientOptions
+from am_diffusers.terminal_cost import GradientOptions
 from am_diffusers.transitions import ode_euler, uniform_sigmas
-from am_diffusers.velocity import CallableField
+from am_diffusers.velocity import CallableField, clean_from_velocity, interpolate, score_from_velocity
 
 BASE = THREE_MODES.field()
 OFFSET = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) + 0.3 * torch.tanh(x))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import THREE_MODES
 
-from am_diffusers import parametrization as p
+from am_diffusers import velocity as p
 
 SIGMA = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
 

@@ -4,16 +4,8 @@ import pytest
 import torch
 from oracles import THREE_MODES, CountingField, float64, gaussian, unconditional
 
-from am_diffusers.rollout import (
-    LatentSpec,
-    Trajectory,
-    draw,
-    generator_for,
-    generators_for,
-    rollout,
-    sample,
-    sample_ode,
-)
+from am_diffusers.noise import LatentSpec, draw, generator_for, generators_for
+from am_diffusers.rollout import Trajectory, rollout, sample, sample_ode
 from am_diffusers.transitions import memoryless_local_linear, ode_euler, shifted_sigmas, uniform_sigmas
 
 TABLE = memoryless_local_linear(uniform_sigmas(4))

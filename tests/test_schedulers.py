@@ -9,8 +9,8 @@ from sd3_points import PROMPTS, strong_lora
 
 from am_diffusers.models.schedulers import SCHEDULERS, SchedulerSolver, make_solver
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.rollout import draw, generators_for
-from am_diffusers.solver import TableSolver
+from am_diffusers.noise import draw, generators_for
+from am_diffusers.rollout import TableSolver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import CallableField, GuidedField
 

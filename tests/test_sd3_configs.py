@@ -9,7 +9,7 @@ from torch import Tensor
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models import lora
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear
 
 # config.json of stabilityai/stable-diffusion-3-medium and -3.5-medium, which have 24 layers.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from oracles import THREE_MODES, CountingField, affine, float64, gaussian, unconditional
 
-from am_diffusers.rollout import draw, generators_for, sample
-from am_diffusers.solver import TableSolver
+from am_diffusers.noise import draw, generators_for
+from am_diffusers.rollout import TableSolver, sample
 from am_diffusers.transitions import (
     TRANSITIONS,
     memoryless_local_linear,

@@ -9,7 +9,8 @@ from oracles import affine, gaussian, unconditional
 from am_diffusers.adjoint import full_adjoint, lean_adjoint
 from am_diffusers.matching import matching_target
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.rollout import rollout
 from am_diffusers.transitions import (
     Transitions,
     ancestral,

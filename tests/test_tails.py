@@ -12,9 +12,10 @@ from am_diffusers.adjoint import lean_adjoint, terminal_adjoint
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.refl import ReFL
 from am_diffusers.methods.tails import TailSettings
-from am_diffusers.rollout import LatentSpec, generator_for, generators_for, rollout, sample
+from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import reward_gradient
+from am_diffusers.terminal_cost import reward_gradient
 from am_diffusers.transitions import (
     ancestral,
     memoryless_local_linear,

@@ -6,7 +6,7 @@ from oracles import unconditional
 
 from am_diffusers.divergences import Divergence, Tilt
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal import PLAIN, GradientOptions, TerminalCost, reward_gradient
+from am_diffusers.terminal_cost import PLAIN, GradientOptions, TerminalCost, reward_gradient
 
 COND = unconditional(5)
 

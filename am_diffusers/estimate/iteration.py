@@ -33,13 +33,13 @@ from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, gather_from_one
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 from am_diffusers.methods.refl import ReFL
+from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.plan import Plan
 from am_diffusers.rewards.skeleton import Skeleton
-from am_diffusers.rollout import generator_for, generators_for
 from am_diffusers.samples import pictures_of
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.train_state import TrainState
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker, Usage
 from am_diffusers.models.field import SD3Field
-from am_diffusers.terminal import RewardOfLatents, Terminal, TerminalCost
+from am_diffusers.terminal_cost import RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.velocity import Conditioning, Cotangent
 
 ROLLOUT, ADJOINT, REWARD = "rollout", "adjoint", "VAE and reward"

@@ -50,9 +50,10 @@ from am_diffusers.methods.monitor import AdjointMonitor
 from am_diffusers.methods.rows import Rows, kept_batch, sample_rows
 from am_diffusers.methods.statistics import ADJOINT_NORM, adjoint_norms, everywhere, means
 from am_diffusers.methods.step_selection import Selected
-from am_diffusers.rollout import LatentSpec, Trajectory, rollout
+from am_diffusers.noise import LatentSpec
+from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
+from am_diffusers.terminal_cost import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 

@@ -47,12 +47,12 @@ from am_diffusers.methods import linear_base
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.monitor import AdjointMonitor
 from am_diffusers.methods.statistics import end_point_statistics, everywhere, means
-from am_diffusers.parametrization import interpolate, score_from_velocity
-from am_diffusers.rollout import LatentSpec, Trajectory, sample_ode
+from am_diffusers.noise import LatentSpec
+from am_diffusers.rollout import Trajectory, sample_ode
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
+from am_diffusers.terminal_cost import PLAIN, GradientOptions, RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.transitions import ode_euler
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning, VelocityField, interpolate, score_from_velocity
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gath
 from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.step_selection import draw_steps
 from am_diffusers.methods.values import Advantages, reward_values
-from am_diffusers.rollout import LatentSpec, rollout
+from am_diffusers.noise import LatentSpec
+from am_diffusers.rollout import rollout
 from am_diffusers.system.failures import NonFiniteError, phase
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.base import Gather, gather_from_one
-from am_diffusers.rollout import draw
+from am_diffusers.noise import draw
 from am_diffusers.velocity import Conditioning, VelocityField
 
 

@@ -50,12 +50,12 @@ from am_diffusers import matching
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.values import Advantages, reward_values
-from am_diffusers.parametrization import interpolate
-from am_diffusers.rollout import LatentSpec, sample
+from am_diffusers.noise import LatentSpec
+from am_diffusers.rollout import sample
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning, VelocityField, interpolate
 
 
 @dataclass(frozen=True)

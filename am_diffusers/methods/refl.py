@@ -22,8 +22,8 @@ from torch import Tensor
 
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
 from am_diffusers.methods.tails import Tails, TailSettings, collect_tails, steps_of, tail_loss
-from am_diffusers.rollout import LatentSpec
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.noise import LatentSpec
+from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.transitions import Transitions, ode_euler
 from am_diffusers.velocity import Conditioning, VelocityField
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from am_diffusers.adjoint import AdjointSweep
 from am_diffusers.methods.base import Gather
 from am_diffusers.rollout import Trajectory
-from am_diffusers.terminal import Terminal
+from am_diffusers.terminal_cost import Terminal
 
 ADJOINT_NORM = "adjoint_norm/"
 

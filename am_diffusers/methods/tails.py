@@ -20,9 +20,10 @@ from torch import Tensor
 
 from am_diffusers.adjoint import terminal_adjoint
 from am_diffusers.methods.base import Collected, Gather
-from am_diffusers.rollout import LatentSpec, noise_level, sample
+from am_diffusers.noise import LatentSpec
+from am_diffusers.rollout import noise_level, sample
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal import RewardOfLatents, reward_gradient
+from am_diffusers.terminal_cost import RewardOfLatents, reward_gradient
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, VelocityField
 

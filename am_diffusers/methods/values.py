@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.system.failures import phase, require_finite
-from am_diffusers.terminal import RewardOfLatents
+from am_diffusers.terminal_cost import RewardOfLatents
 
 STD_FLOOR = 1e-4
 """Added to the deviation of a prompt's rewards, as in the published code: equal rewards have no advantage."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_diffusers.solver import Solution, Solver, TableSolver
+from am_diffusers.rollout import Solution, Solver, TableSolver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import Conditioning, VelocityField
 

@@ -19,7 +19,7 @@ from am_diffusers.models.lora_check import verify_lora
 from am_diffusers.models.pretrained import Pretrained, check_resolution, vae_scale
 from am_diffusers.models.schedulers import even_sigmas, make_solver, own_sigmas
 from am_diffusers.models.text import PromptEncoder
-from am_diffusers.solver import Solver
+from am_diffusers.rollout import Solver
 from am_diffusers.velocity import Conditioning
 
 

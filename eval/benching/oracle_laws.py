@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from am_diffusers.rollout import generator_for, noise_level, sample, sample_ode
+from am_diffusers.noise import generator_for
+from am_diffusers.rollout import noise_level, sample, sample_ode
 from am_diffusers.transitions import Transitions, memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import Conditioning, VelocityField
 from benching.oracle_measures import Points

@@ -21,7 +21,7 @@ from am_diffusers.methods.ram import RAM, RAMSettings
 from am_diffusers.methods.refl import ReFL, last_quarter
 from am_diffusers.methods.tails import TailSettings
 from am_diffusers.methods.values import Advantages
-from am_diffusers.rollout import LatentSpec
+from am_diffusers.noise import LatentSpec
 from am_diffusers.transitions import uniform_sigmas
 from am_diffusers.velocity import CallableField
 from benching.oracle_laws import conditioning

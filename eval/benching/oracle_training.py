@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from am_diffusers.methods import Method
-from am_diffusers.parametrization import clean_from_velocity
-from am_diffusers.rollout import generator_for, generators_for, sample_ode
+from am_diffusers.noise import generator_for, generators_for
+from am_diffusers.rollout import sample_ode
 from am_diffusers.transitions import uniform_sigmas
-from am_diffusers.velocity import CallableField, Conditioning
+from am_diffusers.velocity import CallableField, Conditioning, clean_from_velocity
 from benching.oracle_laws import conditioning
 from benching.oracle_mixture import Mixture
 from benching.oracle_problems import Problem

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from am_diffusers.checkpoint import sha256
 from am_diffusers.grids import to_pil
-from am_diffusers.rollout import generator_for
+from am_diffusers.noise import generator_for
 from am_diffusers.samples import PURPOSE, Picture, pictures_of
 from am_diffusers.system.files import write_json_once, write_whole
 from am_diffusers.transitions import TRANSITIONS

@@ -16,7 +16,7 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
 from am_diffusers.system.processes import Processes
-from am_diffusers.terminal import GradientOptions, RewardOfLatents
+from am_diffusers.terminal_cost import GradientOptions, RewardOfLatents
 from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import VelocityField
 
