@@ -1,6 +1,6 @@
 """Noise as a function of (seed, iteration, sample id), drawn on the CPU.
 
-Neither the number of processes nor the split into batches changes it, and a resumed run needs no generator state.
+Neither the number of processes nor the split into batches changes it; a resumed run needs no generator state.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ step is taken with the *base* velocity by the adjoint sweep, whose first pass co
 (adjoint.py). `sample` runs all K steps with one field: the ODE, or the plain SDE, of evaluation;
 `sample_ode` is the ODE to second order, for few steps.
 
-A `Solver` carries noise to final latents when images are made: a table is one, the schedulers of Diffusers are
+A `Solver` carries noise to final latents when images are made: a table is one, Diffusers schedulers are
 others (models/schedulers.py). Stochastic ones draw the noise of their steps from one generator a row, so that
 neither batch size nor the number of processes changes it. The path KL of a stochastic table is
 

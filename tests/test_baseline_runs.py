@@ -15,7 +15,7 @@ from test_trainer_runs import make_run, rewards_dir, run_losses  # noqa: F401 - 
 from am_diffusers.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.draft import DRaFT
-from am_diffusers.methods.tails import TailSettings
+from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.network_calls import CALLS, ROWS, network_calls
 from am_diffusers.noise import LatentSpec, generator_for, generators_for

@@ -10,7 +10,6 @@ from oracles import THREE_MODES, CountingField, gaussian, unconditional
 from test_adjoint_matching import Ranks, collect, make, total_loss
 from test_adjoint_matching_training import end_moments, linear_policy, train
 
-from am_diffusers.disk_tensors import DiskTensors
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.methods.base import PartShare
 from am_diffusers.methods.buffered_adjoint_matching import (
@@ -18,8 +17,8 @@ from am_diffusers.methods.buffered_adjoint_matching import (
     BufferSettings,
     buffer_bytes,
 )
-from am_diffusers.methods.replay import Replay, in_memory
-from am_diffusers.methods.rows import SampleRows, Swept
+from am_diffusers.methods.parts.replay import DiskTensors, Replay, in_memory
+from am_diffusers.methods.parts.rows import SampleRows, Swept
 from am_diffusers.noise import LatentSpec, generators_for
 from am_diffusers.state_files import load_state, save_state
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas

@@ -12,11 +12,11 @@ from test_adjoint_matching_training import linear_policy, train
 
 from am_diffusers.adjoint import truncated_adjoint
 from am_diffusers.methods import METHODS
-from am_diffusers.methods.control_cost import optimal_control
 from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicAdjointMatching,
     DeterministicSettings,
 )
+from am_diffusers.methods.parts.control_cost import optimal_control
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError

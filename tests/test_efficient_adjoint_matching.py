@@ -11,7 +11,7 @@ from test_adjoint_matching_training import train
 
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
-from am_diffusers.methods.linear_base import linear_target, renoised_score
+from am_diffusers.methods.parts.linear_base import linear_target, renoised_score
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rollout import sample, sample_ode
 from am_diffusers.system.failures import NonFiniteError

@@ -22,7 +22,7 @@ from oracles import affine
 
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.flow_grpo import FlowGRPO
-from am_diffusers.methods.values import Advantages
+from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning

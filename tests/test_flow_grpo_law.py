@@ -14,7 +14,7 @@ import torch
 from oracles import affine, float64, gaussian, unconditional
 
 from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
-from am_diffusers.methods.values import Advantages
+from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField

@@ -8,7 +8,7 @@ from oracles import affine, float64, gaussian, unconditional
 from test_adjoint_matching import Ranks
 
 from am_diffusers.matching import matching_loss
-from am_diffusers.methods.initial_noise import sample_noise, stage_rows
+from am_diffusers.methods.parts.initial_noise import sample_noise, stage_rows
 from am_diffusers.noise import generators_for
 from am_diffusers.rollout import sample
 from am_diffusers.transitions import ode_euler, uniform_sigmas

@@ -5,7 +5,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from oracles import Mixture, float64, gaussian
 
-from am_diffusers.methods.linear_base import (
+from am_diffusers.methods.parts.linear_base import (
     capped_weight,
     later_state,
     linear_target,

@@ -13,8 +13,8 @@ from am_diffusers.matching import (
     matching_target,
     matching_weight,
     residual,
-    select_steps,
 )
+from am_diffusers.methods.parts.step_selection import select_steps
 from am_diffusers.transitions import (
     ancestral,
     memoryless_euler,

@@ -12,7 +12,7 @@ from oracles import THREE_MODES
 from test_adjoint_matching import collect, make
 from test_trainer import make_trainer
 
-from am_diffusers.methods.monitor import AdjointMonitor
+from am_diffusers.methods.parts.reports import AdjointMonitor
 from am_diffusers.velocity import CallableField
 
 SOUND = {1: 0.5, 2: 1.0, 3: 1.5, 4: 1.0}

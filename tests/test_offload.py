@@ -5,7 +5,7 @@ import torch
 from test_adjoint_matching import collect, make, total_loss
 
 from am_diffusers.matching import MatchingBatch
-from am_diffusers.methods.rows import Rows
+from am_diffusers.methods.parts.rows import Rows
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from ram_fixed_point import (
 )
 
 from am_diffusers.methods import METHODS
+from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.methods.ram import RAM, RAMSettings
-from am_diffusers.methods.values import Advantages
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning

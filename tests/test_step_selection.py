@@ -7,7 +7,7 @@ import torch
 from oracles import float64
 from test_adjoint_matching import TABLE, collect, make, total_loss
 
-from am_diffusers.methods.step_selection import UNIFORM, StepSelection, inclusion, systematic
+from am_diffusers.methods.parts.step_selection import UNIFORM, StepSelection, inclusion, systematic
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 
 TWENTY = memoryless_local_linear(uniform_sigmas(20))

@@ -10,8 +10,8 @@ from oracles import THREE_MODES, CountingField, float64, unconditional
 
 from am_diffusers.adjoint import lean_adjoint, terminal_adjoint
 from am_diffusers.methods.draft import DRaFT
+from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.methods.refl import ReFL
-from am_diffusers.methods.tails import TailSettings
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError

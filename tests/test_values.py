@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from am_diffusers.methods.values import STD_FLOOR, Advantages, reward_values
+from am_diffusers.methods.parts.advantages import STD_FLOOR, Advantages, reward_values
 from am_diffusers.system.failures import NonFiniteError
 
 PROMPTS = ["a", "a", "a", "b", "b", "b"]

@@ -2,7 +2,7 @@
 
 from am_diffusers.config import Config
 from am_diffusers.config.belonging import READ_BY
-from am_diffusers.methods.values import SMALL_GROUP
+from am_diffusers.methods.parts.advantages import SMALL_GROUP
 
 
 def cautions(config: Config) -> list[str]:

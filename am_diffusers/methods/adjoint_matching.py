@@ -19,10 +19,9 @@ from am_diffusers.adjoint import AdjointSweep, StateCost, full_adjoint, lean_adj
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, Pairing, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.monitor import AdjointMonitor
-from am_diffusers.methods.rows import Rows, Swept, kept_batch, sample_rows
-from am_diffusers.methods.statistics import adjoint_norms, everywhere, means, statistics
-from am_diffusers.methods.step_selection import Selection, StepSelection
+from am_diffusers.methods.parts.reports import AdjointMonitor, adjoint_norms, everywhere, means, statistics
+from am_diffusers.methods.parts.rows import Rows, Swept, kept_batch, sample_rows
+from am_diffusers.methods.parts.step_selection import Selection, StepSelection
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase

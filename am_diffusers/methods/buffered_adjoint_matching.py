@@ -28,8 +28,8 @@ from torch import Tensor
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, Method, PartShare
-from am_diffusers.methods.replay import Drawn, Replay, Store, in_memory
-from am_diffusers.methods.rows import kept_batch
+from am_diffusers.methods.parts.replay import Drawn, Replay, Store, in_memory
+from am_diffusers.methods.parts.rows import kept_batch
 from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning
 

@@ -45,11 +45,10 @@ from am_diffusers.adjoint import AdjointSweep, truncated_adjoint
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch, QuantileMask
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.control_cost import control_cost, optimal_control, step_length
-from am_diffusers.methods.monitor import AdjointMonitor
-from am_diffusers.methods.rows import Rows, kept_batch, sample_rows
-from am_diffusers.methods.statistics import ADJOINT_NORM, adjoint_norms, everywhere, means
-from am_diffusers.methods.step_selection import Selected
+from am_diffusers.methods.parts.control_cost import control_cost, optimal_control, step_length
+from am_diffusers.methods.parts.reports import ADJOINT_NORM, AdjointMonitor, adjoint_norms, everywhere, means
+from am_diffusers.methods.parts.rows import Rows, kept_batch, sample_rows
+from am_diffusers.methods.parts.step_selection import Selected
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.tails import Tails, TailSettings, collect_tails, steps_of, tail_loss
+from am_diffusers.methods.parts.tails import Tails, TailSettings, collect_tails, steps_of, tail_loss
 from am_diffusers.noise import LatentSpec
 from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.transitions import Transitions

@@ -43,10 +43,9 @@ from am_diffusers import matching
 from am_diffusers.adjoint import lean_adjoint
 from am_diffusers.divergences import Tilt
 from am_diffusers.matching import MatchingBatch
-from am_diffusers.methods import linear_base
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.monitor import AdjointMonitor
-from am_diffusers.methods.statistics import end_point_statistics, everywhere, means
+from am_diffusers.methods.parts import linear_base
+from am_diffusers.methods.parts.reports import AdjointMonitor, end_point_statistics, everywhere, means
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import Trajectory, sample_ode
 from am_diffusers.system.failures import phase

@@ -39,9 +39,9 @@ import torch
 from torch import Tensor
 
 from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gather_from_one
-from am_diffusers.methods.policy_rows import PolicyRows, rows_of_rank
-from am_diffusers.methods.step_selection import draw_steps
-from am_diffusers.methods.values import Advantages, reward_values
+from am_diffusers.methods.parts.advantages import Advantages, reward_values
+from am_diffusers.methods.parts.policy_rows import PolicyRows, rows_of_rank
+from am_diffusers.methods.parts.step_selection import draw_steps
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import rollout
 from am_diffusers.system.failures import NonFiniteError, phase

@@ -49,7 +49,7 @@ from torch import Tensor
 from am_diffusers import matching
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.base import Collected, Gather, Method, gather_from_one
-from am_diffusers.methods.values import Advantages, reward_values
+from am_diffusers.methods.parts.advantages import Advantages, reward_values
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import sample
 from am_diffusers.system.failures import phase

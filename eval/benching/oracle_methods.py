@@ -17,10 +17,10 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
 from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
+from am_diffusers.methods.parts.advantages import Advantages
+from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.methods.ram import RAM, RAMSettings
 from am_diffusers.methods.refl import ReFL, last_quarter
-from am_diffusers.methods.tails import TailSettings
-from am_diffusers.methods.values import Advantages
 from am_diffusers.noise import LatentSpec
 from am_diffusers.transitions import uniform_sigmas
 from am_diffusers.velocity import CallableField

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from am_diffusers.build.methods.adjoint_matching import adjoint_matching
-from am_diffusers.disk_tensors import DiskTensors
 from am_diffusers.load import encoder
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching, BufferSettings
-from am_diffusers.methods.replay import in_memory
+from am_diffusers.methods.parts.replay import DiskTensors, in_memory
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward

@@ -5,8 +5,8 @@ from am_diffusers.config import Config
 from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.draft import DRaFT
+from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.methods.refl import ReFL, last_quarter
-from am_diffusers.methods.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward

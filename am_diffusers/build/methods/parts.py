@@ -11,7 +11,7 @@ from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
 from am_diffusers.load import guided, make_sampler, micro_batch
-from am_diffusers.methods.values import Advantages
+from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward

@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.matching import check_steps, select_steps
 from am_diffusers.transitions import Transitions
 
 Selection = Literal["last_and_random", "stratified", "pps"]
@@ -138,3 +137,31 @@ def draw_steps(table: Transitions, steps: int | Literal["all"], generator: torch
     if steps == "all":
         return list(range(number))
     return sorted(torch.randperm(number, generator=generator)[:steps].tolist())
+
+
+def check_steps(table: Transitions, steps: int | Literal["all"], method: str) -> int:
+    """Number K - 1 of steps with noise, of which `steps` can be trained on.
+
+    Raises:
+        ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
+    """
+    num_steps = table.num_steps - 1
+    if num_steps < 1 or not (table.std[:-1] > 0).all() or table.std[-1] != 0:
+        raise ValueError(f"{method} needs noise in every step but the last: use a memoryless table")
+    if steps != "all" and not 1 <= steps <= num_steps:
+        raise ValueError(f"steps to train on: expected 1 .. {num_steps} or 'all', got {steps}")
+    return num_steps
+
+
+def select_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
+    """Steps to train on, increasing: the last `steps` // 2 with noise and random others, or all.
+
+    Raises:
+        ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
+    """
+    num_steps = check_steps(table, steps, "Adjoint Matching")
+    if steps == "all":
+        return list(range(num_steps))
+    num_last = steps // 2
+    others = torch.randperm(num_steps - num_last, generator=generator)[: steps - num_last].tolist()
+    return sorted(others) + list(range(num_steps - num_last, num_steps))

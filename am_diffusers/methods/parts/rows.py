@@ -9,7 +9,7 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch, QuantileMask, matching_weight
 from am_diffusers.methods.base import Gather
-from am_diffusers.methods.step_selection import Selected, StepSelection
+from am_diffusers.methods.parts.step_selection import Selected, StepSelection
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning
 
