@@ -17,7 +17,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from am_diffusers.metrics import read_lines
+from am_diffusers.training.metrics import read_lines
 
 Lines = Sequence[Mapping[str, float]]
 SIZE = (14, 10.5)

@@ -16,14 +16,14 @@ from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.network_calls import network_calls
 from am_diffusers.noise import generator_for
-from am_diffusers.optimizers import check_optimizer
 from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.text import suggest
-from am_diffusers.trackers import check_tracker
+from am_diffusers.training.optimizers import check_optimizer
+from am_diffusers.training.trackers import check_tracker
 
 
 @dataclass(frozen=True)

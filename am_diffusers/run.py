@@ -14,7 +14,7 @@ from am_diffusers.evaluation import Evaluation, summarise
 from am_diffusers.samples import pictures_of, share_of
 from am_diffusers.scoring import Scorer
 from am_diffusers.system.processes import Processes
-from am_diffusers.trainer import Trainer
+from am_diffusers.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from am_diffusers.metrics import read_lines
 from am_diffusers.panel import draw_panel
 from am_diffusers.system.text import redact_values
-from am_diffusers.trackers import GRID, PANEL
+from am_diffusers.training.metrics import read_lines
+from am_diffusers.training.trackers import GRID, PANEL
 
 
 @dataclass(frozen=True)

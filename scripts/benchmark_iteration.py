@@ -24,8 +24,8 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
 from am_diffusers.rewards import Reward
 from am_diffusers.system.processes import Processes
-from am_diffusers.trackers import Trackers
-from am_diffusers.trainer import Hooks, Trainer
+from am_diffusers.training.trackers import Trackers
+from am_diffusers.training.trainer import Hooks, Trainer
 from am_diffusers.velocity import Conditioning
 
 WARM_UP, ROUNDS = 2, 7

@@ -16,7 +16,7 @@ from finetune_runs import write_rewards
 from am_diffusers.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.models.lora import LORA_FILE
-from am_diffusers.trainer import IterationError
+from am_diffusers.training.trainer import IterationError
 from benching.records import read_record, record_file, write_record
 from benching.study import EvaluationOptions, Mark, Study, command_line, read_study
 from benching.work import Work

@@ -20,7 +20,7 @@ from am_diffusers.methods.buffered_adjoint_matching import (
 from am_diffusers.methods.parts.replay import DiskTensors, Replay, in_memory
 from am_diffusers.methods.parts.rows import SampleRows, Swept
 from am_diffusers.noise import LatentSpec, generators_for
-from am_diffusers.state_files import load_state, save_state
+from am_diffusers.training.state_files import load_state, save_state
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import Conditioning
 

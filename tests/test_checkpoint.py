@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from am_diffusers import checkpoint
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
+from am_diffusers.training import checkpoint_folder as checkpoint
+from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError, verify
 
 
 def write(checkpoints, iteration, text="content"):

@@ -8,7 +8,7 @@ from test_adjoint_matching import BASE, OFFSET, collect, make
 from test_trainer import make_trainer
 
 from am_diffusers.system.failures import PhaseMemoryError, phase
-from am_diffusers.trainer import IterationError
+from am_diffusers.training.trainer import IterationError
 
 
 class Exhausted(torch.autograd.Function):

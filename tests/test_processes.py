@@ -11,9 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from am_diffusers.build.training import raw_rewards
-from am_diffusers.checkpoint import CheckpointError, DiskFullError
 from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
-from am_diffusers.saver import Saver
 from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.system.processes import (
     Interrupted,
@@ -23,6 +21,8 @@ from am_diffusers.system.processes import (
     StopSignal,
     is_secondhand,
 )
+from am_diffusers.training.checkpoint import Saver
+from am_diffusers.training.checkpoint_folder import CheckpointError, DiskFullError
 
 
 class Hub:

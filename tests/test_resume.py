@@ -12,15 +12,15 @@ from diffusers.training_utils import EMAModel
 from finetune_runs import read_metrics
 
 from am_diffusers.build.resume import find_checkpoint
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.folder_lock import lock_folder
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
-from am_diffusers.metrics import MetricsLog
-from am_diffusers.saver import Saver, changes
 from am_diffusers.system.processes import Interrupted, Processes, StopSignal
-from am_diffusers.train_state import TrainState
-from am_diffusers.trainer import Hooks, IterationError, Trainer, TrainOptions
+from am_diffusers.training.checkpoint import Saver, changes
+from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError
+from am_diffusers.training.metrics import MetricsLog
+from am_diffusers.training.state import TrainState
+from am_diffusers.training.trainer import Hooks, IterationError, Trainer, TrainOptions
 from am_diffusers.velocity import CallableField, Conditioning
 
 LENGTH = 12

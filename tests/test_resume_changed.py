@@ -10,8 +10,8 @@ from test_trainer_runs import make_run
 from am_diffusers.build.resume import outdated, settings_of
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
-from am_diffusers.saver import SETTINGS, Outdated
-from am_diffusers.state_files import save_state
+from am_diffusers.training.checkpoint import SETTINGS, Outdated
+from am_diffusers.training.state_files import save_state
 
 COMMON = {"rewards": [{"name": "brightness"}], "eval_prompts": None, "eval_rewards": None}
 METHODS = {

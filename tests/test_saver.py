@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_processes import run_both
 
-from am_diffusers import saver
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError, verify
 from am_diffusers.methods.base import PartShare
-from am_diffusers.saver import Outdated, Saver
 from am_diffusers.system.processes import is_secondhand
+from am_diffusers.training import checkpoint as saver
+from am_diffusers.training.checkpoint import Outdated, Saver
+from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError, verify
 
 
 class Numbered:
@@ -150,7 +150,7 @@ def test_a_process_without_room_for_its_part_ends_the_checkpoint_of_all(tmp_path
         return original(folder, name, state)
 
     original = saver.save_state
-    monkeypatch.setattr("am_diffusers.saver.save_state", full)
+    monkeypatch.setattr("am_diffusers.training.checkpoint.save_state", full)
     results = run_both(lambda processes: make_saver(tmp_path, processes, policy=policy).save())
     assert list(tmp_path.iterdir()) == []
     if policy == "skip":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from am_diffusers.state_files import load_state, save_state, tensor_bytes
+from am_diffusers.training.state_files import load_state, save_state, tensor_bytes
 
 STATE = {
     "numbers": {"a": 1, "b": 0.1 + 0.2, "c": None, "d": True, "e": "text"},

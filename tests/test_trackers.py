@@ -9,10 +9,10 @@ from finetune_runs import tiny_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import am_diffusers.trackers
+import am_diffusers.training.trackers
 from am_diffusers.command_line import parse_config
 from am_diffusers.plan import make_plan
-from am_diffusers.trackers import flatten, start_trackers
+from am_diffusers.training.trackers import flatten, start_trackers
 
 
 def start_tensorboard(folder, resume_iteration):
@@ -158,7 +158,7 @@ def test_flat_values_keep_their_types():
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_tracker_is_an_error_that_says_how_to_install_it(tiny_sd3_dir, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(am_diffusers.trackers, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(am_diffusers.training.trackers, "get_available_trackers", lambda: ["tensorboard"])
     own = {"rewards": [{"name": "brightness"}], "eval_rewards": [{"name": "symmetry"}]}
     path = tiny_config(tiny_sd3_dir, tmp_path, **own)
     with pytest.raises(ValueError, match=rf'--report_to {name} .*pip install "am_diffusers\[{name}\]"'):

@@ -11,11 +11,11 @@ from finetune_runs import read_metrics
 
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
-from am_diffusers.metrics import MetricsLog
 from am_diffusers.prompts import prompt_rows
 from am_diffusers.system.processes import Processes
-from am_diffusers.train_state import TrainState
-from am_diffusers.trainer import Hooks, IterationError, Trainer, TrainOptions
+from am_diffusers.training.metrics import MetricsLog
+from am_diffusers.training.state import TrainState
+from am_diffusers.training.trainer import Hooks, IterationError, Trainer, TrainOptions
 from am_diffusers.velocity import CallableField, Conditioning
 
 PROMPTS = [f"prompt {i}" for i in range(5)]

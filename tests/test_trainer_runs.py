@@ -18,7 +18,7 @@ from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.network_calls import network_calls
 from am_diffusers.plan import make_plan
-from am_diffusers.trainer import IterationError
+from am_diffusers.training.trainer import IterationError
 
 BUFFERED = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 3}
 

@@ -19,23 +19,23 @@ from am_diffusers.build.resume import make_checkpoints, outdated, resume_point, 
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.build.training import make_log, make_state, make_trainer, raw_rewards
-from am_diffusers.checkpoint import Checkpoints
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.config.cautions import cautions
 from am_diffusers.folder_lock import lock_folder
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
-from am_diffusers.metrics import keep_lines
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.plan import Plan
 from am_diffusers.run import Run
-from am_diffusers.saver import Saver, load_progress
 from am_diffusers.system.processes import Processes, StopSignal, check_joined
-from am_diffusers.trackers import PROJECT, Trackers, start_trackers
-from am_diffusers.train_state import Progress, TrainState
-from am_diffusers.trainer import Hooks
+from am_diffusers.training.checkpoint import Saver, load_progress
+from am_diffusers.training.checkpoint_folder import Checkpoints
+from am_diffusers.training.metrics import keep_lines
+from am_diffusers.training.state import Progress, TrainState
+from am_diffusers.training.trackers import PROJECT, Trackers, start_trackers
+from am_diffusers.training.trainer import Hooks
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run import HeldOut
 from am_diffusers.scoring import Scorer, official
 from am_diffusers.system.processes import Processes
-from am_diffusers.trackers import Trackers
+from am_diffusers.training.trackers import Trackers
 from am_diffusers.validation import Pair, Validation
 from am_diffusers.validation_log import ValidationLog
 

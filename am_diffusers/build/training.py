@@ -9,14 +9,14 @@ from torch import Tensor
 
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.methods import Method
-from am_diffusers.metrics import MetricsLog
-from am_diffusers.optimizers import OptimizerSettings, make_optimizer
 from am_diffusers.plan import Plan
 from am_diffusers.rewards import WeightedRewards
 from am_diffusers.system.processes import Processes
-from am_diffusers.trackers import Trackers
-from am_diffusers.train_state import TrainState
-from am_diffusers.trainer import Hooks, Trainer, TrainOptions
+from am_diffusers.training.metrics import MetricsLog
+from am_diffusers.training.optimizers import OptimizerSettings, make_optimizer
+from am_diffusers.training.state import TrainState
+from am_diffusers.training.trackers import Trackers
+from am_diffusers.training.trainer import Hooks, Trainer, TrainOptions
 
 
 def make_trainer(

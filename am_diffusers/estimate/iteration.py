@@ -40,7 +40,7 @@ from am_diffusers.samples import pictures_of
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents
-from am_diffusers.train_state import TrainState
+from am_diffusers.training.state import TrainState
 
 
 def run_iteration(

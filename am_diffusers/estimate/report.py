@@ -21,7 +21,7 @@ from am_diffusers.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.processes import Processes
-from am_diffusers.train_state import TrainState
+from am_diffusers.training.state import TrainState
 
 UTILISATION = 0.4
 """Share of a card's peak that is assumed; large bfloat16 models reach 0.3 to 0.5 when they are tuned."""

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from am_diffusers.checkpoint import sha256
 from am_diffusers.comparison import compare
 from am_diffusers.evaluation import Array
 from am_diffusers.features import EfficientNet
 from am_diffusers.frechet import frechet_distance
+from am_diffusers.training.checkpoint_folder import sha256
 from benching.likeness import Judged, RunLikeness, likeness_file, write_likeness
 from benching.records import record_file
 from benching.work import Work

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from am_diffusers.trainer import IterationError
+from am_diffusers.training.trainer import IterationError
 from benching.likeness import RunLikeness, likeness_file, read_likeness
 from benching.measuring import measure
 from benching.records import Record, Snapshot, read_record, record_file, write_record

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from am_diffusers.checkpoint import sha256
 from am_diffusers.evaluation import Array
 from am_diffusers.system.processes import Processes
+from am_diffusers.training.checkpoint_folder import sha256
 from evaluating.measures import Measure
 from evaluating.store import Store, read_picture
 

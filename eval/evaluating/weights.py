@@ -10,9 +10,9 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from am_diffusers.checkpoint import sha256
 from am_diffusers.rewards.packaged import PREFIX
 from am_diffusers.system.files import asset_path
+from am_diffusers.training.checkpoint_folder import sha256
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEXTS = (".md", ".html")

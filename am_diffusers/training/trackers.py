@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
-from am_diffusers.metrics import read_lines
+from am_diffusers.training.metrics import read_lines
 
 PROJECT = "am_diffusers"
 GRID, PANEL = "validation/samples", "validation/panel"

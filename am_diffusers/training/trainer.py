@@ -16,16 +16,16 @@ from functools import partial
 
 import torch
 
-from am_diffusers.checkpoint import CheckpointError
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, Examples
-from am_diffusers.metrics import MetricsLog, add_to
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.prompts import prompt_rows
 from am_diffusers.system.failures import NonFiniteError, phase
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes, share
-from am_diffusers.train_state import TrainState
+from am_diffusers.training.checkpoint_folder import CheckpointError
+from am_diffusers.training.metrics import MetricsLog, add_to
+from am_diffusers.training.state import TrainState
 from am_diffusers.velocity import Conditioning
 
 logger = logging.getLogger(__name__)

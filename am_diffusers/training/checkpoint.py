@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from am_diffusers.checkpoint import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import PartShare
-from am_diffusers.state_files import load_state, save_state, tensor_bytes
 from am_diffusers.system.processes import PeerError, Processes
-from am_diffusers.train_state import Progress, TrainState
+from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError
+from am_diffusers.training.state import Progress, TrainState
+from am_diffusers.training.state_files import load_state, save_state, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
