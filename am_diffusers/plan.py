@@ -16,7 +16,8 @@ from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.network_calls import network_calls
 from am_diffusers.noise import generator_for
-from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
+from am_diffusers.prompts.order import fill_up, prompt_rows
+from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
 from am_diffusers.system.files import asset_path

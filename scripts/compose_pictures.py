@@ -20,7 +20,7 @@ from PIL import PngImagePlugin
 from pretrain.data import Labels, PictureSet
 
 from am_diffusers.grids import to_pil
-from am_diffusers.prompts import load_prompts
+from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.system.files import asset_path
 
 PICTURES = "asset:pictures/pictures.parquet"

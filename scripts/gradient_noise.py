@@ -28,7 +28,7 @@ from am_diffusers.methods.base import Method
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.plan import make_plan
-from am_diffusers.prompts import prompt_rows
+from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.system.processes import Processes
 
 SAMPLES = 64

@@ -10,7 +10,7 @@ EVAL_FILES = sorted((ROOT / "eval").rglob("*.py"))
 
 # Floors from the bottom up; a folder or a file of the mathematics imports its own floor and those below.
 FLOORS = [
-    {"system"},
+    {"system", "prompts"},
     {"velocity", "transitions", "noise", "divergences"},
     {"rollout", "adjoint", "matching", "terminal_cost"},
     {"methods"},

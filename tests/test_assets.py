@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from am_diffusers.prompts import load_prompts
+from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import HPSv2, ImageReward, PickScore
 
 ASSETS = Path(__file__).parent.parent / "am_diffusers" / "assets"

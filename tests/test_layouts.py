@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
 from evaluating import layouts
 from evaluating.layouts import STYLES, export_layout
 

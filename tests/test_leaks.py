@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 import am_diffusers
-from am_diffusers.leaks import Leak, find_leaks
-from am_diffusers.prompts import load_prompts
+from am_diffusers.prompts.leaks import Leak, find_leaks
+from am_diffusers.prompts.sets import load_prompts
 
 PROMPTS = Path(am_diffusers.__file__).parent / "assets/prompts"
 

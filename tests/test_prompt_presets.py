@@ -5,7 +5,7 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from am_diffusers.prompt_presets import PRESETS, describe_source, find_prompts
+from am_diffusers.prompts.presets import PRESETS, describe_source, find_prompts
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 

@@ -1,5 +1,5 @@
-from am_diffusers.prompt_report import report_prompts
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
+from evaluating.notes import report_prompts
 
 
 def test_repetitions_and_overlong_prompts_are_reported():

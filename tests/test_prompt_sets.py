@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from am_diffusers.prompt_sets import load_prompt_set
+from am_diffusers.prompts.sets import load_prompt_set
 
 GENEVAL = [
     {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},

@@ -6,7 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from am_diffusers.prompts import fill_up, load_prompts, prompt_rows
+from am_diffusers.prompts.order import fill_up, prompt_rows
+from am_diffusers.prompts.sets import load_prompts
 
 PROMPTS = ["a red apple, 3d style", 'a "quoted" cat', "ein Bär"]
 SHARED = Path(__file__).parents[2] / "shared/prompts"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from am_diffusers.comparison import compare
 from am_diffusers.evaluation import diversity
 from am_diffusers.frechet import frechet_distance, frechet_from_base
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system import files
 from am_diffusers.system.files import StorageError, write_text, write_whole
 from evaluating.summarising import summarise

@@ -11,7 +11,7 @@ from finetune_runs import read_metrics
 
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
-from am_diffusers.prompts import prompt_rows
+from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.metrics import MetricsLog
 from am_diffusers.training.state import TrainState

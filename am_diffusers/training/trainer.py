@@ -19,7 +19,7 @@ import torch
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, Examples
 from am_diffusers.noise import generator_for, generators_for
-from am_diffusers.prompts import prompt_rows
+from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.system.failures import NonFiniteError, phase
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes, share

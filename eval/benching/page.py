@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_diffusers.prompts import load_prompts
+from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.system.files import asset_path, write_text
 from am_diffusers.system.text import replace_table, suggest
 from benching.curves import Curve, make_curve

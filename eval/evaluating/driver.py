@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from am_diffusers.evaluation import Array
-from am_diffusers.prompt_presets import describe_source
+from am_diffusers.prompts.presets import describe_source
 from am_diffusers.samples import Picture
 from am_diffusers.system.processes import Processes
 from evaluating.finish import collect, missing_units, write_scores

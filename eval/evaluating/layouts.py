@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import write_whole
 
 # Styles and prompts of each in the benchmark of HPSv2 (arXiv 2306.09341): the judge goes through 800 files.

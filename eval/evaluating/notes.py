@@ -1,14 +1,15 @@
 """What a reader of the results must know of prompts and LoRAs: repetitions, cut-off prompts, leaks."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from am_diffusers.leaks import find_leaks
 from am_diffusers.models.text import token_counters
-from am_diffusers.prompt_presets import find_prompts
-from am_diffusers.prompt_report import report_prompts
-from am_diffusers.prompts import load_prompts
+from am_diffusers.prompts.leaks import find_leaks, normalised
+from am_diffusers.prompts.presets import find_prompts
+from am_diffusers.prompts.sets import PromptSet, load_prompts
 from am_diffusers.system.files import asset_path
 from evaluating.options import Options
 from evaluating.plan import Plan
@@ -78,3 +79,99 @@ def _leaks(plan: Plan, training: TrainingList) -> list[str]:
             raise
         return [f"no leak check: {error}"]
     return [f"{source}: {line}" for line in find_leaks(plan.prompts.prompts, prompts).lines()]
+
+
+SHOWN = 3
+
+
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """Prompts of which a text encoder sees the beginning only.
+
+    Attributes:
+        tokenizer: its name.
+        limit: tokens it keeps.
+        prompts: index and number of tokens of each longer prompt.
+    """
+
+    tokenizer: str
+    limit: int
+    prompts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """Findings on a prompt set; none of them stops an evaluation.
+
+    Attributes:
+        prompts: the set.
+        duplicates: groups of at least two indices whose texts are equal up to unicode form, case and white
+            space. They are evaluated as they are: the text counts as often as it stands there.
+        overlong: one for each tokenizer, in the order given.
+    """
+
+    prompts: PromptSet
+    duplicates: tuple[tuple[int, ...], ...]
+    overlong: tuple[Overlong, ...]
+
+    @property
+    def num_repeated(self) -> int:
+        """How many prompts repeat an earlier one."""
+        return sum(len(group) - 1 for group in self.duplicates)
+
+    def lines(self) -> list[str]:
+        """What the log says: the size of the set, then each finding with its first examples."""
+        categories = [
+            f"{len(set(values) - {''})} of {name}" for name, values in self.prompts.categories.items()
+        ]
+        lines = [", ".join([f"prompts: {len(self.prompts)}", *categories])]
+        if self.duplicates:
+            groups = [f"{self._quote(group[0])} at {', '.join(map(str, group))}" for group in self.duplicates]
+            lines.append(
+                f"{self.num_repeated} prompts repeat an earlier one and count again: {_first(groups)}"
+            )
+        return lines + [self._cut_off(found) for found in self.overlong if found.prompts]
+
+    def _cut_off(self, found: Overlong) -> str:
+        texts = [f"prompt {i} ({tokens} tokens) {self._quote(i)}" for i, tokens in found.prompts]
+        limit = f"the {found.limit} tokens of {found.tokenizer}"
+        return f"{len(texts)} prompts are cut off at {limit}: {_first(texts)}"
+
+    def _quote(self, index: int) -> str:
+        text = self.prompts.prompts[index]
+        return repr(text if len(text) <= WIDTH else text[: WIDTH - 3] + "...")
+
+
+def report_prompts(
+    prompts: PromptSet, tokenizers: Mapping[str, tuple[Callable[[str], int], int]]
+) -> PromptReport:
+    """Look for repeated and for over-long prompts.
+
+    Args:
+        prompts: the set.
+        tokenizers: by name, a function that counts the tokens of a text without cutting it off, special
+            tokens included, and the number of tokens that are kept.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, text in enumerate(prompts.prompts):
+        groups[normalised(text)].append(index)
+    return PromptReport(
+        prompts=prompts,
+        duplicates=tuple(tuple(group) for group in groups.values() if len(group) > 1),
+        overlong=tuple(
+            Overlong(name, limit, _longer(prompts, count, limit))
+            for name, (count, limit) in tokenizers.items()
+        ),
+    )
+
+
+def _longer(prompts: PromptSet, count: Callable[[str], int], limit: int) -> tuple[tuple[int, int], ...]:
+    lengths = [(index, count(text)) for index, text in enumerate(prompts.prompts)]
+    return tuple((index, tokens) for index, tokens in lengths if tokens > limit)
+
+
+def _first(examples: Sequence[str]) -> str:
+    return "; ".join([*examples[:SHOWN], *(["..."] if len(examples) > SHOWN else [])])

@@ -11,8 +11,8 @@ from am_diffusers.features import LPIPS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.models.schedulers import check_solver
-from am_diffusers.prompt_presets import find_prompts
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.presets import find_prompts
+from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import asset_path
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout

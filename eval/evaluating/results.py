@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from am_diffusers.evaluation import Array
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
 from evaluating.candidates import Candidate
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from am_diffusers.comparison import Comparison, Estimate
 from am_diffusers.frechet import FrechetFromBase
-from am_diffusers.prompt_sets import PromptSet
+from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import write_text
 from am_diffusers.system.text import redact_values
 

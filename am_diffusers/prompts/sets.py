@@ -1,9 +1,17 @@
-"""Prompt sets for evaluation: texts with their categories and the rows they stand in."""
+"""Lists of prompts: texts alone for training; with categories and row numbers for evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from am_diffusers.prompt_files import UNREADABLE, check_texts, columns_of, no_column, open_rows, plain_rows
+from am_diffusers.prompts.files import (
+    UNREADABLE,
+    check_texts,
+    columns_of,
+    no_column,
+    open_rows,
+    plain_rows,
+    values,
+)
 
 # What published prompt sets call their columns; found whatever their case, the first that is there.
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
@@ -123,3 +131,28 @@ def _category(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_category, value))
     return str(value).strip()
+
+
+def load_prompts(
+    source: str, *, column: str = "prompt", split: str = "train", limit: int | None = None
+) -> list[str]:
+    """Prompts of a file, a data set folder or a hub data set, in their order, duplicates kept.
+
+    Args:
+        source: txt (one prompt a line, blank lines skipped), jsonl or json (strings, or objects with the
+            key `column`), csv, tsv, parquet; a folder that `datasets` reads; or a hub id `owner/name`.
+        column: column or key that holds the prompt.
+        split: split of a folder or hub data set.
+        limit: at most so many prompts; None = all.
+
+    Returns:
+        At least one prompt, none of them blank, surrounding white space removed.
+
+    Raises:
+        ValueError: nothing there, not readable, no such column, or a row without a prompt.
+    """
+    try:
+        texts = values(open_rows(source, split=split, limit=limit), column)
+    except UNREADABLE as error:
+        raise ValueError(f"prompts {source}: cannot be read: {error}") from error
+    return check_texts(source, texts)

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from am_diffusers.prompt_files import SUFFIXES, download_command
-from am_diffusers.prompt_sets import PromptSet, load_prompt_set
+from am_diffusers.prompts.files import SUFFIXES, download_command
+from am_diffusers.prompts.sets import PromptSet, load_prompt_set
 from am_diffusers.system.files import ASSETS
 
 

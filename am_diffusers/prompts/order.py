@@ -1,4 +1,4 @@
-"""Prompt lists from files and data sets, and which prompts an iteration takes.
+"""The prompts that an iteration takes.
 
 The order is a function of (seed, epoch) alone, so nothing has to be saved to resume it and the number of
 processes does not change it.
@@ -7,33 +7,6 @@ processes does not change it.
 from collections.abc import Sequence
 
 import torch
-
-from am_diffusers.prompt_files import UNREADABLE, check_texts, open_rows, values
-
-
-def load_prompts(
-    source: str, *, column: str = "prompt", split: str = "train", limit: int | None = None
-) -> list[str]:
-    """Prompts of a file, a data set folder or a hub data set, in their order, duplicates kept.
-
-    Args:
-        source: txt (one prompt a line, blank lines skipped), jsonl or json (strings, or objects with the
-            key `column`), csv, tsv, parquet; a folder that `datasets` reads; or a hub id `owner/name`.
-        column: column or key that holds the prompt.
-        split: split of a folder or hub data set.
-        limit: at most so many prompts; None = all.
-
-    Returns:
-        At least one prompt, none of them blank, surrounding white space removed.
-
-    Raises:
-        ValueError: nothing there, not readable, no such column, or a row without a prompt.
-    """
-    try:
-        texts = values(open_rows(source, split=split, limit=limit), column)
-    except UNREADABLE as error:
-        raise ValueError(f"prompts {source}: cannot be read: {error}") from error
-    return check_texts(source, texts)
 
 
 def prompt_rows(
