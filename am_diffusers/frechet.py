@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array
 
 SPLITS = 4
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
-from am_diffusers.evaluation import Evaluation
+from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.system.files import ASSETS
 from am_diffusers.system.text import escape_markdown, redact_values
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,30 +10,12 @@ import torch
 from accelerate.utils import gather_object
 from filelock import BaseFileLock
 
-from am_diffusers.evaluation import Evaluation, summarise
-from am_diffusers.samples import pictures_of, share_of
-from am_diffusers.scoring import Scorer
+from am_diffusers.evaluation.held_out import Evaluation, HeldOut, summarise
+from am_diffusers.evaluation.images import pictures_of, share_of
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The evaluation at the end.
-
-    Attributes:
-        scorer: makes and scores pairs of pictures.
-        prompts: held-out prompts.
-        images_per_prompt: pictures a prompt, for base and tuned each.
-        roles: trained or held-out, by reward name, in the order of the report.
-    """
-
-    scorer: Scorer
-    prompts: Sequence[str]
-    images_per_prompt: int
-    roles: dict[str, str]
 
 
 @dataclass(frozen=True)

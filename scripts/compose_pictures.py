@@ -19,7 +19,7 @@ import torch
 from PIL import PngImagePlugin
 from pretrain.data import Labels, PictureSet
 
-from am_diffusers.grids import to_pil
+from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.system.files import asset_path
 

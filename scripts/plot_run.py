@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from am_diffusers.panel import draw_panel
+from am_diffusers.evaluation.panel import draw_panel
 
 
 def main() -> None:

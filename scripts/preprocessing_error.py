@@ -21,12 +21,12 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_tensor
 
 from am_diffusers.command_line import parse_config
+from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.load import load_model, make_sampler
 from am_diffusers.plan import make_plan
 from am_diffusers.rewards import OCR, OFFICIAL, REWARDS, ImageNetClass, LearnedReward, RewardOptions
 from am_diffusers.rewards.learned import Mode
 from am_diffusers.rewards.preprocess import bicubic
-from am_diffusers.samples import pictures_of
 from am_diffusers.system.files import asset_path
 
 ROOT = Path(__file__).parent.parent

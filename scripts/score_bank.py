@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.base_rewards import base_rewards
 from am_diffusers.command_line import parse_config
+from am_diffusers.evaluation.base_rewards import base_rewards
+from am_diffusers.evaluation.pairs import official
 from am_diffusers.load import load_model, load_rewards, make_sampler
 from am_diffusers.plan import make_plan
-from am_diffusers.scoring import official
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny_sd3.yaml"
 STEPS = 10

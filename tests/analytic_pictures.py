@@ -2,10 +2,10 @@
 
 import torch
 
+from am_diffusers.evaluation.images import Sampler
+from am_diffusers.evaluation.pairs import Scorer
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import TableSolver
-from am_diffusers.samples import Sampler
-from am_diffusers.scoring import Scorer
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from benching.curves import Curve, make_curve
 from benching.records import Record, Reward, Snapshot, record_file, write_record
 from benching.study import EvaluationOptions, Mark, Study

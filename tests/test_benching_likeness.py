@@ -13,7 +13,7 @@ from bench_records import P, curve, put, record, study
 from PIL import Image, PngImagePlugin
 from pretrain.data import COLOUR_NAMES, COLOURS, PictureSet, background_of
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from am_diffusers.system.files import asset_path
 from benching.curves import make_curve
 from benching.equal_reward import at_equal_reward

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from am_diffusers.comparison import Estimate, compare, estimate
-from am_diffusers.evaluation import ratio_of_means
+from am_diffusers.evaluation.statistics import Estimate, compare, estimate, ratio_of_means
 
 RNG = np.random.default_rng
 BANK = json.loads((Path(__file__).parent / "data" / "score_bank.json").read_text())["scores"]

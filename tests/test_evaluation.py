@@ -8,11 +8,12 @@ from PIL import Image, ImageFont
 from reward_models import save_pickscore
 from scipy import stats
 
-from am_diffusers.evaluation import PairScore, bootstrap, diversity, pairwise_distance, reward_gain, summarise
-from am_diffusers.grids import comparison_grid, shorten, to_pil
+from am_diffusers.evaluation.grids import comparison_grid, shorten, to_pil
+from am_diffusers.evaluation.held_out import summarise
+from am_diffusers.evaluation.images import Picture, pictures_of
+from am_diffusers.evaluation.pairs import PairScore, official
+from am_diffusers.evaluation.statistics import bootstrap, diversity, pairwise_distance, reward_gain
 from am_diffusers.rewards import OFFICIAL, Brightness, PickScore
-from am_diffusers.samples import Picture, pictures_of
-from am_diffusers.scoring import official
 
 RNG = np.random.default_rng
 

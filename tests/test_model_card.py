@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from am_diffusers.evaluation import Diversity, Evaluation, Interval, RewardGain
+from am_diffusers.evaluation.held_out import Evaluation
+from am_diffusers.evaluation.statistics import Diversity, Interval, RewardGain
 from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.system.text import escape_markdown

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from am_diffusers.panel import draw_panel, panel_figure, running_median
+from am_diffusers.evaluation.panel import draw_panel, panel_figure, running_median
 from am_diffusers.training.metrics import read_lines
 
 SCRIPT = Path(__file__).parents[1] / "scripts/plot_run.py"

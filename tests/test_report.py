@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
 
-from am_diffusers.comparison import Estimate, compare
+from am_diffusers.evaluation.statistics import Estimate, compare
 from evaluating import report_pictures
 from evaluating.candidates import BASE, Candidate
 from evaluating.figures import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from analytic_pictures import PROMPTS, field, make_sampler
 
+from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.noise import generator_for
 from am_diffusers.rollout import Solution, TableSolver
-from am_diffusers.samples import pictures_of
 from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
 
 WHICH = pictures_of(3, 3)

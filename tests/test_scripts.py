@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.command_line import parse_config
-from am_diffusers.grids import to_pil
+from am_diffusers.evaluation.grids import to_pil
+from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.plan import make_plan
-from am_diffusers.samples import pictures_of
 from am_diffusers.training.metrics import read_lines
 
 SCRIPTS = FINETUNE.parent

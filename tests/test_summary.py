@@ -10,8 +10,7 @@ import pytest
 from evaluation_results import BASE_20, SETTINGS, STRONG, WEAK, make_results
 from safetensors import SafetensorError
 
-from am_diffusers.comparison import compare
-from am_diffusers.evaluation import diversity
+from am_diffusers.evaluation.statistics import compare, diversity
 from am_diffusers.frechet import frechet_distance, frechet_from_base
 from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system import files

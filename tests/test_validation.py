@@ -10,12 +10,12 @@ import yaml
 from analytic_pictures import PROMPTS, field, make_sampler, make_scorer
 from PIL import Image
 
-from am_diffusers.evaluation import PairScore, reward_gain
-from am_diffusers.grids import to_pil
+from am_diffusers.evaluation.grids import to_pil
+from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.pairs import PairScore
+from am_diffusers.evaluation.statistics import reward_gain
+from am_diffusers.evaluation.validation import Validation, ValidationLog, validation_metrics
 from am_diffusers.rewards import Brightness
-from am_diffusers.samples import pictures_of
-from am_diffusers.validation import Validation, validation_metrics
-from am_diffusers.validation_log import ValidationLog
 from am_diffusers.velocity import CallableField
 
 

@@ -12,7 +12,6 @@ from accelerate.utils import DistributedType
 from filelock import BaseFileLock
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_diffusers.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.build.auto import find_micro_batches
 from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.resume import make_checkpoints, outdated, resume_point, settings_of
@@ -22,6 +21,7 @@ from am_diffusers.build.training import make_log, make_state, make_trainer, raw_
 from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
 from am_diffusers.config.cautions import cautions
+from am_diffusers.evaluation.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.folder_lock import lock_folder
 from am_diffusers.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.models.lora import LORA_FILE

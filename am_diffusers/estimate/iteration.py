@@ -28,6 +28,7 @@ from am_diffusers.estimate.passes import (
 )
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker
+from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.load import encoder, guided, make_sampler, weighted
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, gather_from_one
@@ -36,7 +37,6 @@ from am_diffusers.methods.refl import ReFL
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.plan import Plan
 from am_diffusers.rewards.skeleton import Skeleton
-from am_diffusers.samples import pictures_of
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents

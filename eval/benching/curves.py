@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from am_diffusers.comparison import Estimate, estimate
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array, Estimate, estimate
 from benching.likeness import RunLikeness, with_likeness
 from benching.records import Record, Snapshot
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from benching.curves import Curve, Place, Rows, where
 
 SHARE = 0.9

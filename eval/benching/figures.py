@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from am_diffusers.panel import COLOURS, GREY
+from am_diffusers.evaluation.panel import COLOURS, GREY
 from am_diffusers.system.files import write_whole
 from benching.curves import BASE, Curve, Place
 from evaluating.svg import styled

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from am_diffusers.comparison import compare
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array, compare
 from am_diffusers.features import EfficientNet
 from am_diffusers.frechet import frechet_distance
 from am_diffusers.training.checkpoint_folder import sha256

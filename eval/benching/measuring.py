@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from am_diffusers.system.processes import Processes
 from benching.records import Reward, Snapshot
 from benching.study import Study, command_line

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from am_diffusers.grids import shorten
+from am_diffusers.evaluation.grids import shorten
 from am_diffusers.system.files import write_whole
 from benching.work import Work
 from evaluating.candidates import BASE

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from benching.curves import Curve, Place, gain_of
 from benching.equal_reward import at_equal_reward
 from benching.likeness import LIKENESS, ROLE, RunLikeness

@@ -7,9 +7,9 @@ from itertools import product
 
 import torch
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.images import Picture
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.prompts.presets import describe_source
-from am_diffusers.samples import Picture
 from am_diffusers.system.processes import Processes
 from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches

@@ -13,9 +13,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from am_diffusers.comparison import Estimate
-from am_diffusers.evaluation import Array
-from am_diffusers.panel import COLOURS, GREY
+from am_diffusers.evaluation.panel import COLOURS, GREY
+from am_diffusers.evaluation.statistics import Array, Estimate
 from evaluating.svg import legend_above, panel, styled, to_svg, whiskers
 from evaluating.wording import plain
 

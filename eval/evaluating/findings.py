@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from am_diffusers.comparison import Comparison, Estimate
+from am_diffusers.evaluation.statistics import Comparison, Estimate
 from evaluating.candidates import Candidate
 from evaluating.results import Results
 from evaluating.summary import FEWEST_PROMPTS, AgainstBase, Summary

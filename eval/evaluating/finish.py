@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from am_diffusers.evaluation import Array
-from am_diffusers.samples import Picture
+from am_diffusers.evaluation.images import Picture
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.files import write_whole
 from evaluating.candidates import Candidate
 from evaluating.measures import Measure

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from am_diffusers.comparison import Comparison
+from am_diffusers.evaluation.statistics import Comparison
 from evaluating.leaderboard_groups import Evaluated, describe, differences, disagreements, group
 from evaluating.renderings import Cell, Table
 from evaluating.summary import SUMMARY_FILE, CandidateSummary, read_summary

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.checkpoint_folder import sha256
 from evaluating.measures import Measure

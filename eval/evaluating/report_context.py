@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from am_diffusers.comparison import Comparison, Estimate
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array, Comparison, Estimate
 from evaluating import figures
 from evaluating.findings import Finding, candidate_labels
 from evaluating.report_costs import find_costs, set_distances, trade_offs

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 from am_diffusers.frechet import FrechetFromBase
 from evaluating import figures
 from evaluating.figures import Point

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array
 from evaluating.results import Results
 
 # Up to this side the PNG itself is embedded: pixels that can be counted shouldn't be smeared.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.prompts.sets import PromptSet
 from evaluating.candidates import Candidate
 

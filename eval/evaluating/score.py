@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.processes import Processes
 from evaluating.candidates import Candidate
 from evaluating.measures import Measure

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from am_diffusers.grids import to_pil
+from am_diffusers.evaluation.grids import to_pil
+from am_diffusers.evaluation.images import PURPOSE, Picture, pictures_of
 from am_diffusers.noise import generator_for
-from am_diffusers.samples import PURPOSE, Picture, pictures_of
 from am_diffusers.system.files import write_json_once, write_whole
 from am_diffusers.training.checkpoint_folder import sha256
 from am_diffusers.transitions import TRANSITIONS

@@ -5,8 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from am_diffusers.comparison import Comparison, Estimate, compare, estimate
-from am_diffusers.evaluation import RESAMPLES, Array, pairwise_distance, ratio_of_means
+from am_diffusers.evaluation.statistics import (
+    RESAMPLES,
+    Array,
+    Comparison,
+    Estimate,
+    compare,
+    estimate,
+    pairwise_distance,
+    ratio_of_means,
+)
 from am_diffusers.frechet import FrechetFromBase, frechet_distance, frechet_from_base
 from evaluating.candidates import Candidate
 from evaluating.results import Results

@@ -1,7 +1,7 @@
 """summary.json: what an evaluation found, as numbers with their intervals, and how it is read back.
 
 It is a function of the results alone: no time, no machine, the same bytes again. Numbers of prompts stand for
-prompts in general; so intervals, 95 %, are over prompts (`am_diffusers.comparison`).
+prompts in general; so intervals, 95 %, are over prompts (`am_diffusers.evaluation.statistics`).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from am_diffusers.comparison import Comparison, Estimate
+from am_diffusers.evaluation.statistics import Comparison, Estimate
 from am_diffusers.frechet import FrechetFromBase
 from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import write_text

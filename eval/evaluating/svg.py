@@ -17,8 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from am_diffusers.comparison import Estimate
-from am_diffusers.evaluation import Array
+from am_diffusers.evaluation.statistics import Array, Estimate
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

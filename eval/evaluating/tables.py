@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from am_diffusers.comparison import LEVEL, Comparison, Estimate
+from am_diffusers.evaluation.statistics import LEVEL, Comparison, Estimate
 from am_diffusers.system.files import write_text
 from evaluating.renderings import Cell, Table, to_latex, to_markdown
 from evaluating.summary import FEWEST_PROMPTS, CandidateSummary, Summary

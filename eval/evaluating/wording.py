@@ -1,6 +1,6 @@
 """Numbers as the report writes them."""
 
-from am_diffusers.comparison import Estimate
+from am_diffusers.evaluation.statistics import Estimate
 
 MINUS = "\N{MINUS SIGN}"
 

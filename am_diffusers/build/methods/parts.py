@@ -7,9 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.base_rewards import BASE_REWARDS_FILE, base_rewards, load_base_rewards, save_base_rewards
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
+from am_diffusers.evaluation.base_rewards import (
+    BASE_REWARDS_FILE,
+    base_rewards,
+    load_base_rewards,
+    save_base_rewards,
+)
 from am_diffusers.load import guided, make_sampler, micro_batch
 from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.models.sd3 import SD3

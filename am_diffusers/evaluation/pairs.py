@@ -4,14 +4,65 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation import Array, PairScore
+from am_diffusers.evaluation.images import Picture, Sampler
+from am_diffusers.evaluation.statistics import Array
 from am_diffusers.rewards import ImageFeatures, LearnedReward, Reward
-from am_diffusers.samples import Picture, Sampler
 from am_diffusers.velocity import VelocityField
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Scores of one base picture and the tuned picture from the same noise.
+
+    Attributes:
+        prompt: index of the evaluation prompt.
+        image: index of the picture among those of its prompt.
+        scores: by reward name, (base, tuned).
+        features: image features (2, D) of base and tuned, or None.
+    """
+
+    prompt: int
+    image: int
+    scores: dict[str, tuple[float, float]]
+    features: Array | None
+
+    @classmethod
+    def of(
+        cls,
+        picture: tuple[int, int],
+        scores: Sequence[dict[str, float]],
+        features: Sequence[Array | None],
+    ) -> "PairScore":
+        """From (base, tuned) scores and features of the picture (prompt, image)."""
+        base, tuned = scores
+        known = [feature for feature in features if feature is not None]
+        paired = {name: (base[name], tuned[name]) for name in base}
+        return cls(*picture, paired, np.stack(known) if known else None)
+
+
+def by_prompt(pairs: Sequence[PairScore]) -> tuple[dict[str, Array], Array | None]:
+    """Scores and features of all pairs, whatever order and processes they come from.
+
+    Args:
+        pairs: one for every (prompt, image).
+
+    Returns:
+        Scores by reward name, (P prompts, S pictures a prompt, 2: base and tuned), and features
+        (P, S, 2, D) if there are any.
+    """
+    ordered = sorted(pairs, key=lambda pair: (pair.prompt, pair.image))
+    num_images = 1 + max(pair.image for pair in ordered)
+    shape = (len(ordered) // num_images, num_images, 2)
+    scores = {
+        name: np.array([pair.scores[name] for pair in ordered]).reshape(shape) for name in ordered[0].scores
+    }
+    known = [pair.features for pair in ordered if pair.features is not None]
+    return scores, np.stack(known).reshape(*shape, -1) if known else None
 
 
 def official(reward: Reward) -> Reward:

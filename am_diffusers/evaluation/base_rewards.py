@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import trange
 
+from am_diffusers.evaluation.images import Sampler, pictures_of, share_of
 from am_diffusers.rewards import Reward
-from am_diffusers.samples import Sampler, pictures_of, share_of
 from am_diffusers.system.text import redact_values
 from am_diffusers.velocity import VelocityField
 

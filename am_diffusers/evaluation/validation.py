@@ -1,13 +1,16 @@
 """Validation as training goes on: the same pictures of base and tuned model each time, scored and shown.
 
 Every process makes its share of the pictures, all of them learn the scores, so that all stop together when a
-score says so. `evaluation.py` defines gain (in base standard deviations) and diversity kept.
+score says so. `evaluation/statistics.py` defines gain (in base standard deviations) and diversity kept.
 """
 
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,18 +18,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation import (
-    Array,
-    Interval,
-    PairScore,
-    by_prompt,
-    diversity,
-    pairwise_distance,
-    reward_gain,
-)
-from am_diffusers.grids import comparison_grid, to_pil
-from am_diffusers.samples import Picture, pictures_of, share_of
-from am_diffusers.scoring import Scorer
+from am_diffusers.evaluation.grids import comparison_grid, to_pil
+from am_diffusers.evaluation.images import Picture, pictures_of, share_of
+from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
+from am_diffusers.evaluation.panel import draw_panel
+from am_diffusers.evaluation.statistics import Array, Interval, diversity, pairwise_distance, reward_gain
+from am_diffusers.system.text import redact_values
+from am_diffusers.training.metrics import read_lines
+from am_diffusers.training.trackers import GRID, PANEL
 from am_diffusers.velocity import VelocityField
 
 
@@ -175,3 +174,50 @@ def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> 
 
 def _interval(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+@dataclass(frozen=True)
+class ValidationLog:
+    """Writes the results of validations into the output folder, on the main process.
+
+    Attributes:
+        folder: output folder of the run.
+        track: receives (metrics, iteration), e.g. `accelerator.log`.
+        track_images: receives (pictures by name, iteration).
+    """
+
+    folder: Path
+    track: Callable[[dict[str, float], int], None]
+    track_images: Callable[[Mapping[str, Image.Image], int], None]
+
+    def write(
+        self, iteration: int, metrics: dict[str, float], grid: Image.Image, shown: Mapping[str, object]
+    ) -> None:
+        """Write the validation of the model after `iteration` optimizer steps.
+
+        Args:
+            iteration: optimizer steps taken.
+            metrics: by the names they're logged by.
+            grid: the pictures.
+            shown: prompts and seeds of the grid, for pictures.json beside it.
+        """
+        samples = self.folder / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        (samples / "pictures.json").write_text(
+            json.dumps(redact_values(shown), indent=1, ensure_ascii=False), "utf-8"
+        )
+        grid.save(samples / f"iteration-{iteration:06d}.png")
+        self._append(iteration, metrics)
+        panel = draw_panel(self.folder)
+        self.track(metrics, iteration)
+        with Image.open(panel) as picture:
+            self.track_images({GRID: grid, PANEL: picture.convert("RGB")}, iteration)
+
+    def _append(self, iteration: int, metrics: dict[str, float]) -> None:
+        """A run that was resumed validates again: its line replaces those from there on."""
+        path = self.folder / "validation.jsonl"
+        earlier = [line for line in read_lines(path) if line["iteration"] < iteration]
+        lines = [*earlier, {"iteration": iteration, **metrics}]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), "utf-8")
+        os.replace(part, path)
