@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from am_diffusers.buffer_size import check_buffer
-from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.config.cautions import cautions
+from am_diffusers.config.belonging import cautions
+from am_diffusers.config.command_line import to_yaml
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.network_calls import network_calls

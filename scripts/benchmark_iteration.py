@@ -16,8 +16,8 @@ from torch import Tensor
 from am_diffusers.build import make_accelerator
 from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_log, make_state, make_trainer
-from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted
 from am_diffusers.models.lora import adapters
 from am_diffusers.models.sd3 import SD3

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import UTILISATION, Estimate, estimate, fits
 from am_diffusers.plan import make_plan
 from am_diffusers.system.gpus import GPUS

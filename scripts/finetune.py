@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.build import STOPPED_FILE, build, make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.folder_lock import FolderInUseError
 from am_diffusers.plan import make_plan

@@ -21,8 +21,8 @@ import torch
 
 from am_diffusers.build import make_accelerator
 from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.command_line import parse_config
 from am_diffusers.config import Config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.load import encoder, load_model, load_reward, weighted
 from am_diffusers.methods.base import Method
 from am_diffusers.models.sd3 import SD3

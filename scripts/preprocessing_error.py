@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_tensor
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.load import load_model, make_sampler
 from am_diffusers.plan import make_plan

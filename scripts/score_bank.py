@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.evaluation.pairs import official
 from am_diffusers.load import load_model, load_rewards, make_sampler

@@ -4,8 +4,8 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from am_diffusers.command_line import SECTIONS
 from am_diffusers.config import RewardConfig
+from am_diffusers.config.command_line import SECTIONS
 from evaluating.options import parser
 
 FILE = Path(__file__).with_name("cli_surface.txt")

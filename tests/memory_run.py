@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from am_diffusers.build import build, make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.plan import make_plan
 
 

@@ -7,8 +7,8 @@ from finetune_runs import tiny_config
 
 from am_diffusers.build.aims import LABELS, OTHER_LAWS, aim
 from am_diffusers.build.sharing import card_facts
-from am_diffusers.command_line import parse_config
 from am_diffusers.config.belonging import STOCHASTIC
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.model_card import write_card
 from am_diffusers.plan import make_plan

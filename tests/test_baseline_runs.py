@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sd3_points import PROMPTS, strong_lora
 from test_trainer_runs import make_run, rewards_dir, run_losses  # noqa: F401 - the fixture
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.parts.tails import TailSettings

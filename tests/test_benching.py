@@ -13,7 +13,7 @@ from bench_records import put, record, study
 from filelock import FileLock
 from finetune_runs import write_rewards
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.training.trainer import IterationError

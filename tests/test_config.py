@@ -7,9 +7,9 @@ import pytest
 from cli_surface import FILE, cli_surface
 from diffusers.optimization import SchedulerType
 
-from am_diffusers.command_line import FIELDS, HINTS, SECTIONS, parse_config, to_yaml
 from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
 from am_diffusers.config.belonging import READ_BY
+from am_diffusers.config.command_line import FIELDS, HINTS, SECTIONS, parse_config, to_yaml
 from am_diffusers.methods import METHODS
 from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import TRANSITIONS

@@ -12,7 +12,7 @@ from test_sd3_configs import RELEASED
 
 from am_diffusers.build import make_accelerator
 from am_diffusers.build.auto import SETTINGS
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import Estimate, describe, estimate
 from am_diffusers.estimate.iteration import estimable
 from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT

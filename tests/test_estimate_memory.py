@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from am_diffusers.build import make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import estimate
 from am_diffusers.estimate.passes import LOSS, REWARD
 from am_diffusers.plan import make_plan

@@ -16,7 +16,7 @@ from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 
 from am_diffusers.build.sharing import hub_target
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.hub import HubTarget, check_hub, upload, upload_command
 
 SHARED = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.plan import make_plan
 from benching.study import command_line

@@ -4,7 +4,7 @@ import pytest
 import torch
 from finetune_runs import tiny_config
 
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods.parts.step_selection import StepSelection
 from am_diffusers.network_calls import FIRST, network_calls
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas

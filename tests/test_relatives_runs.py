@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_trainer_runs import make_run
 
 from am_diffusers.build import make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.network_calls import network_calls, trained_rows

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_diffusers.build import build, make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.models.sd3 import SD3

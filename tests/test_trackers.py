@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import am_diffusers.training.trackers
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.plan import make_plan
 from am_diffusers.training.trackers import flatten, start_trackers
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from am_diffusers.build import build, make_accelerator
 from am_diffusers.build.methods import METHOD_BUILDERS
 from am_diffusers.build.training import make_state
-from am_diffusers.command_line import parse_config
 from am_diffusers.config import OptimizerConfig
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3

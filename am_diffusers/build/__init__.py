@@ -18,9 +18,9 @@ from am_diffusers.build.resume import make_checkpoints, outdated, resume_point, 
 from am_diffusers.build.sharing import find_target, make_sharing
 from am_diffusers.build.showing import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.build.training import make_log, make_state, make_trainer, raw_rewards
-from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
-from am_diffusers.config.cautions import cautions
+from am_diffusers.config.belonging import cautions
+from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.folder_lock import lock_folder
 from am_diffusers.load import encoder, load_model, load_rewards, weighted

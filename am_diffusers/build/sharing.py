@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from am_diffusers.build.aims import LABELS, aim
-from am_diffusers.command_line import to_yaml
 from am_diffusers.config import Config
+from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.hub import HubTarget, check_hub, upload
 from am_diffusers.model_card import CardFacts, Loading, write_card

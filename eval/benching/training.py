@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from am_diffusers.build import build, make_accelerator
-from am_diffusers.command_line import parse_config
+from am_diffusers.config.command_line import parse_config
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.network_calls import network_calls
 from am_diffusers.plan import make_plan
