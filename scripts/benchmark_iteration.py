@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from am_diffusers.build import make_accelerator
-from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.build.training import make_log, make_state, make_trainer
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.load import encoder, latent_spec, load_model, load_reward, weighted
 from am_diffusers.models.lora import adapters
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import make_plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.load import encoder, latent_spec, load_model, load_reward, weighted
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.plan import make_plan
+from am_diffusers.run.training import make_log, make_state, make_trainer
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trackers import Trackers
 from am_diffusers.training.trainer import Hooks, Trainer

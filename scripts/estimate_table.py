@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import UTILISATION, Estimate, estimate, fits
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
 from am_diffusers.system.gpus import GPUS
 
 ROOT = Path(__file__).parents[1]

@@ -17,11 +17,11 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from am_diffusers.build import STOPPED_FILE, build, make_accelerator
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
-from am_diffusers.folder_lock import FolderInUseError
-from am_diffusers.plan import make_plan
+from am_diffusers.run.build import build
+from am_diffusers.run.folder import STOPPED_FILE, FolderInUseError, make_accelerator
+from am_diffusers.run.plan import make_plan
 from am_diffusers.system.processes import Interrupted, StopSignal, is_secondhand
 from am_diffusers.system.text import guard_output, redact
 

@@ -66,7 +66,7 @@ def evaluate(argv: list[str], log: Path) -> None:
 def start(argv: list[str], log: Path) -> ForkServerProcess:
     """Start `evaluate.py` in a process of its own, with the slow imports done already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["am_diffusers.build", "datasets", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["am_diffusers.run.build", "datasets", "matplotlib.pyplot"])
     process = context.Process(target=evaluate, args=(argv, log))
     process.start()
     return process

@@ -74,7 +74,7 @@ def finetune(arguments: list[str], log: Path) -> None:
 def start(arguments: list[str], log: Path) -> ForkServerProcess:
     """Start `finetune.py` in a process of its own, with the imports done already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["am_diffusers.build", "datasets"])
+    context.set_forkserver_preload(["am_diffusers.run.build", "datasets"])
     process = context.Process(target=finetune, args=(arguments, log))
     process.start()
     return process

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from am_diffusers.build import build, make_accelerator
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.plan import make_plan
+from am_diffusers.run.build import build
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.plan import make_plan
 
 
 def resident(key: str) -> int:

@@ -5,13 +5,13 @@ import re
 import pytest
 from finetune_runs import tiny_config
 
-from am_diffusers.build.aims import LABELS, OTHER_LAWS, aim
-from am_diffusers.build.sharing import card_facts
 from am_diffusers.config.belonging import STOCHASTIC
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
-from am_diffusers.model_card import write_card
-from am_diffusers.plan import make_plan
+from am_diffusers.run.aims import LABELS, OTHER_LAWS, aim
+from am_diffusers.run.card import write_card
+from am_diffusers.run.plan import make_plan
+from am_diffusers.run.sharing import card_facts
 
 CLAIM = "4 iterations of 4 pictures towards `p_base(picture) * exp(5 * reward(picture))`"
 FIRST_ORDER = "towards a law that is `p_base(picture) * exp({} * reward(picture))` to first order"

@@ -71,7 +71,7 @@ def offences(file: Path) -> set[str]:
     if module != "models":
         found |= imports & {"peft"}
     if module not in SEE_CONFIG:
-        found |= own(file) & {"config", "build"}
+        found |= own(file) & {"config", "run"}
     return found
 
 

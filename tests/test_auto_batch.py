@@ -6,9 +6,9 @@ from finetune_runs import write_rewards
 from oracles import THREE_MODES, CountingField, unconditional
 from test_trainer_runs import make_run, run_losses
 
-from am_diffusers.auto_batch import Passes, largest_fitting
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec
+from am_diffusers.run.micro_batches import Passes, largest_fitting
 from am_diffusers.system.failures import PhaseMemoryError
 from am_diffusers.velocity import CallableField
 

@@ -17,9 +17,9 @@ from am_diffusers.methods import METHODS
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.network_calls import CALLS, ROWS, network_calls
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
-from am_diffusers.plan import make_plan
+from am_diffusers.run.network_calls import CALLS, ROWS, network_calls
+from am_diffusers.run.plan import make_plan
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 
 JPEG = [{"name": "jpeg_size", "weight": 0.01}]

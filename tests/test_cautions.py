@@ -8,7 +8,7 @@ from test_trainer_runs import make_run, rewards_dir  # noqa: F401 - the fixture
 
 from am_diffusers.config.belonging import cautions
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
 
 BLACK_BOX = {"rewards": [{"name": "jpeg_size"}], "eval_prompts": None, "eval_rewards": None}
 

@@ -10,8 +10,6 @@ import torch
 from finetune_runs import tiny_config, write_rewards
 from test_sd3_configs import RELEASED
 
-from am_diffusers.build import make_accelerator
-from am_diffusers.build.auto import SETTINGS
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import Estimate, describe, estimate
 from am_diffusers.estimate.iteration import estimable
@@ -20,10 +18,12 @@ from am_diffusers.estimate.pretend import pretend
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
-from am_diffusers.network_calls import network_calls
-from am_diffusers.plan import Plan, make_plan
 from am_diffusers.rewards import REWARDS, RewardOptions
 from am_diffusers.rewards.skeleton import skeleton
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.micro_batches import SETTINGS
+from am_diffusers.run.network_calls import network_calls
+from am_diffusers.run.plan import Plan, make_plan
 from am_diffusers.system.gpus import find_gpu
 
 RELEASED_MEDIUM = Path(__file__).parents[1] / "configs/released/sd35_medium"

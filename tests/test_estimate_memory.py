@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from am_diffusers.build import make_accelerator
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import estimate
 from am_diffusers.estimate.passes import LOSS, REWARD
-from am_diffusers.plan import make_plan
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.plan import make_plan
 
 MEASURE = Path(__file__).parent / "memory_run.py"
 SMALL = {"train_batch_size": 1, "loss_micro_batch_size": 1}

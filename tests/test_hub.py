@@ -15,9 +15,8 @@ from finetune_runs import FINETUNE, tiny_config, write_rewards
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 
-from am_diffusers.build.sharing import hub_target
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.hub import HubTarget, check_hub, upload, upload_command
+from am_diffusers.run.sharing import HubTarget, check_hub, hub_target, upload, upload_command
 
 SHARED = {
     "README.md",
@@ -132,7 +131,7 @@ def test_a_failed_upload_says_how_to_do_it_later(hub: Hub, output: Path, caplog,
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert upload(target, output) is None
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    (record,) = [record for record in caplog.records if record.name == "am_diffusers.hub"]
+    (record,) = [record for record in caplog.records if record.name == "am_diffusers.run.sharing"]
     message = record.getMessage()
     assert len(message.splitlines()) == 1
     assert "403" in message
@@ -269,7 +268,7 @@ def test_the_file_of_an_error_keeps_secrets(tiny_sd3_dir, tmp_path, monkeypatch)
 
     write_rewards(tmp_path)
     config = tiny_config(tiny_sd3_dir, tmp_path)
-    monkeypatch.setattr("am_diffusers.build.build", build)
+    monkeypatch.setattr("am_diffusers.run.build.build", build)
     monkeypatch.setattr(sys, "argv", [str(FINETUNE), "--config", str(config)])
     with pytest.raises(SystemExit, match=r"error: no file \*\*\*\n\(details: .*error.txt"):
         runpy.run_path(str(FINETUNE), run_name="__main__")

@@ -6,7 +6,7 @@ import pytest
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
 from benching.study import command_line
 from benching.work import Work
 

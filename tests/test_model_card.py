@@ -12,8 +12,8 @@ from PIL import Image
 
 from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.evaluation.statistics import Diversity, Interval, RewardGain
-from am_diffusers.model_card import CardFacts, Loading, write_card
 from am_diffusers.models.sd3 import SD3
+from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.system.text import escape_markdown
 
 FACTS = CardFacts(

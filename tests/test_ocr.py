@@ -12,12 +12,12 @@ from text_pictures import picture_of
 from torch.nn.functional import interpolate
 
 from am_diffusers.config import RewardConfig
-from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import OCR, OFFICIAL, RewardOptions
 from am_diffusers.rewards.ocr import quoted_text
 from am_diffusers.rewards.onnx_graph import Node, OnnxGraph
 from am_diffusers.rewards.packaged import RAPIDOCR
 from am_diffusers.rewards.text_line import official_text_line, text_line
+from am_diffusers.run.plan import resolve_reward
 
 WORDS = ["HELLO", "Coffee", "open 24h"]
 SHAPES = [(48, 320), (30, 100), (24, 24), (96, 640), (200, 512), (33, 500), (13, 44)]

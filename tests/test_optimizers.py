@@ -8,10 +8,10 @@ import pytest
 import torch
 from finetune_runs import tiny_config, write_rewards
 
-from am_diffusers.build.training import make_state
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
+from am_diffusers.run.training import make_state
 from am_diffusers.training.optimizers import OPTIMIZERS, check_optimizer
 from am_diffusers.training.state_files import load_state, save_state
 

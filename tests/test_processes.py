@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.build.training import raw_rewards
 from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
+from am_diffusers.run.training import raw_rewards
 from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.system.processes import (
     Interrupted,

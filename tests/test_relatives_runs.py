@@ -9,12 +9,12 @@ from finetune_runs import read_metrics, write_rewards
 from safetensors.torch import load_file
 from test_trainer_runs import make_run
 
-from am_diffusers.build import make_accelerator
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.network_calls import network_calls, trained_rows
-from am_diffusers.plan import make_plan
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.network_calls import network_calls, trained_rows
+from am_diffusers.run.plan import make_plan
 
 EFFICIENT = {"method": "efficient_adjoint_matching", "num_inference_steps": 20, "eam_ode_steps": 3}
 DETERMINISTIC = {"method": "deterministic_adjoint_matching"}

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from finetune_runs import read_metrics
 
-from am_diffusers.build.resume import find_checkpoint
-from am_diffusers.folder_lock import lock_folder
 from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
+from am_diffusers.run.folder import lock_folder
+from am_diffusers.run.resume import find_checkpoint
 from am_diffusers.system.processes import Interrupted, Processes, StopSignal
 from am_diffusers.training.checkpoint import Saver, changes
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError

@@ -7,9 +7,9 @@ import pytest
 from finetune_runs import read_metrics, tiny_config
 from test_trainer_runs import make_run
 
-from am_diffusers.build.resume import outdated, settings_of
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
+from am_diffusers.run.resume import outdated, settings_of
 from am_diffusers.training.checkpoint import SETTINGS, Outdated
 from am_diffusers.training.state_files import save_state
 

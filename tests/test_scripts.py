@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from am_diffusers.build import build, make_accelerator
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import make_plan
+from am_diffusers.run.build import build
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.plan import make_plan
 from am_diffusers.training.metrics import read_lines
 
 SCRIPTS = FINETUNE.parent

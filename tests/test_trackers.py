@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import am_diffusers.training.trackers
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.plan import make_plan
+from am_diffusers.run.plan import make_plan
 from am_diffusers.training.trackers import flatten, start_trackers
 
 

@@ -8,16 +8,17 @@ import torch
 from finetune_runs import read_metrics, tiny_config, write_rewards
 from safetensors.torch import load_file
 
-from am_diffusers.build import build, make_accelerator
-from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.build.training import make_state
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.network_calls import network_calls
-from am_diffusers.plan import make_plan
+from am_diffusers.run.build import build
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.network_calls import network_calls
+from am_diffusers.run.plan import make_plan
+from am_diffusers.run.training import make_state
 from am_diffusers.training.trainer import IterationError
 
 BUFFERED = {"method": "buffered_adjoint_matching", "buffer_size": 8, "buffer_refresh": 3}
@@ -196,7 +197,7 @@ def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_di
     changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     run.execute()
-    monkeypatch.setattr("am_diffusers.build.methods.parts.base_rewards", None)  # would be an error to call
+    monkeypatch.setattr("am_diffusers.run.surroundings.base_rewards", None)  # would be an error to call
     again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     assert again.trainer.method.settings.tilt == run.trainer.method.settings.tilt
     again.lock.release()

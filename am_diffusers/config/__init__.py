@@ -1,8 +1,8 @@
-"""What a run is told: frozen dataclasses, one sentence a field, read by `config/command_line.py` (YAML and flags).
+"""What a run is told: frozen dataclasses, one sentence a field, read by `command_line.py` (YAML and flags).
 
 Flag and YAML key are the field's name, without the section; names follow the Diffusers training scripts.
 Paths may start with `asset:`, a file shipped with the package (`asset:tiny_sd3`).
-Config objects stop at `build/`; nothing below it knows them.
+Config objects stop at `run/`; nothing below it knows them.
 """
 
 from dataclasses import dataclass

@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_diffusers.build.auto import SETTINGS
-from am_diffusers.build.methods import METHOD_BUILDERS
-from am_diffusers.build.training import make_state
 from am_diffusers.estimate.passes import (
     LOSS,
     ROLLOUT,
@@ -29,14 +26,17 @@ from am_diffusers.estimate.passes import (
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.evaluation.images import pictures_of
-from am_diffusers.load import encoder, guided, make_sampler, weighted
 from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, gather_from_one
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 from am_diffusers.methods.refl import ReFL
 from am_diffusers.noise import generator_for, generators_for
-from am_diffusers.plan import Plan
 from am_diffusers.rewards.skeleton import Skeleton
+from am_diffusers.run.load import encoder, guided, make_sampler, weighted
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.micro_batches import SETTINGS
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.training import make_state
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents

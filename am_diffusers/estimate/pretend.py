@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.load import DTYPES, micro_batch
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rewards.skeleton import Skeleton, skeleton
+from am_diffusers.run.load import DTYPES, micro_batch
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.velocity import Conditioning
 

@@ -8,7 +8,7 @@ from am_diffusers.estimate.iteration import estimable
 from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT, SAMPLING, STEP
 from am_diffusers.estimate.report import ENCODING, USABLE, UTILISATION, Estimate, estimate, fits
 from am_diffusers.models.pretrained import MissingModelError
-from am_diffusers.plan import Plan
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.gpus import GPUS, find_gpu
 
 GIB = 2**30

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.buffer_size import buffer_size
 from am_diffusers.config import Config
 from am_diffusers.config.belonging import BUFFERED, GRPO
 from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pictures
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
-from am_diffusers.load import micro_batch
 from am_diffusers.methods.buffered_adjoint_matching import BufferBytes
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.network_calls import trained_rows
-from am_diffusers.plan import Plan
+from am_diffusers.run.buffer_size import buffer_size
+from am_diffusers.run.load import micro_batch
+from am_diffusers.run.network_calls import trained_rows
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.processes import Processes

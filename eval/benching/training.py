@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from am_diffusers.build import build, make_accelerator
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.models.lora import LORA_FILE
-from am_diffusers.network_calls import network_calls
-from am_diffusers.plan import make_plan
+from am_diffusers.run.build import build
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.network_calls import network_calls
+from am_diffusers.run.plan import make_plan
 from benching.study import Flag, Mark, command_line
 
 # More than any budget here allows; the schedule is constant, so that the number changes nothing.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from am_diffusers.config import RewardConfig
 from am_diffusers.features import FEATURES, LPIPS, Features
-from am_diffusers.plan import resolve_reward
 from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
+from am_diffusers.run.plan import resolve_reward
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.text import suggest
 from evaluating.options import named

@@ -1,11 +1,11 @@
-"""Compare the runs of two checkouts: a refactor keeps every number and every byte of the LoRA.
+"""Compare the runs of two checkouts: a refactor keeps every number and every bit of the LoRA.
 
     git worktree add ../before main
     python scripts/docs/same_run.py ../before . --work_dir outputs/same_run
 
 Each case is a short run of `scripts/finetune.py` in both checkouts. Compared are `metrics.jsonl` (without
-seconds) and the bytes of the LoRA; then the second checkout resumes the first one's checkpoint from the
-middle of the run and must end with the same bytes. Finished runs of the first checkout are kept in
+seconds) and the tensors of the LoRA; then the second checkout resumes the first one's checkpoint from the
+middle of the run and must end with the same. Finished runs of the first checkout are kept in
 `--work_dir` and not run again, so that one reference serves many steps. The exit status is the
 number of cases that differ.
 """
@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from safetensors import safe_open
 
 DEMO = "demo"
 LORA = "pytorch_lora_weights.safetensors"
@@ -113,7 +115,13 @@ def metrics(folder: Path) -> list[dict[str, object]]:
 
 
 def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / LORA).read_bytes()).hexdigest()
+    """Hash the tensors of the LoRA file; its header is written in an order that varies from run to run."""
+    with safe_open(folder / LORA, "pt") as file:
+        names = sorted(file.keys())
+        tensors = b"".join(file.get_tensor(name).numpy().tobytes() for name in names)
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    words = json.dumps([names, {k: sorted(v) if isinstance(v, list) else v for k, v in adapter.items()}])
+    return hashlib.sha256(words.encode() + tensors).hexdigest()
 
 
 if __name__ == "__main__":

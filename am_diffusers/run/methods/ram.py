@@ -1,12 +1,12 @@
 """Config to RAM."""
 
-from am_diffusers.build.methods.parts import advantages, end_point_table, reward_of_latents
-from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.ram import RAM, RAMSettings
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import guided, latent_spec, micro_batch
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import advantages, end_point_table, reward_of_latents
 from am_diffusers.system.processes import Processes
 
 

@@ -1,12 +1,12 @@
 """Config to Flow-GRPO."""
 
-from am_diffusers.build.methods.parts import advantages, reward_of_latents, stochastic_table
-from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import guided, latent_spec, micro_batch
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import advantages, reward_of_latents, stochastic_table
 from am_diffusers.system.processes import Processes
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from am_diffusers.buffer_size import check_buffer
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.belonging import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
-from am_diffusers.network_calls import network_calls
 from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
+from am_diffusers.run.buffer_size import check_buffer
+from am_diffusers.run.network_calls import network_calls
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.text import suggest

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from am_diffusers.config import Config, OptimizerConfig
 from am_diffusers.methods import Method
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import WeightedRewards
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.metrics import MetricsLog
 from am_diffusers.training.optimizers import OptimizerSettings, make_optimizer

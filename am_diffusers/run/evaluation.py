@@ -9,10 +9,10 @@ from diffusers.utils import logging as diffusers_logging
 from am_diffusers.evaluation.held_out import HeldOut
 from am_diffusers.evaluation.pairs import Scorer, official
 from am_diffusers.evaluation.validation import Pair, Validation, ValidationLog
-from am_diffusers.load import encoder, guided, make_sampler
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import ImageFeatures, Reward
+from am_diffusers.run.load import encoder, guided, make_sampler
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trackers import Trackers
 

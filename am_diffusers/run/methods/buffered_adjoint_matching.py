@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from am_diffusers.build.methods.adjoint_matching import adjoint_matching
-from am_diffusers.load import encoder
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching, BufferSettings
 from am_diffusers.methods.parts.replay import DiskTensors, in_memory
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import encoder
+from am_diffusers.run.methods.adjoint_matching import adjoint_matching
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 
 

@@ -1,17 +1,17 @@
 """Config to Adjoint Matching."""
 
-from am_diffusers.build.methods.parts import (
+from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.rewards import Reward
+from am_diffusers.run.load import latent_spec, micro_batch
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import (
     gradient_options,
     make_fields,
     make_tilt,
     reward_of_latents,
     stochastic_table,
 )
-from am_diffusers.load import latent_spec, micro_batch
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
-from am_diffusers.rewards import Reward
 from am_diffusers.system.processes import Processes
 
 

@@ -4,8 +4,6 @@ import logging
 
 import torch
 
-from am_diffusers.build.methods.parts import gradient_options, make_tilt, reward_of_latents
-from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.deterministic_adjoint_matching import (
     LABEL,
@@ -13,8 +11,10 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicSettings,
 )
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import guided, latent_spec, micro_batch
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import gradient_options, make_tilt, reward_of_latents
 from am_diffusers.system.processes import Processes
 from am_diffusers.transitions import Transitions, jitter_sigmas, ode_euler
 

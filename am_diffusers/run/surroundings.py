@@ -15,11 +15,11 @@ from am_diffusers.evaluation.base_rewards import (
     load_base_rewards,
     save_base_rewards,
 )
-from am_diffusers.load import guided, make_sampler, micro_batch
 from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import guided, make_sampler, micro_batch
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import GradientOptions, RewardOfLatents
 from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig, TerminalConfig
-from am_diffusers.plan import Plan
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact, redact_values
 from am_diffusers.training.checkpoint import Outdated, changes, digest, load_settings

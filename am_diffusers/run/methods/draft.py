@@ -1,15 +1,15 @@
 """Config to DRaFT and ReFL."""
 
-from am_diffusers.build.methods.parts import end_point_table, reward_of_latents
 from am_diffusers.config import Config
-from am_diffusers.load import guided, latent_spec, micro_batch
 from am_diffusers.methods import Method
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.methods.refl import ReFL, last_quarter
 from am_diffusers.models.sd3 import SD3
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import Reward
+from am_diffusers.run.load import guided, latent_spec, micro_batch
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import end_point_table, reward_of_latents
 from am_diffusers.system.processes import Processes
 
 

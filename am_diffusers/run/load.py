@@ -11,9 +11,9 @@ from am_diffusers.evaluation.images import Sampler
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec
-from am_diffusers.plan import Plan
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
 from am_diffusers.rollout import TableSolver
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, GuidedField, VelocityField

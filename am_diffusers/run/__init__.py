@@ -1,0 +1,1 @@
+"""From a config to objects to a result folder: plan, load, build, execute, resume, share."""

@@ -1,0 +1,108 @@
+"""A checked plan made into a run: the only place where config, models, method and loop meet."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+
+from am_diffusers.config import Config
+from am_diffusers.config.belonging import cautions
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.sharding import shard_frozen
+from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
+from am_diffusers.run.execution import Run
+from am_diffusers.run.folder import EMA_FOLDER, open_folder
+from am_diffusers.run.load import encoder, load_model, load_rewards, weighted
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.micro_batches import find_micro_batches
+from am_diffusers.run.plan import Plan
+from am_diffusers.run.resume import make_checkpoints, outdated, settings_of
+from am_diffusers.run.sharing import find_target, make_sharing
+from am_diffusers.run.training import make_log, make_state, make_trainer, raw_rewards
+from am_diffusers.system.processes import Processes, StopSignal
+from am_diffusers.training.checkpoint import Saver
+from am_diffusers.training.state import TrainState
+from am_diffusers.training.trainer import Hooks
+
+logger = logging.getLogger(__name__)
+
+
+def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) -> Run:
+    """Load the models and put a run together, as its last checkpoint left it.
+
+    Args:
+        plan: what to do.
+        accelerator: processes and device.
+        stop: polled by all work of the run.
+
+    Raises:
+        CheckpointError: the checkpoint can't be gone on from; no model is loaded then.
+        ValueError: a model or reward cannot be loaded, another run has the folder, or the result couldn't
+            be uploaded; says what to do.
+    """
+    config = plan.config
+    processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
+    processes.on_main(lambda: warn(config))
+    target = find_target(config, processes)
+    folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
+    lock, found, trackers = open_folder(plan, checkpoints, processes)
+    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
+    # The model first: once its text encoders are freed there is room for the rewards.
+    model = load_model(plan, accelerator.device)
+    model.before_pass = processes.poll
+    if config.model.shard_weights:
+        shard_frozen(model.transformer, init_device_mesh(accelerator.device.type, (processes.number,)))
+    trained, held_out = load_rewards(plan, accelerator.device)
+    plan = find_micro_batches(plan, model, trained, processes)
+    reward = weighted(trained, config)
+    method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
+    reward.drain()  # scores of the base pictures a divergence was normalised on belong to no iteration
+    state = make_state(config.optimizer, model.lora_parameters())
+    save_lora = lora_writer(model, state)
+    saver = Saver(
+        checkpoints, processes, state, method, settings_of(plan), save_lora, config.checkpoint.on_full_disk
+    )
+    if found is not None:
+        saver.restore(found, outdated=outdated(found, saver.settings))
+    scorer, roles = make_scorer(plan, model, trained, held_out)
+    hooks = Hooks(
+        encode=encoder(config, model, config.method.rollout_guidance_scale),
+        validate=make_validation(plan, scorer, roles, processes, trackers),
+        save=saver.save,
+        more=partial(raw_rewards, reward, processes),
+        forget=reward.drain,
+    )
+    log = make_log(config, trackers, start=state.iteration)
+    return Run(
+        trainer=make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log),
+        save_lora=save_lora,
+        verify_lora=make_verifier(plan, model),
+        held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
+        share=make_sharing(plan, processes, target),
+        processes=processes,
+        folder=folder,
+        lock=lock,
+    )
+
+
+def warn(config: Config) -> None:
+    """Log what a user should know of the settings."""
+    for text in cautions(config):
+        logger.warning("%s", text)
+
+
+def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
+    """Writes the LoRA into a folder, and its running mean into `ema` there; returns the files."""
+
+    def write(folder: Path) -> list[Path]:
+        files = [model.save_lora(folder)]
+        if state.ema is not None:
+            with state.ema_weights():
+                files.append(model.save_lora(folder / EMA_FOLDER))
+        return files
+
+    return write

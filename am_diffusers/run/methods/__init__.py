@@ -1,0 +1,1 @@
+"""Builders of the methods, until each reads its own settings."""

@@ -1,0 +1,200 @@
+"""The end of a run: its model card, and the upload to the Hugging Face hub, checked first."""
+
+import json
+import logging
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from am_diffusers.config import Config
+from am_diffusers.config.command_line import to_yaml
+from am_diffusers.evaluation.held_out import Evaluation
+from am_diffusers.run.aims import LABELS, aim
+from am_diffusers.run.card import CardFacts, Loading, write_card
+from am_diffusers.run.plan import Plan
+from am_diffusers.system.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+# Everything else stays at home: checkpoints, logs, error.txt.
+SHARED = (
+    "README.md",
+    "config.yaml",
+    "evaluation.json",
+    "ema/pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "samples/*.png",
+    "samples/pictures.json",
+)
+
+
+@dataclass(frozen=True)
+class HubTarget:
+    """Where a result goes.
+
+    Attributes:
+        repo_id: `owner/name` of a model repository.
+        private: whether the repository is made private; an existing one stays as it is.
+    """
+
+    repo_id: str
+    private: bool
+
+
+def check_hub(model_id: str, *, private: bool) -> HubTarget:
+    """Make sure, before a run, that its result can be uploaded after it.
+
+    Args:
+        model_id: `owner/name`, or `name` in the user's own namespace.
+        private: see `HubTarget`.
+
+    Raises:
+        ValueError: if the hub is switched off or doesn't answer, the token is missing or can't write, or
+            the name isn't one.
+    """
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id {model_id!r} is no repository name: {error}") from error
+    if is_offline_mode():
+        raise ValueError("--push_to_hub needs the hub, but HF_HUB_OFFLINE is set: unset it or don't push")
+    if get_token() is None:
+        raise ValueError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN")
+    try:
+        user = HfApi().whoami()
+    except Exception as error:  # the client raises those of several libraries
+        raise ValueError(
+            f"--push_to_hub: the hub doesn't say whose token this is ({_first_line(error)}): run `hf auth "
+            "login`, check HF_TOKEN and the network, or don't push"
+        ) from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("--push_to_hub needs a token that may write, this one reads: run `hf auth login`")
+    return HubTarget(model_id if "/" in model_id else f"{user['name']}/{model_id}", private)
+
+
+def upload(target: HubTarget, folder: Path) -> str | None:
+    """Upload the LoRA, its card, its pictures and its settings, and nothing else in `folder`.
+
+    Returns:
+        The address of the repository; None if it failed: a line in the log says how to upload later.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(target.repo_id, private=target.private, exist_ok=True)
+        api.upload_folder(
+            repo_id=target.repo_id,
+            folder_path=folder,
+            allow_patterns=list(SHARED),
+            commit_message="LoRA by Adjoint Matching",
+        )
+    except Exception as error:  # hours of training end here: nothing that the network does may undo them
+        logger.error(
+            "the upload failed (%s); nothing is lost, upload later with: %s",
+            _first_line(error),
+            upload_command(target, folder),
+        )
+        return None
+    return str(address)
+
+
+def upload_command(target: HubTarget, folder: Path) -> str:
+    """The shell command that uploads what `upload` does."""
+    command = ["hf", "upload", target.repo_id, str(folder.resolve()), "."]
+    if target.private:
+        command.append("--private")
+    return shlex.join([*command, *(word for pattern in SHARED for word in ("--include", pattern))])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_target(config: Config) -> HubTarget | None:
+    """Where the result will be uploaded; None = nowhere.
+
+    Raises:
+        ValueError: if it couldn't be, see `hub.check_hub`.
+    """
+    run = config.run
+    if not run.push_to_hub:
+        return None
+    return check_hub(run.hub_model_id or Path(run.output_dir).resolve().name, private=run.hub_private_repo)
+
+
+def find_target(config: Config, processes: Processes) -> HubTarget | None:
+    """`hub_target` on the main process, None on the others; its failure is theirs."""
+    found: list[HubTarget | None] = [None]
+
+    def look() -> None:
+        found[0] = hub_target(config)
+
+    processes.on_main(look)
+    return found[0]
+
+
+def make_sharing(
+    plan: Plan, processes: Processes, target: HubTarget | None
+) -> Callable[[Evaluation | None], None]:
+    """Writes the model card, then uploads; for the main process."""
+    folder = Path(plan.config.run.output_dir)
+
+    def share(evaluation: Evaluation | None) -> None:
+        write_card(folder, card_facts(plan, target), evaluation)
+        address = None if target is None else upload(target, folder)
+        if address is not None:
+            processes.accelerator.print(f"uploaded to {address}")
+
+    return share
+
+
+def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
+    """What the model card says of a run."""
+    config = plan.config
+    base = config.model.pretrained_model_name_or_path
+    is_hub_id = not Path(base).exists() and HUB_ID.fullmatch(base) is not None
+    folder, label = Path(config.run.output_dir), LABELS[config.method.method]
+    return CardFacts(
+        title=folder.resolve().name if target is None else target.repo_id.split("/")[1],
+        base_model=base,
+        hub_base=base if is_hub_id else None,
+        rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in config.method.rewards],
+        method=label.title,
+        paper=label.paper,
+        law=aim(config),
+        source=config.prompts.train_prompts,
+        prompts=plan.train_prompts,
+        settings=to_yaml(config),
+        resolution=config.model.resolution,
+        loading=_loading(plan, str(folder) if target is None else target.repo_id),
+    )
+
+
+def _loading(plan: Plan, load_from: str) -> Loading:
+    model, evaluation = plan.config.model, plan.config.evaluation
+    options = {"revision": model.revision, "variant": model.variant}
+    source = {name: json.dumps(value) for name, value in options.items() if value is not None}
+    if model.mixed_precision != "no":
+        source["torch_dtype"] = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[model.mixed_precision]
+    return Loading(
+        # As in the README: a path in a checkout of this project.
+        base=re.sub("^asset:", "am_diffusers/assets/", model.pretrained_model_name_or_path),
+        base_options=source,
+        load_from=load_from,
+        subfolder="ema" if plan.config.optimizer.use_ema else None,
+        prompt=plan.validation_prompts[0],
+        call={
+            "height": model.resolution,
+            "width": model.resolution,
+            "max_sequence_length": model.max_sequence_length,
+            "num_inference_steps": evaluation.eval_inference_steps,
+            "guidance_scale": evaluation.eval_guidance_scale,
+        },
+    )
