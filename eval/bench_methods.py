@@ -11,7 +11,7 @@ work, each with one thread; a run that another one does is left to it.
     python eval/bench_methods.py --tables_only --real_pictures outputs/real
 
 judges the pictures of the runs that are on this disk by their likeness to real ones, see
-eval/benching/judging.py; needs pip install "am_diffusers[imagenet]".
+eval/benching/images/judging.py; needs pip install "am_diffusers[imagenet]".
 """
 
 import argparse
@@ -22,9 +22,9 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.system.text import suggest
-from benching.judging import judge_pictures, picture_files
-from benching.page import write_page
-from benching.work import Work
+from benching.images.judging import judge_pictures, picture_files
+from benching.images.page import write_page
+from benching.images.work import Work
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = ("methods", "discretisation", "masking")

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from am_diffusers.system.files import write_whole
-from benching.oracle_figure import write_figure
-from benching.oracle_problems import PROBLEMS
-from benching.oracle_records import DATA, REFERENCES, Key, ensure
-from benching.oracle_tables import SEEDS, render, replace_block
-from benching.oracle_variants import VARIANTS
+from benching.oracles.figure import write_figure
+from benching.oracles.problems import PROBLEMS
+from benching.oracles.records import DATA, REFERENCES, Key, ensure
+from benching.oracles.tables import SEEDS, render, replace_block
+from benching.oracles.variants import VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROWS = [*REFERENCES, *VARIANTS]

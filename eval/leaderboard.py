@@ -14,9 +14,9 @@ from pathlib import Path
 
 from am_diffusers.system.files import write_text
 from am_diffusers.system.text import guard_output
-from evaluating.leaderboard import choose_reward, find_evaluations, leaderboard_tables, to_rows
-from evaluating.renderings import to_latex, to_markdown, to_page
-from evaluating.tables import to_csv
+from evaluating.tables.leaderboard import choose_reward, find_evaluations, leaderboard_tables, to_rows
+from evaluating.tables.renderings import to_latex, to_markdown, to_page
+from evaluating.tables.tables import to_csv
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 
 from am_diffusers.evaluation.statistics import Estimate
-from benching.curves import Curve, make_curve
-from benching.records import Record, Reward, Snapshot, record_file, write_record
-from benching.study import EvaluationOptions, Mark, Study
-from benching.work import Work
+from benching.images.curves import Curve, make_curve
+from benching.images.records import Record, Reward, Snapshot, record_file, write_record
+from benching.images.study import EvaluationOptions, Mark, Study
+from benching.images.work import Work
 
 OPTIONS = EvaluationOptions("prompts.txt", ["pickscore", "hpsv2"], 2, 2)
 P = 8

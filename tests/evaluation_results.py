@@ -7,7 +7,7 @@ import numpy as np
 
 from am_diffusers.prompts.sets import PromptSet
 from evaluating.candidates import BASE, Candidate
-from evaluating.results import Results
+from evaluating.summary.results import Results
 
 SETTINGS = {"pretrained_model_name_or_path": "tiny", "sampler": "ode", "seed": 0, "resolution": 64}
 BASE_20 = Candidate(BASE, 20)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, Cotangent, VelocityField
-from benching.oracle_mixture import Mixture
+from benching.oracles.mixture import Mixture
 
 
 def unconditional(num: int) -> Conditioning:

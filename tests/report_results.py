@@ -7,7 +7,7 @@ from PIL import Image
 
 from am_diffusers.prompts.sets import PromptSet
 from evaluating.candidates import BASE, Candidate
-from evaluating.results import Results
+from evaluating.summary.results import Results
 
 HOSTILE = (
     """</script><script>window.hacked = 1</script> "quoted" 'fox' """

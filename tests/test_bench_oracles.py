@@ -13,16 +13,17 @@ from oracles import chain_moments, float64, gaussian
 import bench_oracles
 from am_diffusers.methods import METHODS
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
-from benching import oracle_records, oracle_variants
-from benching.oracle_figure import write_figure
-from benching.oracle_laws import law_of, points_of, quantiles_of_noise, sde_on_a_line
-from benching.oracle_measures import Points, distance, measures, wasserstein2
-from benching.oracle_methods import Surroundings, make_method
-from benching.oracle_problems import PROBLEMS
-from benching.oracle_records import REFERENCES, Key, density, ensure, load, settings_of
-from benching.oracle_tables import BEGIN, END, SEEDS, render, replace_block
-from benching.oracle_training import Schedule, control, reaches, train
-from benching.oracle_variants import VARIANTS, Variant
+from benching.oracles import records as oracle_records
+from benching.oracles import variants as oracle_variants
+from benching.oracles.figure import write_figure
+from benching.oracles.laws import law_of, points_of, quantiles_of_noise, sde_on_a_line
+from benching.oracles.measures import Points, distance, measures, wasserstein2
+from benching.oracles.methods import Surroundings, make_method
+from benching.oracles.problems import PROBLEMS
+from benching.oracles.records import REFERENCES, Key, density, ensure, load, settings_of
+from benching.oracles.tables import BEGIN, END, SEEDS, render, replace_block
+from benching.oracles.training import Schedule, control, reaches, train
+from benching.oracles.variants import VARIANTS, Variant
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 LINE, PLANE = PROBLEMS["two_modes_quadratic"], PROBLEMS["five_modes"]

@@ -17,9 +17,9 @@ from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.training.trainer import IterationError
-from benching.records import read_record, record_file, write_record
-from benching.study import EvaluationOptions, Mark, Study, command_line, read_study
-from benching.work import Work
+from benching.images.records import read_record, record_file, write_record
+from benching.images.study import EvaluationOptions, Mark, Study, command_line, read_study
+from benching.images.work import Work
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "eval/benching").glob("*.yaml"))

@@ -15,15 +15,15 @@ from pretrain.data import COLOUR_NAMES, COLOURS, PictureSet, background_of
 
 from am_diffusers.evaluation.statistics import Estimate
 from am_diffusers.system.files import asset_path
-from benching.curves import make_curve
-from benching.equal_reward import at_equal_reward
-from benching.judging import Judge, judge_pictures
-from benching.likeness import Judged, RunLikeness, likeness_file, read_likeness, write_likeness
-from benching.page import likeness_of
-from benching.records import record_file
-from benching.study import Elsewhere
-from benching.tables import equal_reward_table, likeness_table
-from benching.work import Work
+from benching.images.curves import make_curve
+from benching.images.equal_reward import at_equal_reward
+from benching.images.judging import Judge, judge_pictures
+from benching.images.likeness import Judged, RunLikeness, likeness_file, read_likeness, write_likeness
+from benching.images.page import likeness_of
+from benching.images.records import record_file
+from benching.images.study import Elsewhere
+from benching.images.tables import equal_reward_table, likeness_table
+from benching.images.work import Work
 from evaluating.store import read_picture
 
 SCRIPT = Path(__file__).parents[1] / "scripts/compose_pictures.py"

@@ -10,14 +10,14 @@ from bench_records import curve, record, study
 from PIL import Image
 
 from am_diffusers.system.text import replace_table
-from benching.curves import make_curve, where
-from benching.equal_reward import at_equal_reward
-from benching.figures import draw
-from benching.page import reference_of, tables
-from benching.sheet import draw_sheet, pictures_of
-from benching.study import Elsewhere
-from benching.tables import budget_table, equal_reward_table, tried_table
-from benching.work import Work
+from benching.images.curves import make_curve, where
+from benching.images.equal_reward import at_equal_reward
+from benching.images.figures import draw
+from benching.images.page import reference_of, tables
+from benching.images.sheet import draw_sheet, pictures_of
+from benching.images.study import Elsewhere
+from benching.images.tables import budget_table, equal_reward_table, tried_table
+from benching.images.work import Work
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "eval/benching").glob("*.yaml"))

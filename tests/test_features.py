@@ -21,9 +21,9 @@ from transformers import (
     Dinov2Model,
 )
 
-from am_diffusers.features import CLIP, FEATURES, LPIPS, DINOv2, DreamSim, EfficientNet
 from am_diffusers.rewards import ImageFeatures, ImageNetClass
 from am_diffusers.rewards.packaged import EFFICIENTNET_LITE0
+from evaluating.measuring.features import CLIP, FEATURES, LPIPS, DINOv2, DreamSim, EfficientNet
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # facebook/dinov2-base's preprocessor_config.json.

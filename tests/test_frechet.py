@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from am_diffusers.frechet import frechet_distance, frechet_from_base
+from evaluating.summary.frechet import frechet_distance, frechet_from_base
 
 RNG = np.random.default_rng
 

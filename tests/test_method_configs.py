@@ -7,8 +7,8 @@ import pytest
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.run.plan import make_plan
-from benching.study import command_line
-from benching.work import Work
+from benching.images.study import command_line
+from benching.images.work import Work
 
 ROOT = Path(__file__).parents[1]
 DEMO, FOLDER = ROOT / "configs/tiny_sd3.yaml", ROOT / "configs/methods"

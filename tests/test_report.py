@@ -15,9 +15,9 @@ from playwright.sync_api import sync_playwright
 from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
 
 from am_diffusers.evaluation.statistics import Estimate, compare
-from evaluating import report_pictures
 from evaluating.candidates import BASE, Candidate
-from evaluating.figures import (
+from evaluating.report import images as report_pictures
+from evaluating.report.figures import (
     HEIGHT,
     WIDTH,
     Point,
@@ -25,13 +25,13 @@ from evaluating.figures import (
     gain_against_path_kl,
     pareto_front,
 )
-from evaluating.findings import candidate_labels, verdict
-from evaluating.report import write_report
-from evaluating.report_pictures import data_address, embed_pictures, prompts_to_show
-from evaluating.summarising import summarise
-from evaluating.summary import FEWEST_PROMPTS
-from evaluating.svg import legend_above, panel, styled
-from evaluating.wording import plain
+from evaluating.report.findings import candidate_labels, verdict
+from evaluating.report.images import data_address, embed_pictures, prompts_to_show
+from evaluating.report.numbers import plain
+from evaluating.report.page import write_report
+from evaluating.report.svg import legend_above, panel, styled
+from evaluating.summary.summarising import summarise
+from evaluating.summary.summary import FEWEST_PROMPTS
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

@@ -11,12 +11,12 @@ from evaluation_results import BASE_20, SETTINGS, STRONG, WEAK, make_results
 from safetensors import SafetensorError
 
 from am_diffusers.evaluation.statistics import compare, diversity
-from am_diffusers.frechet import frechet_distance, frechet_from_base
 from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system import files
 from am_diffusers.system.files import StorageError, write_text, write_whole
-from evaluating.summarising import summarise
-from evaluating.summary import read_summary, write_summary
+from evaluating.summary.frechet import frechet_distance, frechet_from_base
+from evaluating.summary.summarising import summarise
+from evaluating.summary.summary import read_summary, write_summary
 
 RESULTS = make_results()
 

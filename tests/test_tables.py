@@ -11,17 +11,25 @@ from evaluation_results import BASE_20, SETTINGS, SHIFTS, STRONG, WEAK, make_res
 from markdown_it import MarkdownIt
 
 import leaderboard
-from evaluating.leaderboard import (
+from evaluating.summary.summarising import summarise
+from evaluating.summary.summary import write_summary
+from evaluating.tables.leaderboard import (
     choose_reward,
     find_evaluations,
     leaderboard_table,
     leaderboard_tables,
     to_rows,
 )
-from evaluating.renderings import Cell, Table, to_html, to_latex, to_markdown, to_page
-from evaluating.summarising import summarise
-from evaluating.summary import write_summary
-from evaluating.tables import comparison_rows, comparison_table, in_order, label, number, to_csv, write_tables
+from evaluating.tables.renderings import Cell, Table, to_html, to_latex, to_markdown, to_page
+from evaluating.tables.tables import (
+    comparison_rows,
+    comparison_table,
+    in_order,
+    label,
+    number,
+    to_csv,
+    write_tables,
+)
 
 NASTY = Table(
     ("mo|del", "n_1 & <b>"),

@@ -11,20 +11,20 @@ from am_diffusers.evaluation.images import Picture
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.prompts.presets import describe_source
 from am_diffusers.system.processes import Processes
-from evaluating.finish import collect, missing_units, write_scores
 from evaluating.generate import Generator, load_model, missing_batches
 from evaluating.layouts import export_layout
+from evaluating.measuring.references import find_references, reference_features
+from evaluating.measuring.values import measure_units, units_of, unmeasured
 from evaluating.notes import make_notes
 from evaluating.plan import Plan
-from evaluating.references import find_references, reference_features
-from evaluating.renderings import to_markdown
-from evaluating.report import write_report
+from evaluating.report.page import write_report
 from evaluating.runs import trained_rewards
-from evaluating.score import measure_units, units_of, unmeasured
 from evaluating.store import Store
-from evaluating.summarising import summarise
-from evaluating.summary import SUMMARY_FILE, write_summary
-from evaluating.tables import comparison_table, write_tables
+from evaluating.summary.collect import collect, missing_units, write_scores
+from evaluating.summary.summarising import summarise
+from evaluating.summary.summary import SUMMARY_FILE, write_summary
+from evaluating.tables.renderings import to_markdown
+from evaluating.tables.tables import comparison_table, write_tables
 
 
 def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:

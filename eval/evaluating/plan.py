@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from am_diffusers.features import LPIPS
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.models.schedulers import check_solver
@@ -16,12 +15,13 @@ from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import asset_path
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
-from evaluating.measures import Measure, choose_features, choose_rewards
+from evaluating.measuring.features import LPIPS
+from evaluating.measuring.measures import Measure, choose_features, choose_rewards
+from evaluating.measuring.references import find_references
+from evaluating.measuring.weights import fingerprint
 from evaluating.options import Options
-from evaluating.references import find_references
 from evaluating.runs import trained_rewards
 from evaluating.store import CHUNK, digest
-from evaluating.weights import fingerprint
 
 DECLARATION = "am_diffusers.json"
 NAME = re.compile(r"[\w.-]+")

@@ -1,0 +1,1 @@
+"""Methods compared on the embedded model's images."""

@@ -1,0 +1,147 @@
+"""From records to what is compared: the way of a setting from the base, run by run and prompt by prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from am_diffusers.evaluation.statistics import Array, Estimate, estimate
+from benching.images.likeness import RunLikeness, with_likeness
+from benching.images.records import Record, Snapshot
+
+Rows = NDArray[np.intp]
+BASE = "base"
+ROLES = ("trained", "held-out", "independent")
+
+
+class Place(NamedTuple):
+    """A place on a way, means over seeds and prompts.
+
+    Attributes:
+        trained: mean gain of the trained rewards, in base standard deviations.
+        held_out: mean gain of the held-out ones.
+        likeness: gain of the likeness to real pictures; NaN where it isn't known.
+        seconds: of training.
+        calls: of the transformer, a sample each.
+        iterations: optimizer steps.
+        diversity: share of the base's that is kept.
+        frechet: squared Frechet distance to the base's pictures, less the floor.
+        real_frechet: squared Frechet distance to real pictures; NaN where it isn't known.
+    """
+
+    trained: float
+    held_out: float
+    likeness: float
+    seconds: float
+    calls: float
+    iterations: float
+    diversity: float
+    frechet: float
+    real_frechet: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The way of a setting: S runs, M marks by time, the unchanged base first, P prompts.
+
+    Attributes:
+        setting: its name.
+        method: of the setting.
+        marks: their names, `base` first.
+        gains: of each reward, (S, M, P), in base standard deviations.
+        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real pictures.
+        others: seconds, calls, iterations, diversity and both Frechet distances, (6, S, M).
+    """
+
+    setting: str
+    method: str
+    marks: Sequence[str]
+    gains: Mapping[str, Array]
+    roles: Mapping[str, str]
+    others: Array
+
+    @property
+    def seeds(self) -> int:
+        """Number of runs."""
+        return self.others.shape[1]
+
+    def by_prompt(self, role: str) -> Array:
+        """Mean gain of the rewards of a role, (S, M, P); NaN if there are none."""
+        gains = [gain for name, gain in self.gains.items() if self.roles[name] == role]
+        return np.mean(gains, axis=0) if gains else np.full_like(next(iter(self.gains.values())), np.nan)
+
+    def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
+        """The fields of `Place` at the marks, (9, M), for some or all runs and prompts, which may repeat."""
+        seeds = np.arange(self.seeds) if seeds is None else seeds
+        roles = [self.by_prompt(role)[seeds] for role in ROLES]
+        chosen = roles if prompts is None else [role[..., prompts] for role in roles]
+        gains = np.stack([role.mean(axis=(0, 2)) for role in chosen])
+        return np.concatenate([gains, self.others[:, seeds].mean(axis=1)])
+
+    def at(self, mark: str) -> Place:
+        """The place of a mark."""
+        return Place(*self.places()[:, self.marks.index(mark)].tolist())
+
+
+def make_curve(records: Sequence[Record], likeness: Sequence[RunLikeness | None] = ()) -> Curve:
+    """The runs of one setting.
+
+    Args:
+        records: one a seed, at least one, with the same marks.
+        likeness: of each, used if it is known of all.
+    """
+    known = [each for each in likeness if each is not None]
+    complete = len(known) == len(records)
+    if complete:
+        records = [with_likeness(record, each) for record, each in zip(records, known, strict=True)]
+    first = records[0]
+    snapshots = sorted(first.snapshots, key=lambda snapshot: snapshot.seconds)
+    marks = [snapshot.mark for snapshot in snapshots]
+    runs = [[record.at(mark) for mark in marks] for record in records]
+    gains = {
+        name: np.array([[each.rewards[name].by_prompt for each in run] for run in runs])
+        for name in snapshots[0].rewards
+    }
+    others = np.full((6, len(runs), 1 + len(marks)), np.nan)
+    others[:5, :, 0] = np.array([0, 0, 0, 1, 0.0])[:, None]
+    for row, run in enumerate(runs):
+        others[:5, row, 1:] = np.transpose([_others(each) for each in run])
+        if complete:
+            real = [known[row].base, *(known[row].marks[mark] for mark in marks)]
+            others[5, row] = [each.frechet for each in real]
+    return Curve(
+        setting=first.setting,
+        method=first.method,
+        marks=[BASE, *marks],
+        gains={name: np.concatenate([0 * gain[:, :1], gain], axis=1) for name, gain in gains.items()},
+        roles={name: reward.role for name, reward in snapshots[0].rewards.items()},
+        others=others,
+    )
+
+
+def _others(snapshot: Snapshot) -> tuple[float, ...]:
+    spent = (snapshot.seconds, snapshot.calls, snapshot.iterations)
+    return *spent, snapshot.diversity_kept.value, snapshot.frechet
+
+
+def gain_of(curve: Curve, reward: str, mark: str) -> Estimate:
+    """Gain of one reward at a mark, mean over runs, its interval over prompts."""
+    return estimate(np.mean, curve.gains[reward][:, curve.marks.index(mark)].mean(axis=0))
+
+
+def where(places: Array, level: float) -> Place | None:
+    """Where the trained gain first is `level` > 0, between two marks linearly; None if nowhere.
+
+    Args:
+        places: of `Curve.places`.
+        level: in base standard deviations.
+    """
+    trained = places[0]
+    crossed = np.flatnonzero((trained[:-1] < level) & (level <= trained[1:]))
+    if not len(crossed):
+        return None
+    before = crossed[0]
+    share = (level - trained[before]) / (trained[before + 1] - trained[before])
+    return Place(*(places[:, before] + share * (places[:, before + 1] - places[:, before])).tolist())

@@ -1,0 +1,80 @@
+"""The figure of a study: ways from the base, one line a setting."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from am_diffusers.evaluation.panel import COLOURS, GREY
+from am_diffusers.system.files import write_whole
+from benching.images.curves import BASE, Curve, Place
+from evaluating.report.svg import styled
+
+MARKERS = "oDs^vPX*"
+Axis = Callable[[Place], float]
+TRAINED = "gain of the trained reward (base sd)"
+HELD_OUT = "mean gain of the held-out rewards (base sd)"
+
+
+def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
+    """Six panels as PNG: what training cost against its gain, and what came with the gain.
+
+    Args:
+        curves: of the settings that are compared.
+        spent: `seconds` or `calls`, the cost of the first panel.
+        file: where it goes.
+    """
+    with styled():
+        figure = Figure(figsize=(11, 12.6), dpi=110, layout="constrained")
+        axes = figure.subplots(3, 2).ravel()
+        title = (
+            "seconds of training" if spent == "seconds" else "transformer calls, a sample each (thousands)"
+        )
+        unit = 1 if spent == "seconds" else 1000
+        _panel(axes[0], curves, (lambda p: getattr(p, spent) / unit, _trained), (title, TRAINED))
+        _panel(axes[1], curves, (_trained, lambda p: p.held_out), (TRAINED, HELD_OUT))
+        diversity = "diversity kept (% of the base's)"
+        _panel(axes[2], curves, (_trained, lambda p: 100 * p.diversity), (TRAINED, diversity))
+        frechet = "Frechet distance to the base, less its floor"
+        _panel(axes[3], curves, (_trained, lambda p: p.frechet), (TRAINED, frechet))
+        likeness = "likeness to real pictures (gain in base sd)"
+        _panel(axes[4], curves, (_trained, lambda p: p.likeness), (TRAINED, likeness))
+        real = "Frechet distance to real pictures"
+        _panel(axes[5], curves, (_trained, lambda p: p.real_frechet), (TRAINED, real))
+        low, high = axes[1].get_xlim()
+        ends = np.array([max(low, axes[1].get_ylim()[0]), high])
+        axes[1].plot(ends, ends, ":", color=GREY, linewidth=1, zorder=0)
+        axes[1].annotate(
+            "as much as the trained one",
+            ends[[1, 1]],
+            (-4, -16),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=GREY,
+            fontsize=9,
+        )
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        write_whole(file, lambda part: figure.savefig(part, format="png", metadata={"Software": None}))
+
+
+def _trained(place: Place) -> float:
+    return place.trained
+
+
+def _panel(axes: Axes, curves: Sequence[Curve], of: tuple[Axis, Axis], titles: tuple[str, str]) -> None:
+    for place, curve in enumerate(curves):
+        horizontal, vertical = ([axis(curve.at(mark)) for mark in curve.marks] for axis in of)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        style = "-" if place < len(COLOURS) else "--"
+        axes.plot(horizontal, vertical, style, marker=marker, color=colour, markersize=5, label=curve.setting)
+    axes.set(xlabel=titles[0], ylabel=titles[1])
+    axes.axhline(vertical_of_base(of[1], curves), color=GREY, linewidth=0.8, zorder=0)
+
+
+def vertical_of_base(axis: Axis, curves: Sequence[Curve]) -> float:
+    """Where the base is on a vertical axis."""
+    return axis(curves[0].at(BASE))

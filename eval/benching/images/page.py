@@ -1,0 +1,137 @@
+"""docs/methods.md: tables and figures of the studies, from the committed records."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.system.files import asset_path, write_text
+from am_diffusers.system.text import replace_table, suggest
+from benching.images.curves import Curve, make_curve
+from benching.images.figures import draw
+from benching.images.likeness import RunLikeness
+from benching.images.records import Record
+from benching.images.sheet import draw_sheet, pictures_of
+from benching.images.tables import budget_table, equal_reward_table, likeness_table, tried_table
+from benching.images.work import Work, check_machines
+from evaluating.candidates import BASE
+
+PAGE = "methods.md"
+
+
+def curves_of(work: Work) -> list[Curve]:
+    """Of all settings that are compared, the first method's first."""
+    return [curve_of(work, records) for records in work.compared().values()]
+
+
+def curve_of(work: Work, records: Sequence[Record]) -> Curve:
+    """The way of the records of a setting, with what is known of their likeness."""
+    return make_curve(records, [work.likeness(record.setting, record.seed) for record in records])
+
+
+def reference_of(work: Work) -> list[Curve]:
+    """The study's reference from elsewhere; empty if there is none, or none has been run.
+
+    Raises:
+        ValueError: there is no such setting, it was evaluated otherwise, or on another machine.
+    """
+    study, named = work.study, work.study.reference
+    if named is None:
+        return []
+    other = Work.of(named.study, work.outputs.parent)
+    if named.setting not in other.study.settings:
+        raise ValueError(f"reference {suggest(named.setting, other.study.settings)}")
+    if other.study.evaluation != study.evaluation:
+        raise ValueError(
+            f"{named.study} and this study evaluate differently: {named.setting} is no reference"
+        )
+    records = other.compared().get(named.setting)
+    if records is None:
+        return []
+    check_machines([*records, *(each for found in work.compared().values() for each in found)])
+    return [curve_of(other, records)]
+
+
+def likeness_of(work: Work) -> RunLikeness | None:
+    """The likeness of one of the runs that are compared, for base and real pictures; None if none is known.
+
+    The reference from elsewhere is among those that are compared.
+
+    Raises:
+        ValueError: runs were judged by different real pictures, features, or beside different base pictures.
+    """
+    known = _judged(work, list(work.compared()))
+    if work.study.reference is not None:
+        known |= _judged(
+            Work.of(work.study.reference.study, work.outputs.parent), [work.study.reference.setting]
+        )
+    first = next(iter(known.items()), None)
+    for name, found in known.items():
+        if first is not None and found.judge != first[1].judge:
+            raise ValueError(f"{first[0]} and {name} were judged by different judges: judge all again")
+    return None if first is None else first[1]
+
+
+def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
+    """What is known of the likeness of the runs of some settings, by the name of the run."""
+    return {
+        f"{record.setting}-seed{record.seed}": found
+        for setting in settings
+        for record in work.compared().get(setting, [])
+        if (found := work.likeness(record.setting, record.seed)) is not None
+    }
+
+
+def tables(name: str, work: Work) -> dict[str, str]:
+    """The tables of a study by their marks; none before a setting can be compared."""
+    curves, study = curves_of(work), work.study
+    timed = study.timed
+    if not curves:
+        return {}
+    elsewhere = reference_of(work)
+    every = [*curves, *elsewhere]
+    found = {
+        f"{name}-{mark.name}": budget_table(
+            [curve for curve in every if mark.name in curve.marks], mark.name, timed=timed
+        )
+        for mark in study.marks
+        if mark.name == study.budget or mark.calls is not None
+    }
+    judged = likeness_of(work)
+    if judged is not None:
+        found[f"{name}-likeness"] = likeness_table(every, study, judged)
+    if len(curves) > 1:
+        found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
+    for curve in elsewhere:
+        found[f"{name}-reference"] = equal_reward_table(curve, curves, timed=timed)
+    if study.select == "best":
+        first = [work.record(setting, study.seeds[0]) for setting in study.settings]
+        known = [record for record in first if record is not None]
+        chosen = [curve.setting for curve in curves]
+        found[f"{name}-tried"] = tried_table(known, study.budget, chosen)
+    return found
+
+
+def write_page(name: str, work: Work, docs: Path) -> None:
+    """Write a study's tables between their marks, draw its figure and, if its pictures are here, a sheet.
+
+    Raises:
+        ValueError: the page lacks the marks of a table.
+    """
+    page = docs / PAGE
+    text = page.read_text("utf-8")
+    for mark, table in tables(name, work).items():
+        text = replace_table(text, mark, table)
+    write_text(page, text)
+    curves = curves_of(work)
+    if not curves:
+        return
+    draw(
+        [*curves, *reference_of(work)],
+        "seconds" if work.study.timed else "calls",
+        docs / "images" / f"{name}.png",
+    )
+    pictures = pictures_of(work, [curve.setting for curve in curves])
+    if work.study.select == "best" and len(pictures) == len(curves) + 1:  # the base and all others
+        prompts = load_prompts(asset_path(work.study.evaluation.prompts))
+        shown = [prompts[int(file.name.split("-")[0])] for file in pictures[BASE]]
+        draw_sheet(pictures, shown, docs / "images" / f"{name}_pictures.png")

@@ -1,0 +1,1 @@
+"""What is measured of images: scores, distances, features; which weights did it."""

@@ -1,0 +1,58 @@
+"""LPIPS: how much a picture changed, by distances of AlexNet's activations (arXiv 1801.03924)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from am_diffusers.rewards.base import check_images
+from evaluating.measuring.features.optional import optional_module
+
+NAME = "lpips"
+
+
+class LPIPS:
+    """Distance of pairs of pictures, at least 0. Build it with `from_pretrained`.
+
+    Args:
+        model: the package's network; frozen, set to evaluation and moved in place.
+        device: where it runs.
+    """
+
+    name = NAME
+
+    def __init__(self, model: nn.Module, *, device: torch.device | str = "cpu") -> None:
+        self._model: Any = model.requires_grad_(False).eval().to(device)
+        self._device = device
+
+    @classmethod
+    def from_pretrained(cls, *, device: torch.device | str = "cpu") -> "LPIPS":
+        """Version 0.1 on AlexNet, the package's default, which torchvision downloads once (233 MB).
+
+        Raises:
+            ValueError: if the package or AlexNet's weights are missing (with the command that gets them).
+        """
+        package = optional_module(NAME, 'run `pip install "am_diffusers[perceptual]"`')
+        try:
+            return cls(package.LPIPS(net="alex", verbose=False), device=device)
+        except OSError as error:  # no network, too
+            command = "from torchvision.models import alexnet; alexnet(weights='DEFAULT')"
+            raise ValueError(
+                f'AlexNet\'s weights not found ({error}): run `python -c "{command}"`'
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distances (B,) of `first` and `second`, both (B, 3, H, W) in [0, 1], float32 on the CPU.
+
+        Raises:
+            ValueError: if they have different shapes, or the wrong shape or values.
+        """
+        check_images(first)
+        check_images(second)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"expected pairs of pictures, got {tuple(first.shape)} and {tuple(second.shape)}"
+            )
+        pair = (images.to(self._device, torch.float32) for images in (first, second))
+        return self._model(*pair, normalize=True).flatten().cpu()

@@ -1,0 +1,52 @@
+"""Pictures that others are compared with as a set: photographs, for instance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from am_diffusers.evaluation.statistics import Array
+from am_diffusers.system.processes import Processes
+from am_diffusers.training.checkpoint_folder import sha256
+from evaluating.measuring.measures import Measure
+from evaluating.store import Store, read_picture
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def find_references(folder: Path, features: Sequence[Measure]) -> list[Path]:
+    """The picture files in a folder and those below it.
+
+    Raises:
+        ValueError: fewer than 2, or no features that could be compared.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if len(files) < 2:
+        raise ValueError(f"--reference_pictures {folder}: expected at least 2 of {', '.join(PICTURES)}")
+    if not features:
+        raise ValueError("--reference_pictures: nothing to compare them by, name some --features")
+    return files
+
+
+@torch.no_grad()
+def reference_features(store: Store, measure: Measure, files: Sequence[Path], processes: Processes) -> Array:
+    """Features (N, D) of picture files of any sizes; kept for the next time.
+
+    Raises:
+        ValueError: one can't be read.
+    """
+    depends_on = {"measure": measure.identity, "pictures": [sha256(file) for file in files]}
+    kept = store.folder / "features" / "reference" / f"{measure.name}.safetensors"
+    found = store.load_values(kept, depends_on)
+    if found is not None:
+        return found
+    function = measure.load(processes.accelerator.device, 1, ())
+    rows = []
+    for file in tqdm(files, desc=f"{measure.name} of reference pictures", disable=None):
+        processes.poll()
+        image = read_picture(file)[None]
+        rows.append(function(image, [""], image))
+    features = torch.cat(rows).float().cpu().numpy()
+    store.save_values(kept, features, depends_on)
+    return features

@@ -1,0 +1,112 @@
+"""What the report says of the price of the gains: diversity, path KL, change, and pictures as sets."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from am_diffusers.evaluation.statistics import Estimate
+from evaluating.report import figures
+from evaluating.report.figures import Point
+from evaluating.report.findings import Finding
+from evaluating.summary.frechet import FrechetFromBase
+from evaluating.summary.summary import Summary
+
+
+class Cost(NamedTuple):
+    """A column of the table of what the gains cost.
+
+    Attributes:
+        kind: diversity, path_kl or change.
+        title: of the column.
+        estimates: of each finding; None = not measured.
+    """
+
+    kind: str
+    title: str
+    estimates: list[Estimate | None]
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    """A row of the table of Frechet distances.
+
+    Attributes:
+        label: of the candidate.
+        number: of the finding; None for a base.
+        from_base: by name of the features; empty for a base.
+        to_reference: by name of the features; empty without reference pictures.
+    """
+
+    label: str
+    number: int | None
+    from_base: Mapping[str, FrechetFromBase]
+    to_reference: Mapping[str, float]
+
+
+def find_costs(findings: Sequence[Finding]) -> list[Cost]:
+    """What was measured beside the rewards."""
+    found = [finding.against for finding in findings]
+    features = dict.fromkeys(name for against in found for name in against.diversity_kept)
+    columns = [
+        Cost("diversity", f"Diversity kept ({name})", [against.diversity_kept.get(name) for against in found])
+        for name in features
+    ]
+    columns.append(Cost("path_kl", "Path KL in nats", [against.path_kl for against in found]))
+    columns.append(Cost("change", "Change (LPIPS)", [against.change for against in found]))
+    return [column for column in columns if any(column.estimates)]
+
+
+def set_distances(
+    summary: Summary, findings: Sequence[Finding], labels: Mapping[str, str]
+) -> list[SetDistance]:
+    """Frechet distances of the candidates that have some; bases have them from reference pictures only."""
+    numbers = {finding.candidate.key: finding.number for finding in findings}
+    rows = [
+        SetDistance(
+            labels[candidate.key],
+            numbers.get(candidate.key),
+            candidate.against_base.frechet if candidate.against_base else {},
+            candidate.reference,
+        )
+        for candidate in summary.candidates
+    ]
+    return [row for row in rows if row.from_base or row.to_reference]
+
+
+def trade_offs(
+    findings: Sequence[Finding], costs: Sequence[Cost], labels: Mapping[str, str]
+) -> dict[str, list[list[Markup]]]:
+    """Figures of gain against what it cost, by the cost's title: a row a base, a figure a reward.
+
+    Gains, diversity kept and path KL are relative to a base: those of other steps or guidance are no points
+    of the same plot.
+    """
+    draw = {"diversity": figures.gain_against_diversity, "path_kl": figures.gain_against_path_kl}
+    groups = {c.title: _charts(findings, c.estimates, labels, draw[c.kind]) for c in costs if c.kind in draw}
+    return {title: group for title, group in groups.items() if group}
+
+
+def _charts(
+    findings: Sequence[Finding],
+    costs: Sequence[Estimate | None],
+    labels: Mapping[str, str],
+    draw: Callable[[str, str, Sequence[Point]], str],
+) -> list[list[Markup]]:
+    """Figures of the candidates whose cost is known; those of rising LoRA scale are joined."""
+    bases: dict[str, dict[str, list[Point]]] = {}
+    known = zip(findings, costs, strict=True)
+    for finding, cost in sorted(known, key=lambda each: each[0].candidate.lora_scale):
+        if cost is None:
+            continue
+        rewards = bases.setdefault(finding.against.base, {})
+        for reward, gain in finding.gains.items():
+            number = finding.number if len(findings) > 1 else None
+            point = Point(number, finding.candidate.name, cost, gain)
+            rewards.setdefault(reward, []).append(point)
+    return [
+        [Markup(draw(reward, labels[base], found)) for reward, found in rewards.items()]
+        for base, rewards in bases.items()
+        if rewards
+    ]

@@ -1,0 +1,94 @@
+"""What the report says of each tuned candidate: the summary's numbers, named and put in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from am_diffusers.evaluation.statistics import Comparison, Estimate
+from evaluating.candidates import Candidate
+from evaluating.summary.results import Results
+from evaluating.summary.summary import FEWEST_PROMPTS, AgainstBase, Summary
+
+BETTER, WORSE, UNCLEAR, TOO_FEW = "better", "worse", "no clear difference", "too few prompts"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A tuned candidate and what was found of it.
+
+    Attributes:
+        number: from 1, in the tables and figures.
+        place: among all candidates of the evaluation, from 0.
+        candidate: it.
+        label: its name, with what tells it from the others.
+        against: what the summary says of it.
+    """
+
+    number: int
+    place: int
+    candidate: Candidate
+    label: str
+    against: AgainstBase
+
+    @property
+    def gains(self) -> dict[str, Estimate]:
+        """By reward name, in base sd; a reward by which all base pictures score the same is missing."""
+        found = {name: reward.overall.gain for name, reward in self.against.rewards.items()}
+        return {name: gain for name, gain in found.items() if gain is not None}
+
+    @property
+    def verdicts(self) -> dict[str, list[str]]:
+        """Names of the rewards by verdict; a verdict that none has is missing."""
+        words = {name: verdict(reward.overall) for name, reward in self.against.rewards.items()}
+        order = (BETTER, WORSE, UNCLEAR, TOO_FEW)
+        found = {word: [name for name in words if words[name] == word] for word in order}
+        return {word: names for word, names in found.items() if names}
+
+    def category_gains(self, reward: str, column: str) -> dict[str, Comparison]:
+        """Comparisons by category, of those with a gain."""
+        found = self.against.rewards[reward].categories[column]
+        return {name: comparison for name, comparison in found.items() if comparison.gain is not None}
+
+
+def verdict(comparison: Comparison) -> str:
+    """In words: no clear difference unless it's significant, which it can't be with too few prompts."""
+    if comparison.num_prompts < FEWEST_PROMPTS:
+        return TOO_FEW
+    if not comparison.significant:
+        return UNCLEAR
+    return BETTER if comparison.difference.value > 0 else WORSE
+
+
+def candidate_labels(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """By candidate key: its name, and scale, steps and guidance where not all candidates agree on them."""
+    scales = {candidate.lora_scale for candidate in candidates if not candidate.is_base}
+    steps = {candidate.num_inference_steps for candidate in candidates}
+    guidance = {candidate.guidance_scale for candidate in candidates}
+    return {
+        candidate.key: ", ".join(
+            [candidate.name]
+            + [f"scale {candidate.lora_scale:g}"] * (len(scales) > 1 and not candidate.is_base)
+            + [f"{candidate.num_inference_steps} steps"] * (len(steps) > 1)
+            + [f"guidance {candidate.guidance_scale:g}"] * (len(guidance) > 1)
+        )
+        for candidate in candidates
+    }
+
+
+def read_findings(results: Results, summary: Summary) -> tuple[Finding, ...]:
+    """Findings of all tuned candidates, in the order of `results`.
+
+    Args:
+        results: of the evaluation.
+        summary: of the same results.
+    """
+    labels = candidate_labels(results.candidates)
+    against = {found.key: found.against_base for found in summary.candidates}
+    places = [place for place, candidate in enumerate(results.candidates) if not candidate.is_base]
+    found: list[Finding] = []
+    for number, place in enumerate(places, 1):
+        candidate = results.candidates[place]
+        comparison = against.get(candidate.key)
+        if comparison is None:
+            raise ValueError(f"{candidate.key}: expected a comparison in the summary: it's of other results")
+        found.append(Finding(number, place, candidate, labels[candidate.key], comparison))
+    return tuple(found)

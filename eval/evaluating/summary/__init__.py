@@ -1,0 +1,1 @@
+"""From measured values to a summary: pairs, intervals, Frechet distances."""

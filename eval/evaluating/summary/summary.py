@@ -1,0 +1,189 @@
+"""summary.json: what an evaluation found, as numbers with their intervals, and how it is read back.
+
+It is a function of the results alone: no time, no machine, the same bytes again. Numbers of prompts stand for
+prompts in general; so intervals, 95 %, are over prompts (`am_diffusers.evaluation.statistics`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from am_diffusers.evaluation.statistics import Comparison, Estimate
+from am_diffusers.prompts.sets import PromptSet
+from am_diffusers.system.files import write_text
+from am_diffusers.system.text import redact_values
+from evaluating.summary.frechet import FrechetFromBase
+
+SUMMARY_FILE = "summary.json"
+# The least p of the Wilcoxon test for P prompts is 2 / 2^P: of fewer, nothing can be below 0.05.
+FEWEST_PROMPTS = 6
+
+
+@dataclass(frozen=True)
+class RewardComparison:
+    """One reward of a tuned model against its base.
+
+    Attributes:
+        role: `trained` or `held-out`; "" if it isn't known what the model was trained on.
+        overall: for all prompts.
+        categories: for the prompts of each value of each category column; gains in the unit of `overall`.
+    """
+
+    role: str
+    overall: Comparison
+    categories: dict[str, dict[str, Comparison]]
+
+
+@dataclass(frozen=True)
+class AgainstBase:
+    """A tuned model against the base with the same sampler, pictures paired by noise.
+
+    Attributes:
+        base: key of that base.
+        rewards: by reward name.
+        diversity_kept: by name of the features, diversity tuned / base, >= 0; left out where all base
+            pictures of a prompt are alike.
+        frechet: by name of the features, squared distance of the pictures as a set, in squared features.
+        path_kl: KL divergence of the tuned from the base path law, in nats a picture; None without an SDE.
+        change: mean LPIPS distance to the base picture of the same noise, >= 0; None if it wasn't measured.
+    """
+
+    base: str
+    rewards: dict[str, RewardComparison]
+    diversity_kept: dict[str, Estimate]
+    frechet: dict[str, FrechetFromBase]
+    path_kl: Estimate | None
+    change: Estimate | None
+
+
+@dataclass(frozen=True)
+class CandidateSummary:
+    """One model that made pictures.
+
+    Attributes:
+        key: unique in the evaluation.
+        name: `base`, or that of the LoRA.
+        num_inference_steps: of the sampler.
+        guidance_scale: classifier-free guidance, 1.0 = off.
+        lora: where the LoRA was; None = the base.
+        lora_scale: strength of the LoRA.
+        scores: mean score by reward name, in the reward's units, higher is better.
+        diversity: by name of the features, mean pairwise 1 - cos of the pictures of a prompt, in [0, 2]; left
+            out with one picture a prompt.
+        reference: by name of the features, squared Frechet distance of all pictures to the reference ones.
+            Biased upwards alike for all candidates of an evaluation: compare them, don't read the size.
+        against_base: None for a base.
+    """
+
+    key: str
+    name: str
+    num_inference_steps: int
+    guidance_scale: float
+    lora: str | None
+    lora_scale: float
+    scores: dict[str, Estimate]
+    diversity: dict[str, Estimate]
+    reference: dict[str, float]
+    against_base: AgainstBase | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an evaluation found.
+
+    Attributes:
+        format: version of the file.
+        fingerprint: of settings, prompts and pictures a prompt: evaluations with the same one are comparable
+            in the rewards that they have from the same weights.
+        settings: what the pictures depend on beside prompts and candidates.
+        num_prompts: P.
+        images_per_prompt: S, of each candidate.
+        prompts_sha256: of the prompts in their order.
+        categories: by category column, number of prompts of each value.
+        candidates: bases first.
+        reward_models: where each reward's weights are, by reward name; None = it has none.
+        notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
+    """
+
+    format: Literal[1]
+    fingerprint: str
+    settings: dict[str, object]
+    num_prompts: int
+    images_per_prompt: int
+    prompts_sha256: str
+    categories: dict[str, dict[str, int]]
+    candidates: list[CandidateSummary]
+    reward_models: dict[str, str | None]
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        known = {candidate.key for candidate in self.candidates}
+        for candidate in self.candidates:
+            if candidate.against_base is not None and candidate.against_base.base not in known:
+                raise ValueError(f"{candidate.key} is compared with {candidate.against_base.base}: not there")
+
+    def base_of(self, candidate: CandidateSummary) -> CandidateSummary:
+        """What a candidate is compared with; itself for a base."""
+        base = candidate.key if candidate.against_base is None else candidate.against_base.base
+        return next(other for other in self.candidates if other.key == base)
+
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the rewards, as they were asked for."""
+        return list(dict.fromkeys(name for candidate in self.candidates for name in candidate.scores))
+
+
+_READER = TypeAdapter(Summary)
+
+
+def fingerprint_of(settings: Mapping[str, object], prompts: PromptSet, images_per_prompt: int) -> str:
+    """16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
+    # The same prompts may come from two places.
+    drawn = {name: value for name, value in settings.items() if name != "prompt_source"}
+    return _sha256([drawn, prompts.prompts, images_per_prompt])[:16]
+
+
+def prompts_sha256(prompts: PromptSet) -> str:
+    """Which prompts, in which order."""
+    return _sha256(prompts.prompts)
+
+
+def _sha256(data: object) -> str:
+    text = json.dumps(data, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_summary(summary: Summary, file: Path) -> None:
+    """Write a summary as JSON, whole or not at all; secrets in paths are redacted.
+
+    Raises:
+        ValueError: if a number isn't finite.
+        OSError: if the file can't be written; the one before stays.
+    """
+    document = redact_values(asdict(summary))
+    write_text(file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def read_summary(file: Path) -> Summary:
+    """What `write_summary` wrote.
+
+    Raises:
+        ValueError: if the file can't be read or isn't a summary; says where it is wrong first.
+    """
+    try:
+        return _READER.validate_python(json.loads(file.read_text("utf-8"), parse_constant=_no_number))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file} isn't a summary of this version: {where}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read: {error}; evaluate.py writes it again") from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} in it")

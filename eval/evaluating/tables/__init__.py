@@ -1,0 +1,1 @@
+"""Tables of results: Markdown, LaTeX, CSV, the leaderboard."""
