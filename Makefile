@@ -44,7 +44,7 @@ $(PARITY_STAMP): requirements/parity.txt requirements/parity-originals.txt
 # Scores and gradients against those packages, on equal random weights; writes docs/parity.json and its table.
 # Needs 10 GB of memory for the full-size ViT-H/14.
 parity: $(STAMP) $(PARITY_STAMP)
-	$(BIN)/python scripts/check_parity.py --python $(PARITY_VENV)/bin/python --output docs/parity.json
+	$(BIN)/python scripts/docs/check_parity.py --python $(PARITY_VENV)/bin/python --output docs/parity.json
 
 # Distances to the tilt where it is known, into docs/methods.md: what is missing of the committed results, which
 # took about 20 minutes on one core.

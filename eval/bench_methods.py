@@ -7,7 +7,7 @@ eval/benching/data/STUDY, which is committed, and is skipped when the record is 
 the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
 work, each with one thread; a run that another one does is left to it.
 
-    python scripts/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
+    python scripts/assets/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
     python eval/bench_methods.py --tables_only --real_pictures outputs/real
 
 judges the pictures of the runs that are on this disk by their likeness to real ones, see

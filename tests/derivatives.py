@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from oracles import Mixture
 from torch import Tensor
+
+from oracles import Mixture
 
 Function = Callable[[Tensor, Tensor], Tensor]
 SIGMAS = torch.linspace(0.08, 0.92, 43, dtype=torch.float64)

@@ -8,9 +8,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
-from finetune_runs import write_rewards
 
 from am_diffusers.models.sd3 import SD3
+from finetune_runs import write_rewards
 
 EVALUATE = Path(__file__).parents[1] / "eval/evaluate.py"
 PROMPTS = (

@@ -11,6 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import yaml
+
 from reward_models import save_hpsv2, save_pickscore
 
 FINETUNE = Path(__file__).parents[1] / "scripts/finetune.py"

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from oracles import Mixture, unconditional
 from torch import Tensor
 
 from am_diffusers.matching import matching_target
 from am_diffusers.transitions import Transitions
+from oracles import Mixture, unconditional
 
 Terminal = Callable[[Tensor], Tensor]
 GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)

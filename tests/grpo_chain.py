@@ -1,13 +1,13 @@
 """Flow-GRPO on a short 1-D chain: a Gaussian law, a policy with a shift at each step, and rows of it."""
 
 import torch
-from oracles import gaussian
 
 from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
 from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
+from oracles import gaussian
 
 K = 5
 LAW = gaussian(0.3, 0.5)

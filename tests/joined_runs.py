@@ -10,6 +10,7 @@ import runpy
 import sys
 
 from accelerate.state import PartialState
+
 from finetune_runs import FINETUNE
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from PIL import Image
+
 from reward_models import SIZE
 
 # As is, landscape, odd portrait, down, up, and a margin of 3, of which torchvision crops 2 first and not 1.

@@ -19,16 +19,7 @@ MATHEMATICS = set().union(*FLOORS[1:])
 # Leaves, and what else each may import.
 LEAVES = {"models": set[str](), "rewards": set[str]()}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "jsonargparse"}
-SEE_CONFIG = {
-    "config",
-    "command_line",
-    "plan",
-    "network_calls",
-    "buffer_size",
-    "build",
-    "load",
-    "estimate",
-}
+SEE_CONFIG = {"config", "run", "estimate"}
 
 
 def module_of(file: Path) -> str:

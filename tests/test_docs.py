@@ -12,7 +12,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 THEORY = (ROOT / "docs" / "theory.md").read_text()
 TESTS = {
     node.name: file.name
-    for file in sorted((ROOT / "tests").glob("test_*.py"))
+    for file in sorted((ROOT / "tests").rglob("test_*.py"))
     for node in ast.parse(file.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 }

@@ -1,8 +1,8 @@
 """Schedulers of Diffusers: the noise levels of a pipeline's own, and others of its family as solvers.
 
-Which are fit was measured on a Gaussian law, whose ODE has a closed form (tests/test_schedulers.py). Not fit
-are those whose last step ends above sigma 0 with flow sigmas (DEIS, SA-Solver), which leaves noise in the
-picture, and those that don't take a velocity.
+Which are fit was measured on a Gaussian law, whose ODE has a closed form (tests/models/test_schedulers.py).
+Not fit are those whose last step ends above sigma 0 with flow sigmas (DEIS, SA-Solver), which leaves noise in
+the picture, and those that don't take a velocity.
 """
 
 import inspect

@@ -38,7 +38,7 @@ class Judge:
     """Real pictures and the base's, to compare others with.
 
     Args:
-        real: folder of `scripts/compose_pictures.py` for the same prompts.
+        real: folder of `scripts/assets/compose_pictures.py` for the same prompts.
         base: folder of the base's pictures, (P, S).
 
     Attributes:
@@ -129,7 +129,7 @@ def _prompts(folder: Path) -> list[str]:
                 shown = read_about(image)["prompt"]
         except ValueError as error:
             raise ValueError(
-                f"{file}: {error}; scripts/compose_pictures.py makes what is expected"
+                f"{file}: {error}; scripts/assets/compose_pictures.py makes what is expected"
             ) from error
         if prompts.setdefault(file.name[:5], shown) != shown:
             raise ValueError(f"{file}: a picture of {shown!r} beside those of {prompts[file.name[:5]]!r}")

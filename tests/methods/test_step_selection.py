@@ -1,0 +1,124 @@
+"""Selected steps: unbiased estimates of the loss over all of them, and what sampling by size gains."""
+
+import json
+
+import pytest
+import torch
+from test_adjoint_matching import TABLE, collect, make, total_loss
+
+from am_diffusers.methods.parts.step_selection import UNIFORM, StepSelection, inclusion, systematic
+from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
+from oracles import float64
+
+TWENTY = memoryless_local_linear(uniform_sigmas(20))
+DRAWS = 2000
+
+
+def residuals(samples: int = 1) -> torch.Tensor:
+    """Residuals of 19 steps that span two orders of magnitude, (samples, 19), the same each time."""
+    sizes = torch.logspace(0, 2, 19, dtype=torch.float64).flip(0)
+    noise = torch.rand(samples, 19, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return sizes * (0.5 + noise)
+
+
+def estimates(kind: str, number: int) -> torch.Tensor:
+    """Estimates of the mean residual over all steps from `number` of them, (DRAWS,)."""
+    generator, values, found = torch.Generator().manual_seed(0), residuals(), []
+    selection = StepSelection(number, kind)
+    if kind == "pps":
+        selection.update(list(range(19)), residuals(64), torch.ones(64, 19))
+    for _ in range(DRAWS):
+        steps, factors = selection.select(TWENTY, generator)
+        assert steps == sorted(set(steps))
+        assert len(steps) == number
+        found.append((float64(*factors) * values[0, steps]).mean())
+    return torch.stack(found)
+
+
+def uniform_estimates(number: int) -> torch.Tensor:
+    generator, values = torch.Generator().manual_seed(0), residuals()[0]
+    picks = [torch.randperm(19, generator=generator)[:number] for _ in range(DRAWS)]
+    return torch.stack([values[steps].mean() for steps in picks])
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+@pytest.mark.parametrize("kind", ["stratified", "pps"])
+def test_estimates_are_unbiased_and_vary_less_than_uniform_ones(kind, number):
+    """Within 3 standard errors over 2000 draws."""
+    found, uniform = estimates(kind, number), uniform_estimates(number)
+    expected = residuals().mean()
+    assert abs(found.mean() - expected) < 3 * found.std() / DRAWS**0.5
+    assert abs(uniform.mean() - expected) < 3 * uniform.std() / DRAWS**0.5
+    if kind == "pps" or number > 1:  # one stratum is all steps
+        assert found.std() < (0.5 if kind == "pps" else 0.8) * uniform.std()
+
+
+def test_the_published_selection_is_not_unbiased():
+    found, expected = estimates("last_and_random", 4), residuals().mean()
+    assert abs(found.mean() - expected) > 30 * found.std() / DRAWS**0.5
+
+
+def test_chances_follow_the_sizes_and_large_ones_are_certain():
+    chances = inclusion(float64(0.7, 0.1, 0.1, 0.05, 0.05), 3)
+    assert chances.tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])
+    assert inclusion(float64(0.5, 0.3, 0.1, 0.1), 4).tolist() == [1] * 4
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[systematic(chances, generator)] += 1
+    # 4 standard errors are .03.
+    torch.testing.assert_close(counts.double() / 4000, chances, rtol=0, atol=0.03)
+
+
+def test_sizes_are_running_means_of_kept_rows_mixed_with_equal_shares():
+    selection = StepSelection(1, "pps", decay=0.5)
+    selection.update([2, 5], float64(1, 3, 4, 100).view(2, 2), float64(1, 1, 1, 0).view(2, 2))
+    assert selection.state_dict() == {"2": 2.5, "5": 3.0}
+    selection.update([2], float64(0.5).view(1, 1), torch.ones(1, 1))
+    assert selection.state_dict() == {"2": 1.5, "5": 3.0}
+    sizes = float64(2.25, 2.25, 1.5, 2.25, 2.25, 3.0, 2.25)  # unseen ones are of mean size
+    expected = (1 - UNIFORM) * sizes / sizes.sum() + UNIFORM / 7
+    torch.testing.assert_close(selection._shares(7), expected, rtol=1e-12, atol=0)
+    again = StepSelection(1, "pps")
+    again.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+    assert again.state_dict() == selection.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["stratified", "pps"])
+def test_the_methods_loss_has_the_factors(kind):
+    """The weighted mean over the rows of the selected steps, exactly."""
+    method = make(steps=3, step_selection=kind, mask_quantile=None)
+    for iteration in range(3):
+        collect(method, iteration=iteration)
+    before, picked = method.state_dict(), []
+    select = method.selection.select
+    method.selection.select = lambda *args: picked.append(select(*args)) or picked[-1]
+    loss = total_loss(method, collect(method, iteration=3))
+    whole = make(mask_quantile=None)
+    rows = collect(whole, iteration=3).examples
+    velocity = whole.policy(rows.latents, rows.sigmas, rows.cond)
+    distance = (velocity - rows.target).square().sum(1)
+    by_step = (rows.weight * distance * len(rows)).view(6, 7).mean(0)
+    (steps, factors) = picked[0]
+    assert len(set(factors)) > 1
+    assert loss == pytest.approx((float64(*factors) * by_step[steps]).mean().item(), rel=1e-10)
+    assert (before["selection"] != {}) == (kind == "pps")
+
+
+def test_pps_state_goes_on_after_a_restart():
+    method, resumed = (make(steps=3, step_selection="pps") for _ in range(2))
+    for iteration in range(4):
+        collect(method, iteration=iteration)
+    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
+    ours, theirs = (collect(each, iteration=4).examples for each in (resumed, method))
+    assert torch.equal(ours.latents, theirs.latents)
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_selections_that_select_nothing_or_do_not_exist_are_errors():
+    with pytest.raises(ValueError, match="give their number"):
+        StepSelection("all", "pps")
+    with pytest.raises(ValueError, match="one of last_and_random, stratified, pps"):
+        StepSelection(3, "best")  # pyright: ignore[reportArgumentType]
+    selected = StepSelection(7, "pps").select(TABLE, torch.Generator())
+    assert selected == (list(range(7)), [1.0] * 7)

@@ -1,0 +1,196 @@
+"""SD3 as two velocity fields, base and policy, against autograd and central differences."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from am_diffusers.models import lora
+from am_diffusers.models.sd3 import SD3
+from sd3_points import PROMPTS, direct, point, redraw_lora, strong_lora
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products, forward and backward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "bmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("field", ["policy", "base"])
+def test_vjp_is_autograd_through_the_transformer(model: SD3, field: str, tiny_sd3_dir: Path) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    # The base is held against a transformer that never had a LoRA.
+    plain = model if field == "policy" else SD3.from_pretrained(str(tiny_sd3_dir))
+    leaf = x.clone().requires_grad_()
+    expected = direct(plain.transformer, leaf, sigma, cond)
+    (gradient,) = torch.autograd.grad(expected, leaf, cotangent)
+    with torch.no_grad():
+        velocity, product = getattr(model, field).vjp(x, sigma, cond, cotangent)
+    torch.testing.assert_close(velocity, expected.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(product, gradient, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(getattr(model, field)(x, sigma, cond), expected, atol=1e-6, rtol=1e-6)
+    assert not velocity.requires_grad
+    assert not product.requires_grad
+
+
+def test_vjp_matches_central_differences_in_float64(tiny_sd3_dir: Path) -> None:
+    model = strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.float64))
+    for parameter in model.lora_parameters().values():
+        parameter.data = parameter.data.double()
+    x, sigma, cond = point(model)
+    x = x.double()
+    generator = torch.Generator().manual_seed(3)
+    cotangent, direction = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+    for field in (model.policy, model.base):
+        _, product = field.vjp(x, sigma, cond, cotangent)
+        with torch.no_grad():
+            # Fourth order with a wide step: SD3's RMS norm rounds to float32 inside a float64 model.
+            step = 1e-2 * direction
+            by = {n: (field(x + n * step, sigma, cond) * cotangent).sum() for n in (-2, -1, 1, 2)}
+        expected = (8 * (by[1] - by[-1]) - (by[2] - by[-2])) / 12e-2
+        torch.testing.assert_close((product * direction).sum(), expected, atol=0, rtol=1e-4)
+
+
+def test_cotangent_may_depend_on_the_velocity(model: SD3) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    seen = []
+
+    def cotangent(velocity: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        seen.append(velocity)
+        # A field called in here must neither disturb nor be disturbed by the pass that is under way.
+        return 2 * velocity + model.policy(x, sigma, cond)
+
+    velocity, product = model.base.vjp(x, sigma, cond, cotangent)
+    with torch.no_grad():
+        vector = 2 * velocity + model.policy(x, sigma, cond)
+    expected = model.base.vjp(x, sigma, cond, vector)
+    assert len(seen) == 1
+    torch.testing.assert_close((velocity, product), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(seen[0], velocity, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("field", ["policy", "base"])
+def test_gradient_checkpointing_changes_no_vjp(model: SD3, field: str) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    plain = getattr(model, field).vjp(x, sigma, cond, cotangent)
+    other = (model.base if field == "policy" else model.policy).vjp(x, sigma, cond, cotangent)
+    model.enable_gradient_checkpointing()
+    checkpointed = getattr(model, field).vjp(x, sigma, cond, cotangent)
+    torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-6)
+    assert (checkpointed[1] - other[1]).abs().max() > 0.1, "the LoRA is too weak for this test to fail"
+
+
+def test_gradient_checkpointing_changes_no_lora_gradient(model: SD3) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        velocity = model.policy(x, sigma, cond)
+        model.base(x, sigma, cond)  # between forward and backward of the policy
+        model.base.vjp(x, sigma, cond, velocity.detach())
+        gradients.append(torch.autograd.grad(velocity.square().sum(), model.lora_parameters().values()))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
+
+
+def test_base_does_not_depend_on_the_lora(model: SD3) -> None:
+    x, sigma, cond = point(model)
+    before = model.base(x, sigma, cond)
+    assert torch.equal(model.policy(x, sigma, cond), before)
+    products = []
+    strong_lora(model)
+    for seed in (0, 1):
+        redraw_lora(model, seed)
+        products.append(model.base.vjp(x, sigma, cond, x))
+        assert (model.policy(x, sigma, cond) - before).std() > 0.1
+    for velocity, product in products:
+        assert torch.equal(velocity, before)
+        assert torch.equal(product, products[0][1])
+
+
+def test_vjp_touches_no_lora_weight(model: SD3) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    products = []
+    for trainable in (True, False):
+        for parameter in model.lora_parameters().values():
+            parameter.requires_grad_(trainable)
+        with CountProducts() as counter:
+            model.policy.vjp(x, sigma, cond, x)
+        products.append(counter.count)
+    assert products[0] == products[1] > 0
+    assert all(parameter.grad is None for parameter in model.transformer.parameters())
+
+
+def test_base_call_records_no_graph(model: SD3) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    assert not model.base(x.requires_grad_(), sigma, cond).requires_grad
+    assert model.policy(x, sigma, cond).requires_grad
+
+
+def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: SD3) -> None:
+    strong_lora(model)
+    layers = lora.lora_layers(model.transformer).values()
+    frozen, *others = model.lora_parameters().values()
+    frozen.requires_grad_(False)
+    with lora.adapters(model.transformer, enabled=False):
+        assert all(layer.disable_adapters for layer in layers)
+        assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
+        with contextlib.suppress(KeyError), lora.adapters(model.transformer, enabled=True):
+            assert not any(layer.disable_adapters for layer in layers)
+            raise KeyError
+        assert all(layer.disable_adapters for layer in layers)
+    assert not any(layer.disable_adapters for layer in layers)
+    assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
+
+
+def test_training_step_changes_the_lora_alone(model: SD3) -> None:
+    x, sigma, cond = point(strong_lora(model))
+    frozen = {n: p.clone() for n, p in model.transformer.named_parameters() if ".lora_" not in n}
+    base, policy = model.base(x, sigma, cond), model.policy(x, sigma, cond)
+    optimizer = torch.optim.AdamW(model.lora_parameters().values(), lr=1e-2)
+    policy.square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.lora_parameters().values())
+    # Only the last block's text query has no effect: its text stream ends there.
+    dead = [n for n, p in model.transformer.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert all("transformer_blocks.1.attn.add_q_proj" in name for name in dead)
+    optimizer.step()
+    assert model.policy(x, sigma, cond).square().mean() < policy.square().mean()
+    assert torch.equal(model.base(x, sigma, cond), base)
+    for name, parameter in model.transformer.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None
+            assert torch.equal(parameter, frozen[name])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_bfloat16_weights_with_a_float32_lora(model: SD3, tiny_sd3_dir: Path, checkpointed: bool) -> None:
+    half = strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.bfloat16))
+    if checkpointed:
+        half.enable_gradient_checkpointing()
+    assert half.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.lora_parameters().values()} == {torch.float32}
+    x, sigma, cond = point(strong_lora(model))
+    half_cond = half.encode_prompts(PROMPTS, max_sequence_length=8)
+    for name in ("policy", "base"):
+        exact = getattr(model, name).vjp(x, sigma, cond, x)
+        rough = getattr(half, name).vjp(x, sigma, half_cond, x)
+        for got, want in zip(rough, exact, strict=True):
+            assert got.dtype == torch.float32
+            assert (got - want).norm() < 0.05 * want.norm()
+    half.policy(x, sigma, half_cond).square().sum().backward()
+    model.policy(x, sigma, cond).square().sum().backward()
+    for got, want in zip(half.lora_parameters().values(), model.lora_parameters().values(), strict=True):
+        assert got.grad is not None
+        assert want.grad is not None
+        assert (got.grad - want.grad).norm() <= 0.1 * want.grad.norm()

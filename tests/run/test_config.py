@@ -1,0 +1,213 @@
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from diffusers.optimization import SchedulerType
+
+from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
+from am_diffusers.config.belonging import READ_BY
+from am_diffusers.config.command_line import FIELDS, HINTS, SECTIONS, parse_config, to_yaml
+from am_diffusers.methods import METHODS
+from am_diffusers.system.files import asset_path
+from am_diffusers.transitions import TRANSITIONS
+from cli_surface import FILE, cli_surface
+
+BUFFERED = "buffered_adjoint_matching"
+MINIMAL = """
+pretrained_model_name_or_path: asset:tiny_sd3
+train_prompts: prompts.txt
+output_dir: out
+rewards: [{name: pickscore, model: asset:tiny_pickscore}]
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return ["--config", str(path)]
+
+
+def test_command_line_wins_over_yaml_wins_over_defaults(minimal, tmp_path):
+    (tmp_path / "more.yaml").write_text("learning_rate: 1e-5\nrank: 4\n")
+    config = parse_config([*minimal, "--config", str(tmp_path / "more.yaml"), "--rank", "8"])
+    assert (config.optimizer.learning_rate, config.model.rank, config.run.seed) == (1e-5, 8, 0)
+    assert config.method.rewards == [RewardConfig("pickscore", "asset:tiny_pickscore")]
+
+
+@pytest.mark.parametrize("name", ["rewards", "eval_rewards"])
+def test_a_later_list_of_rewards_replaces_an_earlier_one(minimal, tmp_path, name):
+    """Also one of the same length, and all of an item: no weights of another reward are left in it."""
+    files = [tmp_path / f"{place}.yaml" for place in range(3)]
+    files[0].write_text(f"{name}: [{{name: pickscore, model: mine, weight: 2.0}}]")
+    files[1].write_text(f"{name}: [{{name: brightness}}]")
+    files[2].write_text("seed: 3")
+    section = {"rewards": "method", "eval_rewards": "evaluation"}[name]
+
+    def parsed(*argv):
+        return getattr(getattr(parse_config([*minimal, *argv]), section), name)
+
+    before = ["--config", str(files[0])]
+    assert parsed(*before, "--config", str(files[2]))[0].model == "mine"
+    for later in (
+        ["--config", str(files[1])],
+        [f"--config={files[1]}"],
+        [f"--{name}", "[{name: brightness}]"],
+        [f"--{name}=[{{name: brightness}}]"],
+    ):
+        assert parsed(*before, *later) == [RewardConfig("brightness")], later
+
+
+def test_resolved_yaml_reads_back_to_the_same_config(minimal, tmp_path):
+    flags = ["--adam_epsilon", "1e-9", "--loss_steps", "4", "--validation_prompts", '["a: b", "-c"]']
+    config = parse_config([*minimal, *flags])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+def test_printed_config_reads_back_to_the_same_config(minimal, tmp_path, capsys):
+    flags = ["--validation_prompts", '["a: b", "Bär # 1", "no"]', "--adam_epsilon", "1e-9", "--allow_tf32"]
+    with pytest.raises(SystemExit) as stopped:
+        parse_config([*minimal, "--print_config", *flags])
+    assert not stopped.value.code
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_config(["--config", str(tmp_path / "printed.yaml")]) == parse_config([*minimal, *flags])
+
+
+def test_a_config_that_would_be_refused_is_not_printed(minimal, capsys):
+    with pytest.raises(ValueError, match="--rank must be positive"):
+        parse_config([*minimal, "--print_config", "--rank", "0"])
+    assert capsys.readouterr().out == ""
+
+
+def test_flags_are_those_of_the_committed_list():
+    """A changed flag, type or default changes runs of other people: it is to be seen in a review."""
+    assert FILE.read_text().splitlines() == cli_surface(), "run `make cli-surface` if that is on purpose"
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--gradient_accumulation_steps", "4"], "loss_micro_batch_size"),
+        (["--instance_prompt=a photo of sks dog"], "train_prompts"),
+        (["--with_prior_preservation"], "train_prompts"),
+        (["--num_train_epochs", "3", "--seed", "1"], "max_train_steps"),
+        (["--hub_token", "hf_secret"], "HF_TOKEN"),
+        (["--num_processes", "2"], "accelerate launch --num_processes"),
+    ],
+)
+def test_flags_of_other_scripts_get_a_hint(minimal, flags, hint):
+    name = flags[0].removeprefix("--").split("=")[0]
+    with pytest.raises(ValueError, match=f"there is no '{name}' here: .*{hint}") as caught:
+        parse_config([*minimal, *flags])
+    assert "secret" not in str(caught.value)
+
+
+def test_hints_name_flags_that_exist_for_flags_that_do_not():
+    assert not set(HINTS) & set(FIELDS)
+    for name, hint in HINTS.items():
+        named = set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", hint))
+        assert named <= set(FIELDS), name
+
+
+@pytest.mark.parametrize("switch", [["--dry_run"], ["--dry_run", "true"], ["--dry_run", "--seed", "3"]])
+def test_boolean_flags_may_stand_alone(minimal, switch):
+    assert parse_config([*minimal, *switch]).run.dry_run
+    assert not parse_config([*minimal, "--dry_run", "false"]).run.dry_run
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learnig_rate", "1"], "'learnig_rate': did you mean 'learning_rate'"),
+        (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
+        (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
+        (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
+        (
+            ["--method", BUFFERED, "--buffer_size", "40"],
+            "--buffer_size must be a multiple of train_batch_size",
+        ),
+        (["--method", BUFFERED, "--adjoint", "full"], "--adjoint must be lean with a buffer"),
+        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
+        (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
+        (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
+        (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--pairing", "up"], "pairing"),
+        (["--num_inference_steps", "1"], "--num_inference_steps must be at least 2"),
+        (["--mask_quantile", "0"], r"--mask_quantile must be in \(0, 1\)"),
+        (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
+        (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
+        (["--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--num_validation_prompts", "0"], "--num_validation_prompts must be at least 1"),
+        (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_values_are_named_on_one_screen(minimal, extra, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_config([*minimal, *extra])
+    assert len(str(caught.value).splitlines()) < 12
+
+
+def test_unknown_yaml_key_names_the_nearest(minimal, tmp_path):
+    (tmp_path / "typo.yaml").write_text("reward_scal: 3\n")
+    with pytest.raises(ValueError, match="'reward_scal': did you mean 'reward_scale'"):
+        parse_config([*minimal, "--config", str(tmp_path / "typo.yaml")])
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ValueError, match=r"required: .*pretrained_model_name_or_path.*rewards"):
+        parse_config([])
+
+
+def test_every_field_has_a_sentence_and_a_name_of_its_own():
+    assert len(FIELDS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+    for section in [*SECTIONS.values(), RewardConfig]:
+        for field in dataclasses.fields(section):
+            assert f"        {field.name}: " in (section.__doc__ or ""), field.name
+
+
+def test_no_flag_is_accepted_and_ignored():
+    """Every field is read where config becomes objects."""
+    root = Path(__file__).parents[2]
+    package = root / "am_diffusers"
+    readers = sorted((package / "run").rglob("*.py"))
+    source = "".join(path.read_text() for path in [*readers, root / "scripts/finetune.py"])
+    fields = [*FIELDS, *(field.name for field in dataclasses.fields(RewardConfig))]
+    assert [name for name in fields if not re.search(rf"\.{name}\b", source)] == []
+
+
+def test_a_flag_of_another_method_is_refused(minimal, monkeypatch):
+    monkeypatch.setitem(METHODS, "other", METHODS["adjoint_matching"])
+    with pytest.raises(
+        ValueError, match=r"--pairing is for adjoint_matching, .*, not for other: leave it out"
+    ):
+        parse_config([*minimal, "--method", "other", "--pairing", "left"])
+    assert parse_config([*minimal, "--method", "other"]).method.method == "other"
+    assert set(READ_BY) <= set(FIELDS)
+
+
+def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():
+    assert set(typing.get_args(LrSchedule)) == {s.value for s in SchedulerType} - {"piecewise_constant"}
+
+
+def test_every_stochastic_table_can_be_chosen():
+    choices = typing.get_args(typing.get_type_hints(MethodConfig)["transitions"])
+    assert set(choices) == set(TRANSITIONS) - {"ode_euler"}
+
+
+def test_unknown_asset_is_an_error():
+    assert asset_path("some/folder") == "some/folder"
+    with pytest.raises(ValueError, match="asset:nothing: no such asset"):
+        asset_path("asset:nothing")
+
+
+def test_config_is_frozen(minimal):
+    config = parse_config(minimal)
+    assert isinstance(config, Config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.rank = 3  # pyright: ignore[reportAttributeAccessIssue]
