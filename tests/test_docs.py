@@ -60,6 +60,6 @@ def test_every_row_of_the_papers_names_a_paper_a_file_deviations_and_a_test() ->
     for row in rows:
         paper, where, deviations, tests = row.strip("| ").split(" | ")
         assert re.search(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/\1\)", paper), row
-        assert re.search(r"`am_diffusers/[\w/]+\.py`", where), row
+        assert re.search(r"`(am_diffusers|eval)/[\w/]+\.py`", where), row
         assert deviations, row
         assert cited_tests(tests), row
