@@ -24,15 +24,15 @@ base's times exp(reward_scale * reward) * E_base[exp(-sum of those costs) | x_K]
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from am_diffusers.rollout import Trajectory
 from am_diffusers.system.failures import require_finite
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning, Pull, VelocityField
 
-TerminalAdjoint = Callable[[Tensor], Tensor]
 StateCost = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Differentiable running cost f of states (B, ...), sigmas (B,) and conditioning: (B,), per unit of sigma."""
 
@@ -57,28 +57,58 @@ def terminal_adjoint(gradient: Tensor, reward_scale: float) -> Tensor:
     return -reward_scale * gradient
 
 
+class LastStep(NamedTuple):
+    """The deterministic last step of a rollout, taken with the base.
+
+    Attributes:
+        final: x_K, (B, ...).
+        velocity: base velocity at x_{K-1}, (B, ...).
+        pull: adjoint_K -> adjoint_{K-1} without the step's own state cost; to be called once.
+    """
+
+    final: Tensor
+    velocity: Tensor
+    pull: Pull
+
+
+def last_step(base: VelocityField, trajectory: Trajectory) -> LastStep:
+    """Take the last step of a rollout: one forward pass of the base, whose backward pass is `pull`'s."""
+    table = trajectory.transitions
+    k = table.num_steps - 1
+    x, sigma, cond = trajectory.at(k)
+    x_coef, v_coef = table.x_coef[k].item(), table.v_coef[k].item()
+    velocity, pull_velocity = base.vjp(x, sigma, cond)
+
+    def pull(adjoint: Tensor) -> Tensor:
+        return x_coef * adjoint + pull_velocity(v_coef * adjoint)
+
+    return LastStep(table.mean(k, x, velocity), velocity, pull)
+
+
 def lean_adjoint(
     base: VelocityField,
     trajectory: Trajectory,
-    terminal: TerminalAdjoint,
+    last: LastStep,
+    adjoint: Tensor,
     *,
     with_first: bool = True,
     state_cost: StateCost | None = None,
 ) -> AdjointSweep:
-    """Lean adjoint along a trajectory: K-1 vjps of the base, at k = K-1 .. 1.
+    """Sweep the lean adjoint back along a trajectory: K-1 vjps of the base, the first that of `last_step`.
 
     Args:
         base: field before fine-tuning.
         trajectory: rollout of the policy.
-        terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
+        last: its last step.
+        adjoint: adjoint_K, (B, ...).
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
         state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    step = partial(_lean_step, base, trajectory)
-    return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
+    sweep = _Sweep(base, trajectory, _running(trajectory, state_cost), with_first)
+    return sweep.run(last, adjoint, partial(_lean_step, base, trajectory))
 
 
 def truncated_adjoint(
@@ -113,47 +143,54 @@ def full_adjoint(
     base: VelocityField,
     policy: VelocityField,
     trajectory: Trajectory,
-    terminal: TerminalAdjoint,
+    last: LastStep,
+    adjoint: Tensor,
     *,
     with_first: bool = True,
     state_cost: StateCost | None = None,
 ) -> AdjointSweep:
-    """Basic adjoint of the discrete chain, through the policy: K-1 vjps of the base, K-2 of the policy.
+    """Sweep the basic adjoint of the discrete chain: K-1 vjps of the base, K-2 of the policy.
 
     Args:
         base: field before fine-tuning.
         policy: field the trajectory was rolled out with.
         trajectory: rollout of `policy`.
-        terminal: final latents x_K -> adjoint_K, both (B, ...); called once.
+        last: its last step.
+        adjoint: adjoint_K, (B, ...).
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
         state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    step = partial(_full_step, base, policy, trajectory)
-    return _sweep(base, trajectory, terminal, step, with_first, _running(trajectory, state_cost))
+    sweep = _Sweep(base, trajectory, _running(trajectory, state_cost), with_first)
+    return sweep.run(last, adjoint, partial(_full_step, base, policy, trajectory))
 
 
-def _sweep(
-    base: VelocityField,
-    trajectory: Trajectory,
-    terminal: TerminalAdjoint,
-    step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
-    with_first: bool,
-    running: Callable[[int], Tensor | float],
-) -> AdjointSweep:
-    last = trajectory.transitions.num_steps - 1
-    final, adjoints, velocities = _last_step(base, trajectory, terminal)
-    adjoints[last] = adjoints[last] + running(last)
-    for k in range(last - 1, 0, -1):
-        velocities[k], without_cost = step(k, adjoints[k + 1])
-        adjoints[k] = without_cost + running(k)
-    _require_finite_adjoints(adjoints, trajectory)
-    if with_first:
-        with torch.no_grad():
-            velocities[0] = base(*trajectory.at(0))
-    return AdjointSweep(final, adjoints, velocities)
+@dataclass(frozen=True)
+class _Sweep:
+    """What lean and full adjoint share: everything but the step."""
+
+    base: VelocityField
+    trajectory: Trajectory
+    running: Callable[[int], Tensor | float]
+    with_first: bool
+
+    def run(
+        self, last: LastStep, adjoint: Tensor, step: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    ) -> AdjointSweep:
+        """Return the adjoints and the base velocities of all steps."""
+        end = self.trajectory.transitions.num_steps
+        adjoints, velocities = {end: adjoint}, {end - 1: last.velocity}
+        adjoints[end - 1] = last.pull(adjoint) + self.running(end - 1)
+        for k in range(end - 2, 0, -1):
+            velocities[k], without_cost = step(k, adjoints[k + 1])
+            adjoints[k] = without_cost + self.running(k)
+        _require_finite_adjoints(adjoints, self.trajectory)
+        if self.with_first:
+            with torch.no_grad():
+                velocities[0] = self.base(*self.trajectory.at(0))
+        return AdjointSweep(last.final, adjoints, velocities)
 
 
 def _require_finite_adjoints(adjoints: dict[int, Tensor], trajectory: Trajectory) -> None:
@@ -179,30 +216,11 @@ def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[
     return gradient
 
 
-def _last_step(
-    base: VelocityField, trajectory: Trajectory, terminal: TerminalAdjoint
-) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-    """x_K, the adjoints {K, K-1} and the base velocity {K-1} of the deterministic last step."""
-    table = trajectory.transitions
-    k = table.num_steps - 1
-    x, sigma, cond = trajectory.at(k)
-    ends: list[Tensor] = []
-
-    def cotangent(velocity: Tensor) -> Tensor:
-        final = table.mean(k, x, velocity)
-        ends.extend([final, terminal(final)])
-        return table.v_coef[k].item() * ends[1]
-
-    velocity, through_velocity = base.vjp(x, sigma, cond, cotangent)
-    final, adjoint = ends
-    return final, {k + 1: adjoint, k: table.x_coef[k].item() * adjoint + through_velocity}, {k: velocity}
-
-
 def _lean_step(base: VelocityField, trajectory: Trajectory, k: int, adjoint: Tensor) -> tuple[Tensor, Tensor]:
     """Base velocity at x_k and adjoint_k from `adjoint` = adjoint_{k+1}."""
     x_coef, v_coef = trajectory.transitions.x_coef[k].item(), trajectory.transitions.v_coef[k].item()
-    velocity, through_velocity = base.vjp(*trajectory.at(k), v_coef * adjoint)
-    return velocity, x_coef * adjoint + through_velocity
+    velocity, pull = base.vjp(*trajectory.at(k))
+    return velocity, x_coef * adjoint + pull(v_coef * adjoint)
 
 
 def _full_step(
@@ -217,8 +235,8 @@ def _full_step(
     x_coef, v_coef = table.x_coef[k].item(), table.v_coef[k].item()
     weight = (v_coef / table.std[k].item()) ** 2
     velocity_policy = trajectory.velocities[k]
-    velocity, through_base = base.vjp(*trajectory.at(k), lambda v: weight * (v - velocity_policy))
-    _, through_policy = policy.vjp(
-        *trajectory.at(k), v_coef * adjoint + weight * (velocity_policy - velocity)
-    )
+    velocity, pull_base = base.vjp(*trajectory.at(k))
+    through_base = pull_base(weight * (velocity - velocity_policy))
+    _, pull_policy = policy.vjp(*trajectory.at(k))
+    through_policy = pull_policy(v_coef * adjoint + weight * (velocity_policy - velocity))
     return velocity, x_coef * adjoint + through_base + through_policy

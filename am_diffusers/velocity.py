@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Cotangent = Tensor | Callable[[Tensor], Tensor]
+Pull = Callable[[Tensor], Tensor]
+"""Pulls a cotangent of the velocity back to the state: c -> J(x)^T c. To be called once: it frees the
+graph."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,11 @@ class VelocityField(Protocol):
         """Velocity at `x` (B, ...) and noise levels `sigma` (B,) in [0, 1]; same shape as `x`."""
         ...
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and `J(x)^T cotangent`, both detached and of the shape of `x`.
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return the velocity, detached, and the function that pulls a cotangent of it back to `x`.
 
-        `cotangent` may be a function of the velocity, evaluated between the forward and the backward
-        pass: the deterministic last step of a rollout needs the velocity before its adjoint is known.
+        Between the two there is time for what needs the velocity: the deterministic last step of a rollout is
+        rewarded before its adjoint is known.
         """
         ...
 
@@ -96,18 +96,17 @@ class CallableField:
         """Velocity at `x`, differentiable in whatever `function` is differentiable in."""
         return self.function(x, sigma, cond)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and vector-Jacobian product by autograd, see `VelocityField.vjp`."""
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return velocity and pull-back by autograd, see `VelocityField.vjp`."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             velocity = self.function(x, sigma, cond)
-        detached = velocity.detach()
-        with torch.no_grad():
-            vector = cotangent(detached) if callable(cotangent) else cotangent
-        (gradient,) = torch.autograd.grad(velocity, x, vector, allow_unused=True)
-        return detached, torch.zeros_like(x) if gradient is None else gradient
+
+        def pull(cotangent: Tensor) -> Tensor:
+            (gradient,) = torch.autograd.grad(velocity, x, cotangent, allow_unused=True)
+            return torch.zeros_like(x) if gradient is None else gradient
+
+        return velocity.detach(), pull
 
 
 @dataclass(frozen=True)
@@ -125,23 +124,18 @@ class GuidedField:
         negative = self.field(x, sigma, cond.negative())
         return negative + self.guidance_scale * (self.field(x, sigma, cond) - negative)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Guided velocity and its vector-Jacobian product, through both branches (three passes)."""
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return the guided velocity and its pull-back through both branches: three passes of the field."""
         negative = self.field(x, sigma, cond.negative()).detach()
+        velocity, pull_positive = self.field.vjp(x, sigma, cond)
         scale = self.guidance_scale
-        seen: list[Tensor] = []
 
-        def branch(velocity: Tensor) -> Tensor:
-            guided = negative + scale * (velocity - negative)
-            seen.extend([guided, cotangent(guided) if callable(cotangent) else cotangent])
-            return scale * seen[1]
+        def pull(cotangent: Tensor) -> Tensor:
+            positive = pull_positive(scale * cotangent)  # its graph is gone before the next one is made
+            _, pull_negative = self.field.vjp(x, sigma, cond.negative())
+            return positive + pull_negative((1 - scale) * cotangent)
 
-        _, through_positive = self.field.vjp(x, sigma, cond, branch)
-        guided, vector = seen
-        _, through_negative = self.field.vjp(x, sigma, cond.negative(), (1 - scale) * vector)
-        return guided, through_positive + through_negative
+        return negative + scale * (velocity - negative), pull
 
 
 Sigma = float | Tensor

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from am_diffusers.matching import matching_target
 from am_diffusers.transitions import Transitions
+from derivatives import vjp
 from oracles import Mixture, unconditional
 
 Terminal = Callable[[Tensor], Tensor]
@@ -37,7 +38,7 @@ def lookup(values: Tensor, x: Tensor) -> Tensor:
 def base_and_jacobian(law: Mixture, sigma: float) -> tuple[Tensor, Tensor]:
     """Base velocity on GRID and its derivative."""
     x = GRID[:, None]
-    both = law.field().vjp(x, x.new_full((len(x),), sigma), COND, torch.ones_like(x))
+    both = vjp(law.field(), x, x.new_full((len(x),), sigma), COND, torch.ones_like(x))
     return both[0][:, 0], both[1][:, 0]
 
 

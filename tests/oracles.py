@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, Cotangent, VelocityField
+from am_diffusers.velocity import Conditioning, Pull, VelocityField
 from benching.oracles.mixture import Mixture
 
 
@@ -61,8 +61,6 @@ class CountingField:
         self.calls.append(sigma[0].item())
         return self.field(x, sigma, cond)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
         self.vjps.append(sigma[0].item())
-        return self.field.vjp(x, sigma, cond, cotangent)
+        return self.field.vjp(x, sigma, cond)

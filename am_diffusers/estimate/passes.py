@@ -11,7 +11,7 @@ from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker, Usage
 from am_diffusers.models.field import SD3Field
 from am_diffusers.terminal_cost import RewardOfLatents, Terminal, TerminalCost
-from am_diffusers.velocity import Conditioning, Cotangent
+from am_diffusers.velocity import Conditioning, Pull
 
 ROLLOUT, ADJOINT, REWARD = "rollout", "adjoint", "VAE and reward"
 LOSS, STEP, SAMPLING = "loss backward", "optimizer step", "grids and evaluation"
@@ -48,10 +48,8 @@ class Field:
         self._tracker.replay(self._costs[key])
         return torch.empty_like(x)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and vector-Jacobian product; a function as cotangent runs beside the graph between."""
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return velocity and pull-back; between them the graph is held."""
         key, tracker = ("vjp", self._field.adapter, x.shape), self._tracker
         graph = ("graph", *key)
         with tracker.phase(ADJOINT):
@@ -59,20 +57,20 @@ class Field:
                 self._costs[key] = tracker.cost(lambda: self._vjp(x, sigma, cond))
                 self._costs[graph] = Usage(self._graph)
             tracker.replay(self._costs[key])
-        velocity = torch.empty_like(x)
-        if callable(cotangent):
-            with tracker.holding(self._costs[graph].peak), tracker.phase(REWARD):
-                cotangent(velocity)
-        return velocity, torch.empty_like(x)
+        size = self._costs[graph].peak
+        tracker.live += size  # held until the pull-back: other phases find it there
+
+        def pull(cotangent: Tensor) -> Tensor:
+            tracker.live -= size
+            return torch.empty_like(x)
+
+        return torch.empty_like(x), pull
 
     def _vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> None:
         before = self._tracker.live
-
-        def cotangent(velocity: Tensor) -> Tensor:
-            self._graph = self._tracker.live - before
-            return torch.zeros_like(velocity)
-
-        self._field.vjp(x, sigma, cond, cotangent)
+        velocity, pull = self._field.vjp(x, sigma, cond)
+        self._graph = self._tracker.live - before
+        pull(torch.zeros_like(velocity))
 
 
 class TerminalPass(TerminalCost):

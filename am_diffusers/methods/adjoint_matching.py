@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers import matching
-from am_diffusers.adjoint import AdjointSweep, full_adjoint, lean_adjoint
+from am_diffusers.adjoint import AdjointSweep, full_adjoint, last_step, lean_adjoint
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.matching_method import MatchingMethod
 from am_diffusers.methods.parts.reports import statistics
@@ -24,7 +24,7 @@ from am_diffusers.methods.parts.step_selection import Selected, StepSelection
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal_cost import Terminal, TerminalCost
+from am_diffusers.terminal_cost import TerminalCost
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning
 
@@ -67,6 +67,8 @@ class AdjointMatching(MatchingMethod[Steps]):
         if shared.adjoint == "full" and around.rollout is not None:
             raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout field")
         self.selection = StepSelection(shared.loss_steps, shared.step_selection)
+        full = partial(full_adjoint, self.base, self.policy)
+        self._adjoint = full if shared.adjoint == "full" else partial(lean_adjoint, self.base)
 
     @classmethod
     def law(cls, shared: SharedSettings, own: Any) -> str:
@@ -93,7 +95,11 @@ class AdjointMatching(MatchingMethod[Steps]):
             field = self.around.rollout or self.policy
             trajectory = rollout(field, table, cond, noise, lambda _: self.latents.draw(generators))
         with phase("adjoint", len(cond)):
-            terminal, sweep = self._sweep(trajectory, generators, with_first=0 in steps)
+            last = last_step(self.base, trajectory)
+        terminal = self.terminal(last.final, cond.prompts, lambda: self.latents.draw(generators))
+        with phase("adjoint", len(cond)):
+            cost = self.around.state_cost
+            sweep = self._adjoint(trajectory, last, terminal.adjoint, with_first=0 in steps, state_cost=cost)
         targets = [self._target(table, k, sweep) for k in steps]
         weights = [matching.matching_weight(table, k) for k in steps]
         residuals = [
@@ -130,22 +136,6 @@ class AdjointMatching(MatchingMethod[Steps]):
             adjoint_left=sweep.adjoints.get(k),
             pairing=self.shared.pairing,
         )
-
-    def _sweep(
-        self, trajectory: Trajectory, generators: Sequence[torch.Generator], *, with_first: bool
-    ) -> tuple[Terminal, AdjointSweep]:
-        """Return the trajectory's rewards and their gradients, and the adjoints."""
-        found: list[Terminal] = []
-
-        def terminal(final: Tensor) -> Tensor:
-            prompts = trajectory.cond.prompts
-            found.append(self.terminal(final, prompts, lambda: self.latents.draw(generators)))
-            return found[0].adjoint
-
-        full = self.shared.adjoint == "full"
-        run = partial(full_adjoint, self.base, self.policy) if full else partial(lean_adjoint, self.base)
-        sweep = run(trajectory, terminal, with_first=with_first, state_cost=self.around.state_cost)
-        return found[0], sweep
 
     def _policy_velocity(self, trajectory: Trajectory, k: int) -> Tensor:
         """Return the trained policy's velocity at x_k: known from the rollout if that followed it."""

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import lean_adjoint
+from am_diffusers.adjoint import last_step
 from am_diffusers.methods.parts import laws, linear_base
 from am_diffusers.methods.parts.matching_method import MatchingMethod
 from am_diffusers.methods.parts.reports import end_point_statistics, means
@@ -32,7 +32,7 @@ from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings, require
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import Trajectory, sample_ode
-from am_diffusers.system.failures import phase
+from am_diffusers.system.failures import phase, require_finite
 from am_diffusers.terminal_cost import Terminal, TerminalCost
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import Conditioning, interpolate, score_from_velocity
@@ -156,17 +156,14 @@ class EfficientAdjointMatching(MatchingMethod[None]):
     def _stopped(self, cond: Conditioning, x: Tensor, generators: Sequence[torch.Generator]) -> Start:
         """Return states at the noise level where the ODE stops; a step of the base leads on to the reward."""
         to_the_end = ode_euler(torch.tensor([self.lowest, 0.0], dtype=torch.float64))
-        last = Trajectory(x[None], x[None][1:], to_the_end, cond)
-        found: list[Terminal] = []
-
-        def terminal(final: Tensor) -> Tensor:
-            found.append(self.terminal(final, cond.prompts, lambda: self.latents.draw(generators)))
-            return found[0].adjoint
-
         with phase("adjoint", len(cond)):
-            sweep = lean_adjoint(self.base, last, terminal, with_first=False)
-        score = score_from_velocity(x, self.lowest, sweep.velocity_base[0])
-        return Start(x, score, sweep.adjoints[0], found[0])
+            last = last_step(self.base, Trajectory(x[None], x[None][1:], to_the_end, cond))
+        terminal = self.terminal(last.final, cond.prompts, lambda: self.latents.draw(generators))
+        with phase("adjoint", len(cond)):
+            adjoint = last.pull(terminal.adjoint)
+        require_finite(f"adjoint at sigma {self.lowest:.4f}", adjoint, cond.prompts)
+        score = score_from_velocity(x, self.lowest, last.velocity)
+        return Start(x, score, adjoint, terminal)
 
     def _rows(self, start: Start, generators: Sequence[torch.Generator]) -> Rows:
         """Return rows of the samples, `eam_rows` each."""

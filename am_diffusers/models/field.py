@@ -8,7 +8,7 @@ from torch import Tensor
 
 from am_diffusers.models import lora
 from am_diffusers.system.half_precision import scaled_vjp
-from am_diffusers.velocity import Conditioning, Cotangent
+from am_diffusers.velocity import Conditioning, Pull
 
 if TYPE_CHECKING:
     from am_diffusers.models.sd3 import SD3
@@ -35,17 +35,16 @@ class SD3Field:
         with torch.set_grad_enabled(trained), lora.adapters(transformer, enabled=self.adapter):
             return self.model.velocity(transformer, x, sigma, cond)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and `J(x)^T cotangent`, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return velocity and pull-back, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
         transformer = self.model.transformer
-        # Forward and backward share one adapter context: gradient checkpointing runs the forward again.
-        with lora.adapters(transformer, enabled=self.adapter):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_(True)
-                velocity = self.model.velocity(transformer, x, sigma, cond)
-            detached = velocity.detach()
-            with torch.no_grad():
-                vector = cotangent(detached) if callable(cotangent) else cotangent
-            return detached, scaled_vjp(velocity, x, vector)
+        with lora.adapters(transformer, enabled=self.adapter), torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            velocity = self.model.velocity(transformer, x, sigma, cond)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            # Gradient checkpointing runs the forward again: with the LoRA as it was.
+            with lora.adapters(transformer, enabled=self.adapter):
+                return scaled_vjp(velocity, x, cotangent)
+
+        return velocity.detach(), pull

@@ -14,7 +14,7 @@ from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.fields import sizes, with_guidance
 from am_diffusers.transitions import uniform_sigmas
-from am_diffusers.velocity import Conditioning, Cotangent
+from am_diffusers.velocity import Conditioning, Pull
 
 PERIODS = 64
 """Periods that calls are averaged over: some methods draw which steps they train."""
@@ -49,15 +49,10 @@ class CountedField:
         self._count("forward and backward of the loss" if torch.is_grad_enabled() else "forward", x)
         return torch.zeros_like(x)
 
-    def vjp(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, cotangent: Cotangent
-    ) -> tuple[Tensor, Tensor]:
-        """Return zeros, see `VelocityField.vjp`."""
+    def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
+        """Return zero and a pull-back to zero, see `VelocityField.vjp`."""
         self._count("forward and backward", x)
-        velocity = torch.zeros_like(x)
-        if callable(cotangent):
-            cotangent(velocity)
-        return velocity, torch.zeros_like(x)
+        return torch.zeros_like(x), torch.zeros_like
 
     def _count(self, kind: str, x: Tensor) -> None:
         self._counts[f"{self._name}, {kind}"] += len(x)

@@ -58,16 +58,13 @@ class Passes:
 
     @torch.no_grad()
     def sweep(self, size: int, reward_size: int | None) -> None:
-        """The base's vjp on `size` samples and inside it the reward's gradient, `reward_size` at a time."""
+        """Take the base's vjp on `size` samples, and before pulling the reward's gradient."""
         x, sigma, cond = self._point(size)
         # States, velocities, adjoints and base velocities of the chunk's steps, and the rows before it.
         kept = [x.new_empty(4 * self.num_steps, *x.shape), *self._rows()]
-        self.base.vjp(
-            x,
-            sigma,
-            cond,
-            lambda v: reward_gradient(self.reward, x - sigma[0] * v, cond.prompts, batch_size=reward_size)[1],
-        )
+        velocity, pull = self.base.vjp(x, sigma, cond)
+        clean = x - sigma[0] * velocity
+        pull(reward_gradient(self.reward, clean, cond.prompts, batch_size=reward_size)[1])
         del kept
 
     def loss(self, size: int) -> None:

@@ -16,6 +16,7 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField
+from derivatives import swept
 from oracles import THREE_MODES, CountingField, chain_moments, gaussian, unconditional
 
 STOCHASTIC = [memoryless_euler, memoryless_local_linear, ancestral]
@@ -77,7 +78,7 @@ def test_lean_adjoint_is_the_gradient_through_the_rollout_of_the_base_or_of_a_co
 ):
     table = build(shifted_sigmas(6, 3.0))
     trajectory = rollout(policy, table, COND, noises[6], lambda k: noises[k])
-    sweep = lean_adjoint(BASE, trajectory, terminal, state_cost=cost)
+    sweep = swept(lean_adjoint, BASE, trajectory, terminal, state_cost=cost)
     assert_adjoints_are_gradients(sweep, trajectory, policy, noises, running_cost=False, state_cost=cost)
 
 
@@ -86,9 +87,9 @@ def test_lean_adjoint_is_the_gradient_through_the_rollout_of_the_base_or_of_a_co
 def test_full_adjoint_is_the_gradient_of_all_costs_through_the_policy(build, cost, noises):
     table = build(uniform_sigmas(6))
     trajectory = rollout(POLICY, table, COND, noises[6], lambda k: noises[k])
-    sweep = full_adjoint(BASE, POLICY, trajectory, terminal, state_cost=cost)
+    sweep = swept(full_adjoint, BASE, trajectory, terminal, POLICY, state_cost=cost)
     assert_adjoints_are_gradients(sweep, trajectory, POLICY, noises, running_cost=True, state_cost=cost)
-    lean = lean_adjoint(BASE, trajectory, terminal, state_cost=cost)
+    lean = swept(lean_adjoint, BASE, trajectory, terminal, state_cost=cost)
     assert not torch.allclose(lean.adjoints[1], sweep.adjoints[1], rtol=0.01)
 
 
@@ -96,7 +97,7 @@ def test_full_adjoint_is_the_gradient_of_all_costs_through_the_policy(build, cos
 def test_the_sweep_supplies_base_velocities_and_the_last_step(build, noises):
     table = build(uniform_sigmas(4))
     trajectory = rollout(POLICY, table, COND, noises[6], lambda k: noises[k])
-    sweep = lean_adjoint(BASE, trajectory, terminal)
+    sweep = swept(lean_adjoint, BASE, trajectory, terminal)
     for k in range(4):
         expected = THREE_MODES.velocity(trajectory.latents[k], table.sigmas[k])
         torch.testing.assert_close(sweep.velocity_base[k], expected, rtol=0, atol=1e-12)
@@ -116,7 +117,7 @@ def test_linear_reward_on_gaussian_data_is_solved_exactly_given_the_start(build,
     base, x_0, cond = law.field(), noises[6, :, :1], COND
     quiet = torch.zeros_like(x_0)
     trajectory = rollout(base, table, cond, x_0, lambda k: noises[k, :, :1])
-    sweep = lean_adjoint(base, trajectory, lambda final: torch.full_like(final, -REWARD_SCALE * slope))
+    sweep = swept(lean_adjoint, base, trajectory, lambda final: torch.full_like(final, -REWARD_SCALE * slope))
 
     def mean_of_optimum(pairing):
         shift = {}
@@ -148,10 +149,10 @@ def test_passes_of_a_sweep(with_first, noises):
         policy, memoryless_local_linear(uniform_sigmas(4)), COND, noises[6], lambda k: noises[k]
     )
     first = [1.0] if with_first else []
-    sweep = lean_adjoint(base, trajectory, terminal, with_first=with_first)
+    sweep = swept(lean_adjoint, base, trajectory, terminal, with_first=with_first)
     assert (base.vjps, base.calls) == ([0.25, 0.5, 0.75], first)
     assert sorted(sweep.velocity_base) == [0, 1, 2, 3][not with_first :]
-    full_adjoint(base, policy, trajectory, terminal, with_first=with_first)
+    swept(full_adjoint, base, trajectory, terminal, policy, with_first=with_first)
     assert (base.vjps, base.calls) == ([0.25, 0.5, 0.75] * 2, first * 2)
     assert (policy.vjps, policy.calls) == ([0.5, 0.75], [1.0, 0.75, 0.5])
 
@@ -165,4 +166,4 @@ def test_a_field_that_blows_up_is_reported_with_step_sigma_and_prompt(noises):
         BASE, memoryless_local_linear(uniform_sigmas(4)), COND, noises[6], lambda k: noises[k]
     )
     with pytest.raises(NonFiniteError, match=r"step 2 \(sigma 0.5000\).*\['prompt 1'\]"):
-        lean_adjoint(CallableField(explode), trajectory, lambda final: 1e200 * terminal(final))
+        swept(lean_adjoint, CallableField(explode), trajectory, lambda final: 1e200 * terminal(final))

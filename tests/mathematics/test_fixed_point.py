@@ -16,6 +16,7 @@ from torch import Tensor
 
 from am_diffusers.matching import matching_target
 from am_diffusers.transitions import memoryless_euler, memoryless_local_linear, uniform_sigmas
+from derivatives import vjp
 from fixed_points import COND, SIGMAS, Truth, base_and_jacobian, error, fixed_point, lookup
 from oracles import Mixture, float64
 
@@ -99,7 +100,7 @@ def test_the_grid_agrees_with_simulated_adjoints_of_the_same_policy(k, x):
     adjoint = torch.full((num, 1), -1.0, dtype=torch.float64)  # of the reward x
     for j in range(9, k, -1):
         sigma, v_coef = table.sigmas[j].expand(num), table.v_coef[j].item()
-        _, through = case.law.field().vjp(states[j][:, None], sigma, COND, v_coef * adjoint)
+        _, through = vjp(case.law.field(), states[j][:, None], sigma, COND, v_coef * adjoint)
         adjoint = table.x_coef[j].item() * adjoint + through
     base = case.law.velocity(states[k][:1, None], table.sigmas[k])
     target = matching_target(table, k, velocity_base=base, adjoint_right=adjoint, adjoint_left=None)

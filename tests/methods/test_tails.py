@@ -23,6 +23,7 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField
+from derivatives import swept
 from oracles import THREE_MODES, CountingField, float64, unconditional
 
 K = 6
@@ -114,7 +115,7 @@ def test_all_steps_differentiated_equal_the_chain_of_vector_jacobian_products(ta
     def terminal(final):
         return terminal_adjoint(reward_gradient(reward, final, path.cond.prompts)[1], 3.0 / num)
 
-    adjoints = lean_adjoint(policy, path, terminal).adjoints
+    adjoints = swept(lean_adjoint, policy, path, terminal).adjoints
     expected = torch.stack([table.v_coef[k] * adjoints[k + 1].sum(0) for k in range(K)])
     torch.testing.assert_close(shifts.grad, expected, rtol=1e-10, atol=1e-12)
 

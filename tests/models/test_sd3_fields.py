@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_diffusers.models import lora
 from am_diffusers.models.sd3 import SD3
+from derivatives import vjp
 from sd3_points import PROMPTS, direct, point, redraw_lora, strong_lora
 
 
@@ -33,7 +34,7 @@ def test_vjp_is_autograd_through_the_transformer(model: SD3, field: str, tiny_sd
     expected = direct(plain.transformer, leaf, sigma, cond)
     (gradient,) = torch.autograd.grad(expected, leaf, cotangent)
     with torch.no_grad():
-        velocity, product = getattr(model, field).vjp(x, sigma, cond, cotangent)
+        velocity, product = vjp(getattr(model, field), x, sigma, cond, cotangent)
     torch.testing.assert_close(velocity, expected.detach(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(product, gradient, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(getattr(model, field)(x, sigma, cond), expected, atol=1e-6, rtol=1e-6)
@@ -50,7 +51,7 @@ def test_vjp_matches_central_differences_in_float64(tiny_sd3_dir: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     cotangent, direction = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
     for field in (model.policy, model.base):
-        _, product = field.vjp(x, sigma, cond, cotangent)
+        _, product = vjp(field, x, sigma, cond, cotangent)
         with torch.no_grad():
             # Fourth order with a wide step: SD3's RMS norm rounds to float32 inside a float64 model.
             step = 1e-2 * direction
@@ -69,10 +70,10 @@ def test_cotangent_may_depend_on_the_velocity(model: SD3) -> None:
         # A field called in here must neither disturb nor be disturbed by the pass that is under way.
         return 2 * velocity + model.policy(x, sigma, cond)
 
-    velocity, product = model.base.vjp(x, sigma, cond, cotangent)
     with torch.no_grad():
+        velocity, product = vjp(model.base, x, sigma, cond, cotangent)
         vector = 2 * velocity + model.policy(x, sigma, cond)
-    expected = model.base.vjp(x, sigma, cond, vector)
+    expected = vjp(model.base, x, sigma, cond, vector)
     assert len(seen) == 1
     torch.testing.assert_close((velocity, product), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(seen[0], velocity, atol=0, rtol=0)
@@ -82,10 +83,10 @@ def test_cotangent_may_depend_on_the_velocity(model: SD3) -> None:
 def test_gradient_checkpointing_changes_no_vjp(model: SD3, field: str) -> None:
     x, sigma, cond = point(strong_lora(model))
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    plain = getattr(model, field).vjp(x, sigma, cond, cotangent)
-    other = (model.base if field == "policy" else model.policy).vjp(x, sigma, cond, cotangent)
+    plain = vjp(getattr(model, field), x, sigma, cond, cotangent)
+    other = vjp((model.base if field == "policy" else model.policy), x, sigma, cond, cotangent)
     model.enable_gradient_checkpointing()
-    checkpointed = getattr(model, field).vjp(x, sigma, cond, cotangent)
+    checkpointed = vjp(getattr(model, field), x, sigma, cond, cotangent)
     torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-6)
     assert (checkpointed[1] - other[1]).abs().max() > 0.1, "the LoRA is too weak for this test to fail"
 
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_changes_no_lora_gradient(model: SD3) -> None:
             model.enable_gradient_checkpointing()
         velocity = model.policy(x, sigma, cond)
         model.base(x, sigma, cond)  # between forward and backward of the policy
-        model.base.vjp(x, sigma, cond, velocity.detach())
+        vjp(model.base, x, sigma, cond, velocity.detach())
         gradients.append(torch.autograd.grad(velocity.square().sum(), model.lora_parameters().values()))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
 
@@ -111,7 +112,7 @@ def test_base_does_not_depend_on_the_lora(model: SD3) -> None:
     strong_lora(model)
     for seed in (0, 1):
         redraw_lora(model, seed)
-        products.append(model.base.vjp(x, sigma, cond, x))
+        products.append(vjp(model.base, x, sigma, cond, x))
         assert (model.policy(x, sigma, cond) - before).std() > 0.1
     for velocity, product in products:
         assert torch.equal(velocity, before)
@@ -125,7 +126,7 @@ def test_vjp_touches_no_lora_weight(model: SD3) -> None:
         for parameter in model.lora_parameters().values():
             parameter.requires_grad_(trainable)
         with CountProducts() as counter:
-            model.policy.vjp(x, sigma, cond, x)
+            vjp(model.policy, x, sigma, cond, x)
         products.append(counter.count)
     assert products[0] == products[1] > 0
     assert all(parameter.grad is None for parameter in model.transformer.parameters())
@@ -183,8 +184,8 @@ def test_bfloat16_weights_with_a_float32_lora(model: SD3, tiny_sd3_dir: Path, ch
     x, sigma, cond = point(strong_lora(model))
     half_cond = half.encode_prompts(PROMPTS, max_sequence_length=8)
     for name in ("policy", "base"):
-        exact = getattr(model, name).vjp(x, sigma, cond, x)
-        rough = getattr(half, name).vjp(x, sigma, half_cond, x)
+        exact = vjp(getattr(model, name), x, sigma, cond, x)
+        rough = vjp(getattr(half, name), x, sigma, half_cond, x)
         for got, want in zip(rough, exact, strict=True):
             assert got.dtype == torch.float32
             assert (got - want).norm() < 0.05 * want.norm()

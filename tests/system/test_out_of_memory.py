@@ -35,10 +35,10 @@ class Field:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return OFFSET(x, sigma, cond)
 
-    def vjp(self, x, sigma, cond, cotangent):
+    def vjp(self, x, sigma, cond):
         if self.vjp_too:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return BASE.vjp(x, sigma, cond, cotangent)
+        return BASE.vjp(x, sigma, cond)
 
 
 def exhausted(x, prompts):

@@ -19,6 +19,7 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField, VelocityField
+from derivatives import swept
 from fixed_points import GRID, base_and_jacobian, fixed_point
 from oracles import Mixture, affine, chain_moments, float64, gaussian, unconditional
 
@@ -93,8 +94,8 @@ def test_lean_and_full_adjoint_have_one_mean_at_the_optimum_and_only_there(build
         def terminal(final):
             return terminal_adjoint(-(final - best), curvature)
 
-        lean = lean_adjoint(LAW.field(), trajectory, terminal).adjoints
-        full = full_adjoint(LAW.field(), policy, trajectory, terminal).adjoints
+        lean = swept(lean_adjoint, LAW.field(), trajectory, terminal).adjoints
+        full = swept(full_adjoint, LAW.field(), trajectory, terminal, policy).adjoints
         return {k: lean[k] - full[k] for k in range(1, 7)}
 
     still, noisy = torch.zeros_like(x), torch.full_like(x, 0.8)
@@ -114,7 +115,7 @@ def test_the_fixed_point_of_the_regression_is_stationary_for_the_chains_own_cost
     policy = steered(optimum(table, curvature, best), table)
     x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
     trajectory = rollout(policy, table, unconditional(5), x, lambda k: torch.zeros_like(x))
-    sweep = lean_adjoint(LAW.field(), trajectory, lambda final: curvature * (final - best))
+    sweep = swept(lean_adjoint, LAW.field(), trajectory, lambda final: curvature * (final - best))
     for k in range(7):
         right, base = sweep.adjoints[k + 1], sweep.velocity_base[k]
         target = matching_target(table, k, velocity_base=base, adjoint_right=right, adjoint_left=None)

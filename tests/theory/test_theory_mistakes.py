@@ -14,7 +14,7 @@ from am_diffusers.matching import matching_target
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField
-from derivatives import SIGMAS, derivatives, divergence, drift, memoryless, states
+from derivatives import SIGMAS, derivatives, divergence, drift, memoryless, states, swept
 from oracles import THREE_MODES, chain_moments, float64, gaussian, unconditional
 
 
@@ -75,7 +75,7 @@ def test_a_terminal_adjoint_with_plus_moves_pictures_to_lower_rewards(sign):
     cond, x = unconditional(3), float64(-1.0, 0.2, 0.9)[:, None]
     still = torch.zeros_like(x)
     trajectory = rollout(law.field(), table, cond, x, lambda k: still)
-    sweep = lean_adjoint(law.field(), trajectory, lambda final: torch.full_like(final, sign * slope))
+    sweep = swept(lean_adjoint, law.field(), trajectory, lambda final: torch.full_like(final, sign * slope))
     shifts = {}
     for k in range(11):
         base, adjoint = sweep.velocity_base[k], sweep.adjoints[k + 1]
