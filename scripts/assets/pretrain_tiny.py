@@ -1,7 +1,7 @@
 """Train the embedded pipeline, its judge and its rewards from emoji art, stage by stage, each resumable.
 
     python scripts/assets/pretrain_tiny.py sprites vae text decoder transformer --work_dir outputs/world
-    python scripts/assets/pretrain_tiny.py judge samples generated pickscore hpsv2 image_reward rewards
+    python scripts/assets/pretrain_tiny.py judge samples generated pickscore hpsv2 image_reward rewards export
 
 Each stage reads what the stages before it left in `work_dir`, saves its state there every three minutes and
 goes on from it when it is run again. Seeds are fixed; weights depend on the machine's arithmetic. `samples`
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pretrain.export import export
 from pretrain.judge import train_judge
 from pretrain.loop import Loop
 from pretrain.matching_reward import train_image_reward
@@ -32,9 +33,9 @@ LARGER = 8  # a card's batches
 Stage = Callable[[World, Loop], object]
 # Stage name -> (what it does, steps or batches, images each)
 STAGES: dict[str, tuple[Stage, int, int]] = {
-    "vae": (train_vae, 2600, 16),
+    "vae": (train_vae, 1500, 16),
     "text": (train_text, 300, 96),
-    "decoder": (train_decoder, 2000, 16),
+    "decoder": (train_decoder, 4000, 16),
     "transformer": (train_transformer, 16000, 64),
     "judge": (train_judge, 256, 64),
     "samples": (save_samples, 4, 64),
@@ -43,6 +44,7 @@ STAGES: dict[str, tuple[Stage, int, int]] = {
     "hpsv2": (lambda world, loop: train_towers(world, loop, "hpsv2"), 1500, 64),
     "image_reward": (train_image_reward, 2500, 64),
     "rewards": (measure_rewards, 1, 1),
+    "export": (export, 1, 1),
 }
 
 

@@ -1,7 +1,7 @@
 """Stage `judge`: a linear classifier that says what an image shows and whether it is spoilt.
 
-It reads the features of EfficientNet-Lite0, a classifier of photographs, and was trained on real images of the
-world only: no reward and no generated image had a part in it.
+It reads the features of EfficientNet-Lite0, a classifier of photographs, and was trained on real images of
+the world only: no reward and no generated image had a part in it.
 """
 
 from dataclasses import dataclass
