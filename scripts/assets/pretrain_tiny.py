@@ -33,7 +33,7 @@ LARGER = 8  # a card's batches
 Stage = Callable[[World, Loop], object]
 # Stage name -> (what it does, steps or batches, images each)
 STAGES: dict[str, tuple[Stage, int, int]] = {
-    "vae": (train_vae, 1500, 16),
+    "vae": (train_vae, 700, 16),
     "text": (train_text, 300, 96),
     "decoder": (train_decoder, 4000, 16),
     "transformer": (train_transformer, 16000, 64),

@@ -24,7 +24,7 @@ def new_transformer() -> SD3Transformer2DModel:
     """Make an untrained transformer of the shipped size: 7.8 million parameters."""
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
-        patch_size=1,
+        patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_layers=6,
