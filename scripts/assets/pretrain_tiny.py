@@ -33,11 +33,11 @@ LARGER = 8  # a card's batches
 Stage = Callable[[World, Loop], object]
 # Stage name -> (what it does, steps or batches, images each)
 STAGES: dict[str, tuple[Stage, int, int]] = {
-    "vae": (train_vae, 700, 16),
+    "vae": (train_vae, 1100, 16),
     "text": (train_text, 300, 96),
     "decoder": (train_decoder, 4000, 16),
     "transformer": (train_transformer, 16000, 64),
-    "judge": (train_judge, 256, 64),
+    "judge": (train_judge, 160, 64),
     "samples": (save_samples, 4, 64),
     "generated": (save_generated, 32, 64),
     "pickscore": (lambda world, loop: train_towers(world, loop, "pickscore"), 1500, 64),

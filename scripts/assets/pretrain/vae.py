@@ -13,6 +13,7 @@ from .world import World, draw_conditions
 COMMITTED = Path(__file__).parents[3] / "am_diffusers" / "assets" / "tiny_sd3" / "vae"
 SPOILT = 0.6  # more than in the world: defects are harder to reproduce
 KL_WEIGHT = 4e-3
+LATENT_NOISE = 0.25  # at most, in standard deviations: what a sampler leaves
 LATENT_SIZE, LATENT_CHANNELS = 16, 8
 
 
@@ -60,7 +61,9 @@ def train_vae(world: World, loop: Loop) -> None:
         images = draw_images(world, loop.batch, generator).to(loop.device)
         with fast(loop.device):
             posterior = vae.encode(images).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+            strength = LATENT_NOISE * torch.rand(loop.batch, 1, 1, 1, generator=generator).to(loop.device)
+            spread = (posterior.std.square() + (strength * posterior.mean.std().detach()).square()).sqrt()
+            latents = posterior.mean + spread * torch.randn_like(spread)
             reconstruction = vae.decode(latents).sample.float()
         loss = reconstruction_loss(reconstruction, images)
         kl = posterior.kl().mean() / images[0].numel()
@@ -81,7 +84,7 @@ def set_latent_scale(vae: AutoencoderKL, world: World) -> None:
 
 
 def train_decoder(world: World, loop: Loop) -> None:
-    """Make the decoder tolerant of what a sampler leaves, noise of up to .25 standard deviations.
+    """Make the decoder tolerant of what a sampler leaves, noise of up to `LATENT_NOISE`.
 
     The encoder, and with it every cached latent, stays as it is.
     """
@@ -91,7 +94,7 @@ def train_decoder(world: World, loop: Loop) -> None:
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(10_000_000 + step)
         images = draw_images(world, loop.batch, generator).to(loop.device)
-        strength = 0.25 * torch.rand(loop.batch, 1, 1, 1, generator=generator).to(loop.device)
+        strength = LATENT_NOISE * torch.rand(loop.batch, 1, 1, 1, generator=generator).to(loop.device)
         with fast(loop.device):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mode().float()
