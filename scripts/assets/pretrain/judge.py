@@ -14,7 +14,7 @@ from torch import Tensor
 
 from am_diffusers.features import EfficientNet
 
-from .loop import Loop
+from .loop import Loop, gather
 from .world import COLOURS, CONCEPTS, CONDITIONS, Labels, World, draw_conditions
 
 HEADS = {"concept": len(CONCEPTS), "background": len(COLOURS), "condition": len(CONDITIONS)}
@@ -57,19 +57,18 @@ class Judge:
 
 
 def real_features(world: World, loop: Loop) -> tuple[Tensor, Labels]:
-    """Draw `loop.steps` batches of real images, once: their features and labels, kept in `judge.pt`."""
-    file = loop.folder / "judge.pt"
-    state = torch.load(file, weights_only=True) if file.exists() else {"features": [], "labels": []}
+    """Draw `loop.steps` batches of real images, once: their features and labels."""
     network = EfficientNet.from_pretrained(device=loop.device)
-    for number in range(len(state["features"]), loop.steps):
+
+    def look(number: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(20_000_000 + number)
         labels = world.draw(loop.batch, generator)
         labels = labels.replace(condition=draw_conditions(loop.batch, generator, SPOILT))
-        state["features"].append(network.image_features(world.images(labels, generator)))
-        state["labels"].append(torch.stack([labels.concept, labels.background, labels.condition]))
-        if number % 10 == 9 or number + 1 == loop.steps:
-            torch.save(state, file)
-    return torch.cat(state["features"]), Labels(*torch.cat(state["labels"], 1))
+        features = network.image_features(world.images(labels, generator))
+        return {"features": features} | labels.__dict__
+
+    state = gather(loop.folder / "judge.pt", loop.steps, look)
+    return state.pop("features"), Labels(**state)
 
 
 def fit_judge(features: Tensor, labels: Labels, decay: float = 1e-4) -> Judge:

@@ -122,3 +122,16 @@ def save_state(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
     state |= {"ema": ema.values, "updates": ema.updates}
     torch.save(state, file.with_suffix(".tmp"))
     os.replace(file.with_suffix(".tmp"), file)
+
+
+def gather(file: Path, parts: int, make: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Make numbered parts of a data set and join them; `file` keeps what is made, every 3 minutes."""
+    rows = torch.load(file, weights_only=True) if file.exists() else []
+    saved = time.time()
+    for number in range(len(rows), parts):
+        rows.append(make(number))
+        if time.time() - saved > SAVE_EVERY or number + 1 == parts:
+            saved = time.time()
+            torch.save(rows, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
+    return {name: torch.cat([row[name] for row in rows[:parts]]) for name in rows[0]}

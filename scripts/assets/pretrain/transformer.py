@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .loop import Loop, fast
+from .loop import Loop, fast, gather
 from .vae import LATENT_CHANNELS, LATENT_SIZE
 from .world import EMPTY, FULL, NO_BACKGROUND, Labels, World, draw_conditions
 
@@ -61,24 +61,30 @@ class CaptionCache:
         return pad(self.hidden[rows], (0, 0, 0, zeros)), self.pooled[rows]
 
 
-@torch.no_grad()
 def cache_latents(world: World, loop: Loop) -> tuple[Tensor, Labels]:
     """Encode `VARIANTS` images of each combination, once: scaled latents in float16, and their labels."""
-    file = loop.folder / "latents.pt"
-    if not file.exists():
-        vae = AutoencoderKL.from_pretrained(loop.folder / "vae").to(loop.device)
-        latents, rows = [], []
-        for number, part in enumerate(world.combinations.repeat_interleave(VARIANTS).split(CHUNK)):
-            generator = torch.Generator().manual_seed(number)
-            labels = world.labels(part).replace(condition=draw_conditions(len(part), generator))
-            images = (2 * world.images(labels, generator) - 1).to(loop.device)
-            with fast(loop.device):
-                mode = vae.encode(images).latent_dist.mode().float()
-            latents.append(((mode - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
-            rows.append(torch.stack([labels.concept, labels.background, labels.condition]))
-        torch.save({"latents": torch.cat(latents), "labels": torch.cat(rows, 1)}, file)
-    state = torch.load(file, weights_only=True)
-    return state["latents"], Labels(*state["labels"])
+    vae = AutoencoderKL.from_pretrained(loop.folder / "vae").to(loop.device)
+    order = torch.Generator().manual_seed(0)
+    parts = torch.cat(
+        [
+            world.combinations[torch.randperm(len(world.combinations), generator=order)]
+            for _ in range(VARIANTS)
+        ]
+    ).split(CHUNK)
+
+    @torch.no_grad()
+    def encode(number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        labels = world.labels(parts[number])
+        labels = labels.replace(condition=draw_conditions(len(labels), generator))
+        images = (2 * world.images(labels, generator) - 1).to(loop.device)
+        with fast(loop.device):
+            mode = vae.encode(images).latent_dist.mode().float()
+        latents = ((mode - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu()
+        return {"latents": latents} | labels.__dict__
+
+    state = gather(loop.folder / "latents.pt", len(parts), encode)
+    return state.pop("latents"), Labels(**state)
 
 
 def draw_templates(number: int, generator: torch.Generator) -> Tensor:
