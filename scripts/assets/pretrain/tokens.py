@@ -9,7 +9,7 @@ from open_clip.tokenizer import bytes_to_unicode
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-CONTEXT_LENGTH = 16
+CONTEXT_LENGTH = 12
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
