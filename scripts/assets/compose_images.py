@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from am_diffusers.command_line import asset_path
+from am_diffusers.grids import to_pil
 from PIL import PngImagePlugin
 from pretrain.world import Labels, World
 
-from am_diffusers.command_line import asset_path
-from am_diffusers.grids import to_pil
 from am_diffusers.prompts import load_prompts
 
 SPRITES = "asset:world/sprites.parquet"

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from am_diffusers.features import EfficientNet
 from torch import Tensor
 from torchvision.utils import save_image
 
-from am_diffusers.features import EfficientNet
 from am_diffusers.rewards import HPSv2, ImageReward, PickScore
 
 from .judge import Judge
