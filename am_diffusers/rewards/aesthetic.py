@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from am_diffusers.rewards.files import find_file, read_weights, save_weights, state_dict_of
-from am_diffusers.rewards.heads import AffineHead, collapse
 from am_diffusers.rewards.hf_clip import check_is_clip, load_clip
-from am_diffusers.rewards.hf_files import download_remedy
 from am_diffusers.rewards.learned import DIFFERENTIABLE, FeatureReward, RewardOptions
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
+from am_diffusers.rewards.parts.files import find_file, read_weights, save_weights, state_dict_of
+from am_diffusers.rewards.parts.heads import AffineHead, collapse
+from am_diffusers.rewards.parts.hf_files import download_remedy
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
 
 RELEASED_VISION = "openai/clip-vit-large-patch14"
 # Of sac+logos+ava1-l14-linearMSE.pth as others report it; no real file was ever seen here.

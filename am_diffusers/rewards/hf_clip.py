@@ -15,10 +15,10 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
 
 from am_diffusers.rewards.clip import ClipReward
-from am_diffusers.rewards.files import refuse_sha256
-from am_diffusers.rewards.hf_files import check_model_type, download_remedy, load_pretrained
 from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
-from am_diffusers.rewards.preprocess import PixelFormat, shortest_edge_crop, to_pil
+from am_diffusers.rewards.parts.files import refuse_sha256
+from am_diffusers.rewards.parts.hf_files import check_model_type, download_remedy, load_pretrained
+from am_diffusers.rewards.parts.preprocess import PixelFormat, shortest_edge_crop, to_pil
 
 R = TypeVar("R", bound="HfClipReward")
 

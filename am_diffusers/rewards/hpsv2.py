@@ -18,7 +18,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from am_diffusers.rewards.clip import ClipReward
-from am_diffusers.rewards.files import (
+from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
+from am_diffusers.rewards.parts.files import (
     check_fit,
     find_file,
     load_strictly,
@@ -26,8 +27,7 @@ from am_diffusers.rewards.files import (
     save_weights,
     state_dict_of,
 )
-from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
 
 RELEASED_ARCHITECTURE = "ViT-H-14"
 CONFIG_FILE = "open_clip_config.json"

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from am_diffusers.rewards.blip import RELEASED, BlipScorer, ScorerConfig, read_config, rename_released
-from am_diffusers.rewards.files import (
+from am_diffusers.rewards.learned import DIFFERENTIABLE, FeatureReward, RewardOptions
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer, ScorerConfig, read_config, rename_released
+from am_diffusers.rewards.parts.files import (
     check_fit,
     find_file,
     load_strictly,
@@ -24,9 +25,8 @@ from am_diffusers.rewards.files import (
     save_weights,
     state_dict_of,
 )
-from am_diffusers.rewards.heads import collapse
-from am_diffusers.rewards.learned import DIFFERENTIABLE, FeatureReward, RewardOptions
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
+from am_diffusers.rewards.parts.heads import collapse
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
 RELEASED_VOCABULARY = "google-bert/bert-base-uncased/vocab.txt"

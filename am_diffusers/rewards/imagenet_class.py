@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from am_diffusers.rewards.base import check_images
 from am_diffusers.rewards.clip import unit_length
-from am_diffusers.rewards.files import find_file, load_strictly, read_weights
 from am_diffusers.rewards.learned import DIFFERENTIABLE, LearnedReward, RewardOptions
-from am_diffusers.rewards.packaged import EFFICIENTNET_LITE0, PREFIX
-from am_diffusers.rewards.preprocess import PixelFormat, shortest_edge_crop, to_pil
+from am_diffusers.rewards.parts.files import find_file, load_strictly, read_weights
+from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0, PREFIX
+from am_diffusers.rewards.parts.preprocess import PixelFormat, shortest_edge_crop, to_pil
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 # (255 x - 127) / 128, as for the TPU.

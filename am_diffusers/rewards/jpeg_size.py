@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from am_diffusers.rewards.base import check_images, check_prompts
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.preprocess import to_pil
 
 
 class JpegSize:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import ctc_loss
 
 from am_diffusers.rewards.base import check_images
-from am_diffusers.rewards.files import check_sha256, find_file
 from am_diffusers.rewards.learned import DIFFERENTIABLE, LearnedReward, RewardOptions
-from am_diffusers.rewards.onnx_graph import OnnxGraph, read_graph
-from am_diffusers.rewards.packaged import PREFIX, RAPIDOCR
-from am_diffusers.rewards.text_line import official_text_line, text_line
+from am_diffusers.rewards.parts.files import check_sha256, find_file
+from am_diffusers.rewards.parts.onnx_graph import OnnxGraph, read_graph
+from am_diffusers.rewards.parts.packaged import PREFIX, RAPIDOCR
+from am_diffusers.rewards.parts.text_line import official_text_line, text_line
 
 BLANK = 0
 # Double quotes first: an apostrophe is no quote, and a prompt may have both.

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from am_diffusers.rewards.aesthetic import RELEASED_VISION, Aesthetic
-from am_diffusers.rewards.blip import RELEASED, BlipScorer, read_config
 from am_diffusers.rewards.clip_score import CLIPScore
-from am_diffusers.rewards.hf_files import download_remedy
 from am_diffusers.rewards.hpsv2 import CONFIG_FILE, RELEASED_ARCHITECTURE, HPSv2
 from am_diffusers.rewards.image_reward import ImageReward
 from am_diffusers.rewards.learned import LearnedReward, RewardOptions, unit_length
-from am_diffusers.rewards.pickscore import PickScore
-from am_diffusers.rewards.preprocess import (
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer, read_config
+from am_diffusers.rewards.parts.hf_files import download_remedy
+from am_diffusers.rewards.parts.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
     PixelFormat,
     longest_edge_pad,
     shortest_edge_crop,
 )
+from am_diffusers.rewards.pickscore import PickScore
 
 
 def _clip_sizes(vision: tuple[int, int, int], text: tuple[int, int, int], projection: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
-from am_diffusers.rewards.packaged import PACKAGED
+from am_diffusers.rewards.parts.packaged import PACKAGED
 from am_diffusers.run.buffer_size import check_buffer
 from am_diffusers.run.network_calls import network_calls
 from am_diffusers.system.files import asset_path

@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import CLIPModel
 
 from am_diffusers.rewards import OFFICIAL, Aesthetic, aesthetic
-from am_diffusers.rewards.heads import collapse
+from am_diffusers.rewards.parts.heads import collapse
 from reward_models import (
     CAPTIONS,
     CLIP_MEAN,

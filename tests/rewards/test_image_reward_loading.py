@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_diffusers.rewards import ImageReward, image_reward
-from am_diffusers.rewards.blip import RELEASED, BlipScorer, ScorerConfig, rename_released
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer, ScorerConfig, rename_released
 from reward_models import (
     CAPTIONS,
     bert_vocabulary,

@@ -13,7 +13,7 @@ from torch import Tensor
 from am_diffusers.config import RewardConfig
 from am_diffusers.rewards import OFFICIAL, ImageNetClass, RewardOptions
 from am_diffusers.rewards.imagenet_class import class_names, named_classes
-from am_diffusers.rewards.packaged import EFFICIENTNET_LITE0
+from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0
 from am_diffusers.run.plan import resolve_reward
 from text_pictures import as_tensor
 
@@ -149,7 +149,7 @@ def test_prompts_are_checked_ahead(reward: ImageNetClass) -> None:
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("am_diffusers.rewards.packaged.find_spec", lambda name: None)
+    monkeypatch.setattr("am_diffusers.rewards.parts.packaged.find_spec", lambda name: None)
     for call in (ImageNetClass.from_pretrained, lambda: resolve_reward(RewardConfig("imagenet_class"))):
         with pytest.raises(ValueError, match=r'run `pip install "am_diffusers\[imagenet\]"'):
             call()

@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate
 from am_diffusers.config import RewardConfig
 from am_diffusers.rewards import OCR, OFFICIAL, RewardOptions
 from am_diffusers.rewards.ocr import quoted_text
-from am_diffusers.rewards.onnx_graph import Node, OnnxGraph
-from am_diffusers.rewards.packaged import RAPIDOCR
-from am_diffusers.rewards.text_line import official_text_line, text_line
+from am_diffusers.rewards.parts.onnx_graph import Node, OnnxGraph
+from am_diffusers.rewards.parts.packaged import RAPIDOCR
+from am_diffusers.rewards.parts.text_line import official_text_line, text_line
 from am_diffusers.run.plan import resolve_reward
 from text_pictures import picture_of
 
@@ -173,7 +173,7 @@ def test_text_that_cannot_be_read_is_refused(ocr: OCR) -> None:
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("am_diffusers.rewards.packaged.find_spec", lambda name: None)
+    monkeypatch.setattr("am_diffusers.rewards.parts.packaged.find_spec", lambda name: None)
     for call in (OCR.from_pretrained, lambda: resolve_reward(RewardConfig("ocr"))):
         with pytest.raises(
             ValueError, match=r'rapidocr_onnxruntime, onnx: run `pip install "am_diffusers\[ocr\]"'

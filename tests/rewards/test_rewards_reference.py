@@ -22,7 +22,7 @@ from am_diffusers.rewards import (
     PickScore,
     RewardOptions,
 )
-from am_diffusers.rewards.preprocess import longest_edge_pad, shortest_edge_crop
+from am_diffusers.rewards.parts.preprocess import longest_edge_pad, shortest_edge_crop
 from reward_models import (
     CAPTIONS,
     CLIP_MEAN,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from am_diffusers.rewards.hf_clip import check_is_clip, load_clip
-from am_diffusers.rewards.hf_files import download_remedy
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.hf_files import download_remedy
+from am_diffusers.rewards.parts.preprocess import to_pil
 from evaluating.measuring.features.base import Features
 
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from am_diffusers.rewards.packaged import PREFIX
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.packaged import PREFIX
+from am_diffusers.rewards.parts.preprocess import to_pil
 from evaluating.measuring.features.base import Features
 from evaluating.measuring.features.optional import optional_module
 

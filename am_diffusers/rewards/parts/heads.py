@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from am_diffusers.rewards.files import check_keys
+from am_diffusers.rewards.parts.files import check_keys
 
 LAYERS = (0, 2, 4, 6, 7)
 PUBLISHED_WIDTHS = (1024, 128, 64, 16)

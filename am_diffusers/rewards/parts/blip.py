@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from am_diffusers.rewards.files import check_keys
-from am_diffusers.rewards.heads import PUBLISHED_WIDTHS, layered_head
+from am_diffusers.rewards.parts.files import check_keys
+from am_diffusers.rewards.parts.heads import PUBLISHED_WIDTHS, layered_head
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from am_diffusers.rewards.files import check_keys
+from am_diffusers.rewards.parts.files import check_keys
 
 # Buffers (0, 1, 2, ...) that transformers < 4.31 saved with the weights; 5.4 still calls them unexpected.
 OLD_BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}

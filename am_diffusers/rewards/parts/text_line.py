@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from am_diffusers.rewards.preprocess import round_to_8_bit
+from am_diffusers.rewards.parts.preprocess import round_to_8_bit
 
 HEIGHT, MIN_WIDTH = 48, 320
 COEFFICIENT_BITS = 11  # of OpenCV's fixed-point weights
