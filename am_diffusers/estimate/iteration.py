@@ -31,7 +31,7 @@ from am_diffusers.methods.base import Collected, gather_from_one
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
 from am_diffusers.methods.refl import ReFL
 from am_diffusers.noise import generator_for, generators_for
-from am_diffusers.rewards.skeleton import Skeleton
+from am_diffusers.rewards.learned import Skeleton
 from am_diffusers.run.load import encoder, guided, make_sampler, weighted
 from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from am_diffusers.run.micro_batches import SETTINGS

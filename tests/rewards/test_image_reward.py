@@ -93,8 +93,13 @@ def test_a_prompt_that_just_fits_is_not_cut(folder: Path) -> None:
 
 def test_prompts_are_tokenized_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reward, seen = ImageReward.from_pretrained(folder, options=RewardOptions(checkpointing=True)), []
-    remember = reward._remember
-    monkeypatch.setattr(reward, "_remember", lambda prompts: (seen.extend(prompts), remember(prompts)))
+    tokens = reward._tokens
+
+    def watched(prompt: str) -> torch.Tensor:
+        seen.append(prompt)
+        return tokens(prompt)
+
+    monkeypatch.setattr(reward, "_tokens", watched)
     for prompts in (CAPTIONS[:2], CAPTIONS[1::-1], [CAPTIONS[2]] * 2, CAPTIONS[:2]):
         reward(IMAGES.clone().requires_grad_(), prompts).sum().backward()
     assert seen == [*CAPTIONS[:3]]

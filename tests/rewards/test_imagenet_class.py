@@ -65,7 +65,7 @@ def test_it_prefers_what_is_drawn(reward: ImageNetClass) -> None:
 
 def test_all_weights_are_used(reward: ImageNetClass) -> None:
     released = torch.load(EFFICIENTNET_LITE0.find(), weights_only=True)
-    own = reward._model.state_dict()
+    own = reward.network.state_dict()
     assert len(own) == len(released) == 296
     assert sum(not key.endswith("num_batches_tracked") for key in own) == 247
     for (name, value), (kept, expected) in zip(own.items(), released.items(), strict=True):
@@ -77,7 +77,7 @@ def test_score_is_the_log_probability_of_the_named_class(reward: ImageNetClass) 
     name_of = {rows: name for name, rows in class_names().items()}
     assert {row for rows in name_of for row in rows} == set(range(1000))
     with torch.no_grad():
-        logits = reward._model(reward._pixels(crossword()))
+        logits = reward.network(reward._pixels(crossword()))
     names = [name_of.get((row,)) for row in range(1000)]
     for row in (0, 1, 918, 999):
         expected = logits.log_softmax(-1)[0, row].item()
@@ -129,7 +129,7 @@ def test_the_longest_name_counts(prompt: str, name: str) -> None:
 
 def test_a_name_of_two_classes_means_either(reward: ImageNetClass) -> None:
     assert named_classes("a crane") == (134, 517)
-    logits = reward._model(reward._pixels(crossword()))
+    logits = reward.network(reward._pixels(crossword()))
     expected = logits.softmax(-1)[0, [134, 517]].sum().log().item()
     assert reward(crossword(), ["a crane"]).item() == pytest.approx(expected, abs=1e-4)
 

@@ -108,7 +108,7 @@ def test_official_mode_has_no_gradient(load: Load) -> None:
 def saved_numbers(reward: LearnedReward, images: Tensor) -> int:
     """Numbers that autograd holds after scoring, model weights not counted."""
     saved: dict[int, int] = {}
-    weights = {id(parameter.untyped_storage()) for parameter in reward._model.parameters()}
+    weights = {id(parameter.untyped_storage()) for parameter in reward.network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor.untyped_storage()) not in weights:
@@ -168,8 +168,8 @@ def test_scale_keeps_its_precision_in_half_precision_towers(tmp_path: Path) -> N
 def test_weights_are_frozen(load: Load) -> None:
     reward = load()
     reward(random_images(1, 40, 40).requires_grad_(), CAPTIONS[:1]).sum().backward()
-    assert all(p.grad is None and not p.requires_grad for p in reward._model.parameters())
-    assert not reward._model.training
+    assert all(p.grad is None and not p.requires_grad for p in reward.network.parameters())
+    assert not reward.network.training
 
 
 def test_prompts_are_encoded_once(load_clip: LoadClip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_prompts_are_encoded_once(load_clip: LoadClip, monkeypatch: pytest.Monke
     for prompts in (CAPTIONS[:3], CAPTIONS[::-1], [CAPTIONS[0]] * 5):
         features = reward.text_features(prompts)
     assert sorted(encoded) == sorted(CAPTIONS)
-    assert len(reward._text_cache) == len(CAPTIONS)
+    assert len(reward._remembered) == len(CAPTIONS)
     assert features.shape == (5, 16)
     assert not features.requires_grad
 

@@ -10,29 +10,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 from am_diffusers.evaluation.statistics import LEVEL, Comparison, Estimate
+from am_diffusers.rewards import REWARDS, Column, LearnedReward
 from am_diffusers.system.files import write_text
 from evaluating.summary.summary import FEWEST_PROMPTS, CandidateSummary, Summary
 from evaluating.tables.renderings import Cell, Table, to_latex, to_markdown
 
-
-class Column(NamedTuple):
-    """How papers print a reward: its title, and the digits behind the point."""
-
-    title: str
-    decimals: int
-
-
 PUBLISHED = {
-    "pickscore": Column("PickScore", 2),
-    "clip_score": Column("CLIP", 3),
-    "hpsv2": Column("HPSv2", 3),
-    "aesthetic": Column("Aesthetic", 2),
-    "image_reward": Column("ImageReward", 2),
+    name: kind.column for name, kind in REWARDS.items() if issubclass(kind, LearnedReward) and kind.column
 }
-OTHER_DECIMALS = 3
 NONE = "-"
 MARKS = (
     "Bold: best of the column. *: differs from the base with the same sampler: the 95 % interval of the "
@@ -48,7 +35,7 @@ def in_order(rewards: Sequence[str]) -> list[str]:
 
 def column_of(reward: str) -> Column:
     """How a reward is printed."""
-    return PUBLISHED.get(reward, Column(reward, OTHER_DECIMALS))
+    return PUBLISHED.get(reward, Column(reward))
 
 
 def number(value: float | None, decimals: int) -> str:
