@@ -17,9 +17,6 @@ from am_diffusers.system.files import write_text
 from evaluating.summary.summary import FEWEST_PROMPTS, CandidateSummary, Summary
 from evaluating.tables.renderings import Cell, Table, to_latex, to_markdown
 
-PUBLISHED = {
-    name: kind.column for name, kind in REWARDS.items() if issubclass(kind, LearnedReward) and kind.column
-}
 NONE = "-"
 MARKS = (
     "Bold: best of the column. *: differs from the base with the same sampler: the 95 % interval of the "
@@ -28,14 +25,21 @@ MARKS = (
 )
 
 
+def published() -> dict[str, Column]:
+    """Return the columns that papers print, by reward, in the order of papers."""
+    kinds = [kind for kind in REWARDS.values() if issubclass(kind, LearnedReward)]
+    return {kind.name: kind.column for kind in kinds if kind.column}
+
+
 def in_order(rewards: Sequence[str]) -> list[str]:
-    """Reward names in the order of published tables, the others behind them."""
-    return [name for name in PUBLISHED if name in rewards] + [r for r in rewards if r not in PUBLISHED]
+    """Return reward names in the order of published tables, the others behind them."""
+    first = published()
+    return [name for name in first if name in rewards] + [name for name in rewards if name not in first]
 
 
 def column_of(reward: str) -> Column:
-    """How a reward is printed."""
-    return PUBLISHED.get(reward, Column(reward))
+    """Return the column of a reward."""
+    return published().get(reward, Column(reward))
 
 
 def number(value: float | None, decimals: int) -> str:
