@@ -46,7 +46,7 @@ class Aesthetic(FeatureReward):
     """
 
     name = "aesthetic"
-    # By its reported sha256 the file of Schuhmann's repository, under another name.
+    # The reported sha256 says: the file of Schuhmann's repository under another name.
     released = "birder-project/aesthetic-predictor/openai-clip_aesthetic-predictor.pt"
     column = Column("Aesthetic", 2)
 

@@ -189,7 +189,7 @@ class LearnedReward(FrozenReward):
 
     @classmethod
     def skeleton(cls, path: str, *, revision: str | None, options: RewardOptions) -> Skeleton:
-        """Return the reward without its weights; here those of a few megabytes are read and dropped.
+        """Return the reward without its weights; by default they are loaded and dropped: for a few megabytes.
 
         Args:
             path: folder, file or hub id of the weights, beside which the sizes are read if they are there.

@@ -88,7 +88,7 @@ def shortest_edge_crop(
 
 
 def clip_package_crop(images: Tensor, size: int, mode: Mode) -> Tensor:
-    """Shortest edge to `size` and centre crop as in the CLIP package, whose transform many rewards took over.
+    """Resize the shortest edge to `size` and crop the centre as the CLIP package does; many rewards use it.
 
     That transform is torchvision's on PIL images, which crops some odd margins differently from transformers.
 
