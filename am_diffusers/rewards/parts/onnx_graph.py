@@ -17,13 +17,13 @@ CASTS = {6: torch.int32, 7: torch.int64}  # onnx.TensorProto.INT32, INT64: only 
 
 
 class Node(NamedTuple):
-    """One call: `output = operator(*inputs, **attributes)`.
+    """Node of a graph: one call `output = operator(*inputs, **attributes)`.
 
     Attributes:
         operator: name of an ONNX operator.
         inputs: names of values; a trailing optional one may be "".
         output: name of the result.
-        attributes: as in the ONNX specification.
+        attributes: attributes by their names in the ONNX specification.
     """
 
     operator: str
@@ -33,10 +33,10 @@ class Node(NamedTuple):
 
 
 class OnnxGraph(nn.Module):
-    """The function that a list of nodes computes.
+    """Function that a list of nodes computes.
 
     Args:
-        nodes: in an order in which each one's inputs are there.
+        nodes: nodes in an order in which the inputs of each are computed before it.
         constants: values by name.
         source: name of the graph's only input.
 
@@ -60,7 +60,7 @@ class OnnxGraph(nn.Module):
             self.register_buffer(buffer, constants[name])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the last node for the input `x`."""
+        """Return the output of the last node for the input `x`."""
         values = {name: self.get_buffer(buffer) for name, buffer in self._buffer_of.items()}
         values |= self._shapes | {self._source: x}
         for row, node in enumerate(self._nodes):
@@ -73,10 +73,10 @@ class OnnxGraph(nn.Module):
 
 
 def read_graph(model: Any, onnx: Any) -> OnnxGraph:
-    """The graph of an `onnx.ModelProto` with one input.
+    """Build the graph of an `onnx.ModelProto` with one input.
 
     Args:
-        model: as `onnx.load` returned it.
+        model: result of `onnx.load`.
         onnx: the optional module of that name.
 
     Raises:
@@ -104,7 +104,7 @@ def _tensor(array: Any) -> Tensor:
 def _check_node(node: Node, known: set[str]) -> None:
     if node.operator not in OPERATORS:
         raise ValueError(
-            f"ONNX operator {node.operator} isn't supported: another model's? known: {', '.join(OPERATORS)}"
+            f"ONNX operator {node.operator} isn't supported: another model's? Known: {', '.join(OPERATORS)}"
         )
     unknown = [name for name in node.inputs if name and name not in known]
     if unknown:
@@ -116,7 +116,7 @@ def _check_node(node: Node, known: set[str]) -> None:
 
 
 def _symmetric(pads: Sequence[int]) -> list[int]:
-    """ONNX's (top, left, bottom, right) as torch's (vertical, horizontal)."""
+    """Return ONNX's (top, left, bottom, right) as torch's (vertical, horizontal)."""
     if list(pads[:2]) != list(pads[2:]):
         raise ValueError(f"expected equal ONNX padding on opposite sides, got {pads}")
     return list(pads[:2])

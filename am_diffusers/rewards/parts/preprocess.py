@@ -1,6 +1,6 @@
-"""Pictures in [0, 1] to what a CLIP vision tower reads: bicubic resize, crop or pad, normalise.
+"""Preparation of images in [0, 1] for a CLIP vision tower: bicubic resize, crop or pad, normalise.
 
-Everything but `to_pil` and the official mode acts on tensors (B, 3, H, W) and is differentiable. Resizing is
+Everything but `to_pil` and `pil_crop` acts on tensors (B, 3, H, W) and is differentiable. Resizing is
 antialiased, as PIL's is; without it features move twenty times as far from the official ones (cosine distance
 2.3e-2, not 1.0e-3).
 """
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from am_diffusers.rewards.learned import Mode
+from am_diffusers.rewards.base import Mode
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What a vision tower expects: square pictures of `size` pixels, normalised per channel.
+    """Input of a vision tower: square images of `size` pixels, normalised per channel.
 
     Attributes:
         size: edge of the square input in pixels.
@@ -35,24 +35,28 @@ class PixelFormat:
     std: Sequence[float]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """`(images - mean) / std` per channel, (B, 3, H, W)."""
+        """Return `(images - mean) / std` per channel, (B, 3, H, W)."""
         mean = images.new_tensor(self.mean).view(3, 1, 1)
         std = images.new_tensor(self.std).view(3, 1, 1)
         return (images - mean) / std
 
+    def crop(self, images: Tensor, *, rounded: bool = False) -> Tensor:
+        """Return images (B, 3, H, W) in [0, 1] after `shortest_edge_crop`, normalised."""
+        return self.normalise(shortest_edge_crop(images, self.size, rounded=rounded))
+
 
 def bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize to (B, 3, height, width); overshoots beyond [0, 1] are kept."""
+    """Resize to (B, 3, height, width), antialiased; overshoots beyond [0, 1] are kept."""
     return interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
 
 
 def half_down(margin: int) -> int:
-    """Pixels that transformers crops on the left of an odd margin: the smaller half."""
+    """Return the pixels that transformers crops on the left of an odd margin: the smaller half."""
     return margin // 2
 
 
 def half_to_even(margin: int) -> int:
-    """Pixels that torchvision crops on the left of an odd margin: the even half."""
+    """Return the pixels that torchvision crops on the left of an odd margin: the even half."""
     return round(margin / 2)
 
 
@@ -62,7 +66,7 @@ def shortest_edge_crop(
     """Resize the shortest edge to `size` and crop the centre, as is done with PIL.
 
     PIL resizes along rows first, then along columns, and stores 8 bits after each pass: overshoot is clipped
-    twice. (Pillow 13 swaps the passes when it shrinks pictures more than twice as tall as wide; the published
+    twice. (Pillow 13 swaps the passes when it shrinks images more than twice as tall as wide; the published
     scores are older.)
 
     Args:
@@ -84,9 +88,9 @@ def shortest_edge_crop(
 
 
 def clip_package_crop(images: Tensor, size: int, mode: Mode) -> Tensor:
-    """Shortest edge to `size` and centre crop as in the CLIP package, whose transform many rewards took over.
+    """Resize the shortest edge to `size` and crop the centre as the CLIP package does; many rewards use it.
 
-    It is torchvision's on PIL pictures and differs from transformers' in the crop of some odd margins.
+    That transform is torchvision's on PIL images, which crops some odd margins differently from transformers.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -98,15 +102,20 @@ def clip_package_crop(images: Tensor, size: int, mode: Mode) -> Tensor:
     """
     if mode != "official":
         return shortest_edge_crop(images, size, rounded=mode == "rounded", half=half_to_even)
+    return pil_crop(images, size, half_to_even)
+
+
+def pil_crop(images: Tensor, size: int, half: Callable[[int], int]) -> Tensor:
+    """Resize and crop as in `shortest_edge_crop`, with PIL and without gradient."""
     height, width = _shortest_edge(images.shape[-2], images.shape[-1], size)
-    top, left = half_to_even(height - size), half_to_even(width - size)
+    top, left = half(height - size), half(width - size)
     resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in to_pil(images)]
     cropped = [np.asarray(image)[top : top + size, left : left + size] for image in resized]
     return torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2).float() / 255
 
 
 def _shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after resizing the shortest edge to `size`; the other one is rounded down."""
+    """Return height and width after resizing the shortest edge to `size`; the other is rounded down."""
     short = min(height, width)
     return int(size * height / short), int(size * width / short)
 
@@ -119,7 +128,7 @@ def longest_edge_pad(images: Tensor, size: int, *, rounded: bool = False) -> Ten
     Args:
         images: (B, 3, H, W) in [0, 1].
         size: edge of the result in pixels.
-        rounded: round to 1/255 before resizing, as picture files are, with straight-through gradients.
+        rounded: round to 1/255 before resizing, as image files are, with straight-through gradients.
 
     Returns:
         (B, 3, size, size).
@@ -134,7 +143,7 @@ def longest_edge_pad(images: Tensor, size: int, *, rounded: bool = False) -> Ten
 
 
 def round_to_8_bit(images: Tensor) -> Tensor:
-    """Values rounded to multiples of 1/255 with the gradient of the identity (straight-through)."""
+    """Round to multiples of 1/255, with the gradient of the identity (straight-through)."""
     return images + ((images * 255).round() / 255 - images).detach()
 
 
@@ -143,6 +152,6 @@ def _identity(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] as B 8-bit RGB pictures, rounded as Diffusers' `numpy_to_pil` does."""
+    """Return (B, 3, H, W) in [0, 1] as B 8-bit RGB images, rounded as Diffusers' `numpy_to_pil` does."""
     arrays = (images.detach().float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]

@@ -1,6 +1,6 @@
 """Weight files of rewards: found, downloaded, verified and loaded whole or not at all.
 
-Some rewards are published as pickles. They are read with `weights_only=True`, after their sha256 was compared
+Some rewards are published as pickles. They are read with `weights_only=True`, after comparing their sha256
 with the pinned or the given one; `scripts/convert_reward.py` turns them into safetensors once.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_file(path: str | Path, revision: str | None, remedy: str) -> Path:
-    """A local file, or `owner/repository/file` on the hub.
+    """Find a local file, or download `owner/repository/file` from the hub.
 
     Raises:
         ValueError: if there is neither; ends with `remedy`.
@@ -40,7 +40,7 @@ def find_file(path: str | Path, revision: str | None, remedy: str) -> Path:
 
 
 def check_sha256(file: Path, expected: str | None) -> None:
-    """Compare a file with its sha256; without one, log the file's own so that it can be pinned.
+    """Compare a file with a sha256; without one, log the sha256 of the file so that it can be pinned.
 
     Raises:
         ValueError: if they differ.
@@ -62,11 +62,11 @@ def check_sha256(file: Path, expected: str | None) -> None:
 def refuse_sha256(name: str, sha256: str | None) -> None:
     """Raise ValueError if a reward that is loaded from a folder was given the sha256 of a file."""
     if sha256 is not None:
-        raise ValueError(f"{name} is loaded from a folder, which has no sha256: pin its `revision` instead")
+        raise ValueError(f"{name} is loaded from a folder, which has no sha256: set `revision` instead")
 
 
 def read_weights(file: Path, sha256: str | None, remedy: str) -> Any:
-    """Content of a safetensors file or of a published pickle, which may hold more than tensors.
+    """Read a safetensors file or a published pickle, which may hold more than tensors.
 
     Raises:
         ValueError: if the file isn't the one expected or can't be read; ends with `remedy`.
@@ -85,7 +85,7 @@ def read_weights(file: Path, sha256: str | None, remedy: str) -> Any:
 
 
 def state_dict_of(content: Any, file: Path, remedy: str) -> dict[str, Tensor]:
-    """The content of a weight file once it is known to be tensors by name.
+    """Return the content of a weight file once it is known to be tensors by name.
 
     Raises:
         ValueError: if it isn't; ends with `remedy`.
@@ -97,7 +97,7 @@ def state_dict_of(content: Any, file: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors by name as a safetensors file, in a folder that is made if it isn't there."""
+    """Write tensors by name as a safetensors file, in a folder that is made if it doesn't exist."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
 
@@ -120,7 +120,7 @@ def check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load all weights into a module, after keys and shapes were compared.
+    """Load all weights into a module, after comparing keys and shapes.
 
     Raises:
         ValueError: naming the keys or shapes that differ; the module is unchanged then.

@@ -1,7 +1,7 @@
 """The network of ImageReward on the BLIP towers of transformers: its config, and the released weights' names.
 
-The picture goes through a ViT, the prompt through a BERT that attends to the picture in every layer; the
-reward is an affine map (`heads`) of the last hidden state at [CLS].
+The image goes through a ViT, the prompt through a BERT that attends to the image in every layer; the reward
+is an affine map (`heads`) of the last hidden state at [CLS].
 """
 
 import json
@@ -15,21 +15,21 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from am_diffusers.rewards.files import check_keys
-from am_diffusers.rewards.heads import PUBLISHED_WIDTHS, layered_head
+from am_diffusers.rewards.parts.files import check_keys
+from am_diffusers.rewards.parts.heads import PUBLISHED_WIDTHS, layered_head
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Sizes of the network and what makes a reward of its output, as in config.json.
+    """Sizes of the network and the scale of its output, as in config.json.
 
     Attributes:
-        vision_config: of `BlipVisionConfig`, the keys of `RELEASED` and no others.
-        text_config: of `BlipTextConfig`, the keys of `RELEASED` and no others.
-        mlp_widths: of the four hidden layers of the head.
+        vision_config: arguments of `BlipVisionConfig`, the keys of `RELEASED` and no others.
+        text_config: arguments of `BlipTextConfig`, the keys of `RELEASED` and no others.
+        mlp_widths: widths of the four hidden layers of the head.
         context_length: tokens of a prompt that are read, [CLS] and [SEP] included.
-        mean: of the head's output on the pictures it was trained with, subtracted from it.
-        std: its standard deviation, divided by.
+        mean: mean of the head's output on the images of its training, subtracted from the output.
+        std: standard deviation of that output, by which the output is divided.
 
     Raises:
         ValueError: if a key is missing or unknown, or `context_length` or `std` is out of range.
@@ -93,10 +93,10 @@ RELEASED = ScorerConfig(
 
 
 class BlipScorer(nn.Module):
-    """Both towers and the head.
+    """Network of both towers and the head.
 
     Args:
-        config: its sizes.
+        config: sizes of the network.
 
     Raises:
         ValueError: if the sizes don't make a network.
@@ -120,16 +120,16 @@ class BlipScorer(nn.Module):
             raise ValueError(f"these sizes don't make a BLIP network: {error}") from error
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Hidden states (B, 1 + patches, D) of prepared pictures, the class token first."""
+        """Return hidden states (B, 1 + patches, D) of prepared images, the class token first."""
         return self.vision_model(pixels).last_hidden_state
 
     def encode_pair(self, image: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden state (B, D) at [CLS] of prompts that attend to pictures.
+        """Return the hidden state (B, D) at [CLS] of prompts that attend to images.
 
         Args:
-            image: of `encode_image`.
-            token_ids: (B, L).
-            mask: (B, L), 0 at padding.
+            image: result of `encode_image`.
+            token_ids: token ids (B, L).
+            mask: mask (B, L), 0 at padding.
         """
         # Not `is_decoder`: its layers have cross attention, but every token sees all others.
         output = self.text_encoder(token_ids, attention_mask=mask, encoder_hidden_states=image)
@@ -137,10 +137,10 @@ class BlipScorer(nn.Module):
 
 
 def read_config(file: Path) -> ScorerConfig:
-    """The config.json of a folder.
+    """Read the config.json of a folder.
 
     Raises:
-        ValueError: if it isn't one of ImageReward.
+        ValueError: if it isn't an ImageReward config.
     """
     try:
         return ScorerConfig(**json.loads(file.read_text("utf-8")))
@@ -167,7 +167,7 @@ DROPPED = r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddin
 
 
 def rename_released(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The released weights under the names of `BlipScorer`.
+    """Return the released weights under the names of `BlipScorer`.
 
     Raises:
         ValueError: naming the keys that aren't ImageReward's.

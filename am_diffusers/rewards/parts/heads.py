@@ -1,6 +1,6 @@
 """The head that ImageReward and the LAION aesthetic predictor end in: five linear layers and nothing between.
 
-Without activations they are one affine map `w . f + b`, which is what is evaluated, composed in float64. The
+Without activations they are one affine map `w . f + b`, composed in float64 and evaluated as one. The
 published modules have dropouts between the layers, hence the numbers in the names of the weights.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from am_diffusers.rewards.files import check_keys
+from am_diffusers.rewards.parts.files import check_keys
 
 LAYERS = (0, 2, 4, 6, 7)
 PUBLISHED_WIDTHS = (1024, 128, 64, 16)
@@ -18,7 +18,7 @@ PUBLISHED_WIDTHS = (1024, 128, 64, 16)
 
 @dataclass(frozen=True)
 class AffineHead:
-    """`w . f + b`.
+    """Affine function `w . f + b` of features f.
 
     Attributes:
         weight: w, (D,), float64.
@@ -29,17 +29,17 @@ class AffineHead:
     bias: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Values (B,) of features (B, D), in float32 or better."""
+        """Return values (B,) of features (B, D), in float32 or better."""
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return features @ self.weight.to(features) + self.bias
 
 
 def layered_head(width: int, widths: Sequence[int]) -> nn.Module:
-    """The five layers of a head under their published names, to be loaded and collapsed.
+    """Make the five layers of a head under their published names, to be loaded and collapsed.
 
     Args:
-        width: of the features.
-        widths: of the four hidden layers.
+        width: length of the features.
+        widths: widths of the four hidden layers.
 
     Raises:
         ValueError: if there aren't four hidden widths.
@@ -52,12 +52,12 @@ def layered_head(width: int, widths: Sequence[int]) -> nn.Module:
 
 
 def collapse(weights: Mapping[str, Tensor], source: str, width: int) -> AffineHead:
-    """The affine map that the five layers are.
+    """Compose the five layers into one affine map.
 
     Args:
         weights: `layers.{0,2,4,6,7}.{weight,bias}` of any widths that compose.
-        source: where they come from, for errors.
-        width: of the features.
+        source: place of the weights, for errors.
+        width: length of the features.
 
     Raises:
         ValueError: naming the keys that are missing or unexpected, or the layer whose shape doesn't compose.
