@@ -7,13 +7,12 @@ score says so. `evaluation/statistics.py` defines gain (in base standard deviati
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm import trange
@@ -22,7 +21,7 @@ from am_diffusers.evaluation.grids import comparison_grid, to_pil
 from am_diffusers.evaluation.images import Picture, pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
-from am_diffusers.evaluation.statistics import Array, Interval, diversity, pairwise_distance, reward_gain
+from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
 from am_diffusers.system.text import redact_values
 from am_diffusers.training.metrics import read_lines
 from am_diffusers.training.trackers import GRID, PANEL
@@ -144,12 +143,12 @@ class Validation:
         )
 
 
-def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> dict[str, float]:
+def validation_metrics(pairs: Sequence[PairScore], roles: Iterable[str]) -> dict[str, float]:
     """Means, gains and diversity under the names they're logged by.
 
     Args:
         pairs: one for every (prompt, image).
-        roles: trained or held-out, by reward name.
+        roles: names of the rewards.
 
     Returns:
         For each reward `validation/NAME` and `validation/NAME_base`, the mean scores of tuned and base, and
@@ -160,20 +159,21 @@ def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> 
     """
     scores, features = by_prompt(pairs)
     metrics: dict[str, float] = {}
-    for name, role in roles.items():
-        base, tuned = scores[name][..., 0], scores[name][..., 1]
-        metrics |= {f"validation/{name}": float(tuned.mean()), f"validation/{name}_base": float(base.mean())}
-        if len(base) > 1 and np.ptp(base) > 0:
-            metrics |= _interval(f"validation/{name}_gain", reward_gain(base, tuned, role).gain)
-    if features is not None and features.shape[0] > 1 and features.shape[1] > 1:
-        base, tuned = features[:, :, 0], features[:, :, 1]
-        if pairwise_distance(base).mean() > 0:
-            metrics |= _interval("validation/diversity_kept", diversity("", base, tuned).kept)
+    for name in roles:
+        found = compare(scores[name][..., 0], scores[name][..., 1])
+        metrics |= {f"validation/{name}": found.tuned_mean, f"validation/{name}_base": found.base_mean}
+        metrics |= _interval(f"validation/{name}_gain", found.gain)
+    if features is not None and features.shape[1] > 1:
+        kept = diversity("", features[:, :, 0], features[:, :, 1]).kept
+        metrics |= _interval("validation/diversity_kept", kept)
     return metrics
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _interval(name: str, found: Estimate | None) -> dict[str, float]:
+    """Return an estimate and its ends by name; nothing where it has no interval."""
+    if found is None or found.low is None or found.high is None:
+        return {}
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 @dataclass(frozen=True)

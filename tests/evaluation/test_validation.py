@@ -12,7 +12,7 @@ from PIL import Image
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.evaluation.pairs import PairScore
-from am_diffusers.evaluation.statistics import reward_gain
+from am_diffusers.evaluation.statistics import compare
 from am_diffusers.evaluation.validation import Validation, ValidationLog, validation_metrics
 from am_diffusers.rewards import Brightness
 from am_diffusers.velocity import CallableField
@@ -159,7 +159,8 @@ def test_what_cannot_be_measured_is_left_out(pairs, gain, diversity):
 def test_gain_is_that_of_the_evaluation():
     pairs = make_pairs(6, 3)
     scores = np.array([pair.scores["a"] for pair in pairs]).reshape(6, 3, 2)
-    gain = reward_gain(scores[..., 0], scores[..., 1], "trained").gain
+    gain = compare(scores[..., 0], scores[..., 1]).gain
+    assert gain is not None
     metrics = validation_metrics(pairs[::-1], {"a": "trained"})
     measured = [metrics[f"validation/a_gain{end}"] for end in ("", "_low", "_high")]
     assert measured == [gain.value, gain.low, gain.high]
