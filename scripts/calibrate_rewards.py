@@ -20,6 +20,7 @@ from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import guided, load_model, load_reward, make_sampler
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.processes import Processes
 
 
 def main() -> None:
@@ -48,7 +49,9 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     base = guided(model.base, config.evaluation.eval_guidance_scale)
     sampler = make_sampler(config, model, purpose="calibration")
     prompts = plan.some_train_prompts(num_prompts, "calibration")
-    scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, accelerator=accelerator)
+    processes = Processes(accelerator)
+    with processes.together():
+        scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, processes=processes)
     measured = []
     for reward in plan.config.method.rewards:
         mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from am_diffusers.evaluation.images import pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.statistics import Comparison, Diversity, compare, diversity
+from am_diffusers.system.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,15 @@ class HeldOut:
     prompts: Sequence[str]
     images_per_prompt: int
     roles: Mapping[str, str]
+
+    def evaluate(self, processes: Processes) -> Evaluation:
+        """Make and score this process's share of the images; return the evaluation of all of them.
+
+        All processes call it, inside `processes.together()`.
+        """
+        which = pictures_of(len(self.prompts), self.images_per_prompt)
+        mine = share_of(which, processes.index, processes.number)
+        pairs = processes.gather_objects(self.scorer.pairs(self.prompts, mine))
+        found = {(pair.prompt, pair.image): pair for pair in pairs}
+        features = None if self.scorer.features is None else self.scorer.features.name
+        return summarise([found[image] for image in which], self.roles, features)

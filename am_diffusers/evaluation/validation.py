@@ -22,6 +22,7 @@ from am_diffusers.evaluation.images import Picture, pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
 from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
+from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
 from am_diffusers.training.metrics import read_lines
 from am_diffusers.training.trackers import GRID, PANEL
@@ -51,8 +52,7 @@ class Validation:
         num_in_grid: the first so many prompts are shown.
         images_per_prompt: pictures a prompt, each with its own fixed noise.
         roles: trained or held-out, by reward name.
-        process: index of this process and their number; they share the pictures.
-        gather: lists of all processes in one, on each of them.
+        processes: share the pictures.
         log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
     """
 
@@ -61,8 +61,7 @@ class Validation:
     num_in_grid: int
     images_per_prompt: int
     roles: Mapping[str, str]
-    process: tuple[int, int]
-    gather: Callable[[list[Pair]], list[Pair]]
+    processes: Processes
     log: Callable[[int, dict[str, float], Image.Image, dict[str, object]], None] | None
 
     def __call__(self, iteration: int) -> dict[str, float]:
@@ -78,7 +77,7 @@ class Validation:
             mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: validation: {error}") from error
-        found = {pair[0].picture: pair for pair in self.gather(mine)}
+        found = {pair[0].picture: pair for pair in self.processes.gather_objects(mine)}
         pairs = [found[picture] for picture in sorted(found)]
         scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
@@ -100,8 +99,8 @@ class Validation:
 
     def _make(self, field: VelocityField, name: str) -> list[Made]:
         """This process's share of the pictures."""
-        (index, number), size = self.process, self.scorer.sampler.batch_size
-        mine = share_of(pictures_of(len(self.prompts), self.images_per_prompt), index, number)
+        size, which = self.scorer.sampler.batch_size, pictures_of(len(self.prompts), self.images_per_prompt)
+        mine = share_of(which, self.processes.index, self.processes.number)
         made: list[Made] = []
         quiet = True if self.log is None else None
         for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):

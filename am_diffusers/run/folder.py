@@ -78,20 +78,19 @@ def open_folder(
 ) -> tuple[BaseFileLock | None, Path | None, Trackers]:
     """Take the output folder: its lock, the checkpoint to go on from, and trackers that go on there too."""
     config, folder = plan.config, Path(plan.config.run.output_dir)
-    locks: list[BaseFileLock] = []
-    processes.on_main(lambda: locks.append(lock_folder(folder)))
+    lock = processes.on_main(lambda: lock_folder(folder))
     found = resume_point(plan, checkpoints, processes)
     done = Progress() if found is None else load_progress(found)
     processes.on_main(lambda: start_folder(config, folder, done))
-    trackers = start_trackers(
-        processes.accelerator,
-        folder=folder,
-        logging_dir=folder / config.run.logging_dir,
-        config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=done.iteration,
-        validated=done.validated == done.iteration,
-    )
-    lock = locks[0] if locks else None
+    with processes.together(stoppable=False):
+        trackers = start_trackers(
+            processes.accelerator,
+            folder=folder,
+            logging_dir=folder / config.run.logging_dir,
+            config=yaml.safe_load(to_yaml(config)),
+            resume_iteration=done.iteration,
+            validated=done.validated == done.iteration,
+        )
     return lock, found, trackers
 
 

@@ -104,9 +104,7 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> T
         sampler = make_sampler(config, model, purpose="divergence")
         number = options.divergence_samples
         with processes.together():
-            scores = base_rewards(
-                sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator
-            )
+            scores = base_rewards(sampler, model.base, [reward], prompts, number, processes=processes)
         processes.on_main(lambda: save_base_rewards(file, prompts, scores))
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),

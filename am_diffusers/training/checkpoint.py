@@ -82,13 +82,14 @@ class Saver:
         local = self.method.local_state_dict()
         local_bytes = int(self.processes.sum(torch.tensor(tensor_bytes(local))))
         with_local = bool(self.processes.sum(torch.tensor(int(bool(local)))))
-        for action in (
-            lambda: self._begin(local_bytes),
-            lambda: self._write(local if with_local else None),
-            lambda: self.processes.is_main and self.checkpoints.publish(self.state.iteration),
-        ):
-            if not self._everywhere(action):
-                return
+        if not self._everywhere(lambda: self._begin(local_bytes)):
+            return
+        if self._everywhere(lambda: self._write(local if with_local else None)):
+            self._everywhere(self._publish)
+
+    def _publish(self) -> None:
+        if self.processes.is_main:
+            self.checkpoints.publish(self.state.iteration)
 
     def _begin(self, local_bytes: int) -> None:
         if self.processes.is_main:
