@@ -20,6 +20,7 @@ from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import guided, load_model, load_reward, make_sampler
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.files import write_text
 from am_diffusers.system.processes import Processes
 
 
@@ -64,7 +65,7 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     if accelerator.is_main_process:
         defaults = asdict(RewardConfig(""))
         rows = [{k: v for k, v in asdict(r).items() if v != defaults[k]} for r in measured]
-        output.write_text(yaml.safe_dump({"rewards": rows}, sort_keys=False), "utf-8")
+        write_text(output, yaml.safe_dump({"rewards": rows}, sort_keys=False))
         accelerator.print(f"written: {output.resolve()}")
 
 

@@ -138,6 +138,22 @@ def test_processes_exchange_through_processes_alone() -> None:
     assert offenders.keys() == {"am_diffusers/system/processes.py"}, offenders
 
 
+ONE_PLACE = {
+    # A checkpoint's folder is renamed as a whole.
+    "os.replace": {"am_diffusers/system/files.py", "am_diffusers/training/checkpoint_folder.py"},
+    # Seeds of noise; the base64 digest of a page's script.
+    "hashlib.": {"am_diffusers/system/files.py", "am_diffusers/noise.py", "eval/evaluating/report/page.py"},
+    # Several names alike, not the nearest.
+    "difflib.": {"am_diffusers/system/text.py", "am_diffusers/rewards/imagenet_class.py"},
+}
+
+
+def test_whole_files_fingerprints_and_nearest_names_are_made_in_one_place() -> None:
+    for words, allowed in ONE_PLACE.items():
+        found = {str(f.relative_to(ROOT)) for f in [*FILES, *EVAL_FILES] if words in f.read_text()}
+        assert found <= allowed, words
+
+
 def test_size_guides() -> None:
     files = [*FILES, *EVAL_FILES]
     assert {str(file.relative_to(ROOT)): found for file in files if (found := too_long(file))} == {}

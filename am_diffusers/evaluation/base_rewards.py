@@ -1,7 +1,6 @@
 """Rewards of base pictures: what rewards are calibrated with, and divergences normalised."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tqdm import trange
 
 from am_diffusers.evaluation.images import Sampler, pictures_of, share_of
 from am_diffusers.rewards import Reward
+from am_diffusers.system.files import write_json
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
 from am_diffusers.velocity import VelocityField
@@ -59,10 +59,8 @@ def base_rewards(
 
 def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, Tensor]) -> None:
     """Write prompts and scores as JSON, whole or not at all."""
-    document = {"prompts": redact_values(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, file)
+    tables = {name: each.tolist() for name, each in scores.items()}
+    write_json(file, {"prompts": redact_values(prompts), "scores": tables})
 
 
 def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:

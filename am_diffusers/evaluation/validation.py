@@ -4,9 +4,7 @@ Every process makes its share of the pictures, all of them learn the scores, so 
 score says so. `evaluation/statistics.py` defines gain (in base standard deviations) and diversity kept.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,9 +20,9 @@ from am_diffusers.evaluation.images import Picture, pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
 from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
+from am_diffusers.system.files import read_lines, write_image, write_json, write_lines
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
-from am_diffusers.training.metrics import read_lines
 from am_diffusers.training.trackers import GRID, PANEL
 from am_diffusers.velocity import VelocityField
 
@@ -201,11 +199,8 @@ class ValidationLog:
             shown: prompts and seeds of the grid, for pictures.json beside it.
         """
         samples = self.folder / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        (samples / "pictures.json").write_text(
-            json.dumps(redact_values(shown), indent=1, ensure_ascii=False), "utf-8"
-        )
-        grid.save(samples / f"iteration-{iteration:06d}.png")
+        write_json(samples / "pictures.json", redact_values(shown))
+        write_image(samples / f"iteration-{iteration:06d}.png", grid)
         self._append(iteration, metrics)
         panel = draw_panel(self.folder)
         self.track(metrics, iteration)
@@ -216,7 +211,4 @@ class ValidationLog:
         """A run that was resumed validates again: its line replaces those from there on."""
         path = self.folder / "validation.jsonl"
         earlier = [line for line in read_lines(path) if line["iteration"] < iteration]
-        lines = [*earlier, {"iteration": iteration, **metrics}]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), "utf-8")
-        os.replace(part, path)
+        write_lines(path, [*earlier, {"iteration": iteration, **metrics}])

@@ -4,7 +4,6 @@ Their columns are among the usual ones that `load_prompt_set` finds. A set is do
 Pick-a-Pic that is 145 kB instead of 190 GB, as its prompts also exist without the pictures.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from am_diffusers.prompts.files import SUFFIXES, download_command
 from am_diffusers.prompts.sets import PromptSet, load_prompt_set
 from am_diffusers.system.files import ASSETS
+from am_diffusers.system.text import nearest, suggest
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,12 @@ def _check_known(source: str) -> None:
         return
     if path.suffix in SUFFIXES and "=" not in source:
         known = [file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES]
-        nearest = difflib.get_close_matches(path.name, known, n=1)
-        hint = f": did you mean {str(path.parent / nearest[0])!r}?" if nearest else ""
+        near = nearest(path.name, known, cutoff=0.6)
+        hint = f": did you mean {str(path.parent / near)!r}?" if near else ""
         raise ValueError(f"prompts {source}: no such file{hint}")
     name = source.partition("=")[0]
-    lower = {preset.lower(): preset for preset in PRESETS}
-    nearest = lower[difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)[0]]
     raise ValueError(
-        f"prompts {name!r}: did you mean {nearest!r}? (known: {', '.join(PRESETS)}; or give a file, a data "
-        "set folder or a hub data set owner/name)"
+        f"prompts {suggest(name, PRESETS)}; or give a file, a data set folder or a hub data set owner/name"
     )
 
 

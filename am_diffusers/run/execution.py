@@ -1,6 +1,5 @@
 """A whole run: train, export the LoRA, evaluate on held-out prompts."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from filelock import BaseFileLock
 
 from am_diffusers.evaluation.held_out import Evaluation, HeldOut
-from am_diffusers.system.files import write_text
+from am_diffusers.system.files import write_json
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trainer import Trainer
 
@@ -84,6 +83,6 @@ class Run:
         """Evaluate the model, its running mean if there is an EMA, and write evaluation.json."""
         with self.processes.together(), self.trainer.state.ema_weights():
             evaluation = held_out.evaluate(self.processes)
-        text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False) + "\n"
-        self.processes.on_main(lambda: write_text(self.folder / "evaluation.json", text))
+        document = evaluation.to_dict()
+        self.processes.on_main(lambda: write_json(self.folder / "evaluation.json", document))
         return evaluation

@@ -15,10 +15,10 @@ from am_diffusers.evaluation.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import resume_point
+from am_diffusers.system.files import keep_lines, write_text
 from am_diffusers.system.processes import Processes, check_joined
 from am_diffusers.training.checkpoint import load_progress
 from am_diffusers.training.checkpoint_folder import Checkpoints
-from am_diffusers.training.metrics import keep_lines
 from am_diffusers.training.state import Progress
 from am_diffusers.training.trackers import PROJECT, Trackers, start_trackers
 
@@ -107,4 +107,4 @@ def start_folder(config: Config, folder: Path, done: Progress) -> None:
         path.unlink(missing_ok=True)
     if done.iteration > 0:
         keep_lines(folder / "validation.jsonl", done.validated + 1)
-    (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+    write_text(folder / "config.yaml", to_yaml(config))

@@ -8,9 +8,10 @@ from typing import Any
 
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig, TerminalConfig
 from am_diffusers.run.plan import Plan
+from am_diffusers.system.files import digest
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact, redact_values
-from am_diffusers.training.checkpoint import Outdated, changes, digest, load_settings
+from am_diffusers.training.checkpoint import Outdated, changes, load_settings
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, iteration_of, verify
 
 logger = logging.getLogger(__name__)

@@ -4,10 +4,11 @@ Dense rates (half of those with sparsity). Consumer cards: bfloat16 with float32
 torch uses. None of them was measured here.
 """
 
-import difflib
 from dataclasses import dataclass
 
 import torch
+
+from am_diffusers.system.text import suggest
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,5 @@ def find_gpu(name: str) -> Gpu:
     """
     by_name = {known.lower(): known for known in GPUS}
     if name.lower() not in by_name:
-        nearest = difflib.get_close_matches(name.lower(), by_name, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"--gpu: unknown card {name!r}: did you mean {by_name[nearest]!r}? (known: {', '.join(GPUS)})"
-        )
+        raise ValueError(f"--gpu: unknown card {suggest(name, GPUS)}")
     return GPUS[by_name[name.lower()]]

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 
 HIDDEN = "***"
@@ -113,7 +113,19 @@ def replace_table(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.0) -> str:
+    """Return the one of `known` that is spelled most like `name` in any case.
+
+    Args:
+        name: name that isn't known.
+        known: names to choose from.
+        cutoff: least likeness, in [0, 1]; the result is empty if none has it.
+    """
+    by_lower_case = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[found[0]] if found else ""
+
+
 def suggest(name: str, known: Collection[str]) -> str:
-    """For an error message: the name, the nearest of the `known` ones, and all of those."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-    return f"{name!r}: did you mean {close[0]!r}? (known: {', '.join(sorted(known))})"
+    """Return text for an error message: the name, the nearest of the `known` ones, and all of those."""
+    return f"{name!r}: did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"

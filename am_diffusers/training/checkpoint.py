@@ -1,6 +1,5 @@
 """Saving a run and going on with it: state, method and config in one checkpoint."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -191,11 +190,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
         for name in names
         if before.get(name) != now.get(name)
     }
-
-
-def digest(texts: Sequence[str]) -> str:
-    """A short fingerprint of a list of texts."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
 def load_progress(folder: Path) -> Progress:

@@ -9,7 +9,6 @@ All files are written into a hidden folder beside it, flushed to the disk, and t
 removed once the new one is in place.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from am_diffusers.system.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -187,15 +188,6 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
         if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} was changed: its sha256 is not the manifest's")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines, write_json
 
 PROJECT = "am_diffusers"
 GRID, PANEL = "validation/samples", "validation/panel"
@@ -143,6 +143,5 @@ def _run_id(path: Path, tracker: str, *, resumed: bool) -> str:
     known: dict[str, str] = json.loads(path.read_text("utf-8")) if resumed and path.exists() else {}
     if tracker not in known:
         known[tracker] = uuid.uuid4().hex[:8]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        write_json(path, known)
     return known[tracker]

@@ -12,7 +12,7 @@ from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.models.schedulers import check_solver
 from am_diffusers.prompts.presets import find_prompts
 from am_diffusers.prompts.sets import PromptSet
-from am_diffusers.system.files import asset_path
+from am_diffusers.system.files import asset_path, digest
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
 from evaluating.measuring.features import LPIPS
@@ -21,7 +21,7 @@ from evaluating.measuring.references import find_references
 from evaluating.measuring.weights import fingerprint
 from evaluating.options import Options
 from evaluating.runs import trained_rewards
-from evaluating.store import CHUNK, digest
+from evaluating.store import CHUNK
 
 DECLARATION = "am_diffusers.json"
 NAME = re.compile(r"[\w.-]+")
