@@ -17,8 +17,9 @@ import yaml
 from am_diffusers.config import RewardConfig
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.base_rewards import base_rewards
+from am_diffusers.run.fields import guided
 from am_diffusers.run.folder import make_accelerator
-from am_diffusers.run.load import guided, load_model, load_reward, make_sampler
+from am_diffusers.run.load import load_model, load_reward, make_sampler
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import write_text
 from am_diffusers.system.processes import Processes

@@ -4,8 +4,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from am_diffusers.config import RewardConfig
-from am_diffusers.config.command_line import SECTIONS
+from am_diffusers.config import RewardConfig, section_types
 from evaluating.options import parser
 
 FILE = Path(__file__).with_name("cli_surface.txt")
@@ -13,9 +12,13 @@ FILE = Path(__file__).with_name("cli_surface.txt")
 
 def cli_surface() -> list[str]:
     """One line a flag; the keys of a reward are indented below `--rewards`."""
-    lines = []
-    for section in SECTIONS.values():
+    lines: list[str] = []
+    known: set[str] = set()
+    for section in section_types().values():
         for field in dataclasses.fields(section):
+            if field.name in known:
+                continue
+            known.add(field.name)
             lines.append(_line(f"--{field.name}", field, section))
             if field.name == "rewards":
                 lines += [

@@ -1,29 +1,29 @@
-"""Ranges of config values that need no file and no model."""
+"""Checks of config values that need no file and no model: ranges, and flags that the method doesn't read.
+
+Ranges of the methods' flags, shared and own, are checked where these are defined.
+"""
 
 import dataclasses
+import json
 
 from am_diffusers.config import (
-    BaselinesConfig,
     CheckpointConfig,
     Config,
-    DeterministicConfig,
-    EfficientConfig,
     EvaluationConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    TerminalConfig,
 )
-from am_diffusers.config.belonging import END_POINTS, GRPO
 from am_diffusers.config.optimizer import MicroBatch
+from am_diffusers.methods import METHODS
+from am_diffusers.methods.parts.settings import FOR_ALL, Check, SharedSettings
 
-Check = tuple[object, str, str]
-"""Whether all is well, the flag, and what it must be."""
+SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
 
 def check_values(config: Config) -> None:
-    """Check every value's range.
+    """Check the ranges of the sections that are no method's.
 
     Raises:
         ValueError: naming every flag out of range, what it must be and what it is.
@@ -32,21 +32,65 @@ def check_values(config: Config) -> None:
         *_run(config.run),
         *_model(config.model),
         *_method(config.method),
-        *_baselines(config.baselines, config.method.num_inference_steps),
-        *_terminal(config.terminal),
-        *_buffer(config),
-        *_efficient(config.efficient),
-        *_deterministic(config.deterministic, config.method.num_inference_steps),
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
         *_sharding(config),
         *_auto(config),
     ]
-    values = {f: v for s in dataclasses.asdict(config).values() for f, v in s.items()}
+    values = config.flags()
     wrong = [f"--{name} must be {rule}, got {values[name]}" for good, name, rule in checks if not good]
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def readers(flag: str) -> list[str] | None:
+    """Return the methods that read a flag; None = all."""
+    own = any(flag in _names(method.Settings) for method in METHODS.values())
+    shared = flag in _names(SharedSettings) and flag not in FOR_ALL
+    if not own and not shared and flag != "offload_trajectories":
+        return None
+    return [
+        name for name, method in METHODS.items() if flag in method.reads or flag in _names(method.Settings)
+    ]
+
+
+def check_belonging(config: Config) -> None:
+    """Check that no flag is set that the method doesn't read.
+
+    Raises:
+        ValueError: naming each such flag and the methods it belongs to.
+    """
+    method = config.method.method
+    if method not in METHODS:
+        return  # said with the nearest name by `make_plan`
+    ignored = {}
+    for section in config.sections().values():
+        for field in dataclasses.fields(section):
+            default, methods = _default(field), readers(field.name)
+            if methods is None or method in methods or getattr(section, field.name) == default:
+                continue
+            text = default if isinstance(default, str) else json.dumps(default)
+            ignored[field.name] = (
+                f"--{field.name} is for {', '.join(methods)}, not for {method}: leave it out (to override a "
+                f"config file pass --{field.name} {text})"
+            )
+    if ignored:
+        raise ValueError("\n".join(ignored.values()))
+
+
+def cautions(config: Config) -> list[str]:
+    """Say what a user should know of these flags before the run, a sentence each."""
+    return METHODS[config.method.method].cautions(config.shared, config.settings)
+
+
+def _names(section: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def _default(field: "dataclasses.Field[object]") -> object:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def _run(c: RunConfig) -> list[Check]:
@@ -66,115 +110,7 @@ def _model(c: ModelConfig) -> list[Check]:
 
 
 def _method(c: MethodConfig) -> list[Check]:
-    return [
-        (c.rewards, "rewards", "a list with at least one reward"),
-        (c.num_inference_steps >= 2, "num_inference_steps", "at least 2: the last one is deterministic"),
-        (c.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
-        (c.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
-        (
-            c.adjoint == "lean" or c.rollout_guidance_scale == 1 or c.guidance_mode != "rollout",
-            "adjoint",
-            "lean with guidance in the rollout alone: the full adjoint differentiates what was rolled out "
-            "(--guidance_mode everywhere or none)",
-        ),
-        (
-            c.loss_steps == "all" or 1 <= c.loss_steps < c.num_inference_steps,
-            "loss_steps",
-            "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
-        ),
-        (
-            c.loss_steps != "all" or c.step_selection == "last_and_random",
-            "step_selection",
-            "left out with loss_steps all: there is nothing to select",
-        ),
-        (
-            c.rollout_guidance_scale == 1 or c.guidance_mode != "none",
-            "rollout_guidance_scale",
-            "1 with guidance_mode none",
-        ),
-        (
-            c.rollout_guidance_scale != 1 or c.guidance_mode != "everywhere",
-            "rollout_guidance_scale",
-            "other than 1 with guidance_mode everywhere",
-        ),
-        (
-            c.mask_quantile is None or 0 < c.mask_quantile < 1,
-            "mask_quantile",
-            "in (0, 1), or null to keep every row",
-        ),
-        (0 <= c.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
-    ]
-
-
-def _baselines(c: BaselinesConfig, steps: int) -> list[Check]:
-    last = c.refl_last_steps
-    return [
-        (c.ram_noises >= 1, "ram_noises", "at least 1"),
-        (1 <= c.draft_steps <= steps, "draft_steps", "from 1 to num_inference_steps"),
-        (last is None or 1 <= last <= steps, "refl_last_steps", "from 1 to num_inference_steps, or null"),
-        (c.grpo_passes >= 1, "grpo_passes", "at least 1"),
-        (0 < c.grpo_clip_range < 1, "grpo_clip_range", "in (0, 1)"),
-        (c.grpo_kl_weight >= 0, "grpo_kl_weight", "0 or positive"),
-    ]
-
-
-def _terminal(c: TerminalConfig) -> list[Check]:
-    return [
-        (c.divergence_q >= -1, "divergence_q", "at least -1"),
-        (c.divergence_samples >= 2, "divergence_samples", "at least 2"),
-        (c.divergence_prompts >= 1, "divergence_prompts", "at least 1"),
-        (c.divergence_max_slope >= 1, "divergence_max_slope", "at least 1, the slope of kl"),
-        (c.reward_smoothing_std >= 0, "reward_smoothing_std", "0 or positive"),
-        (
-            c.reward_smoothing_samples >= 2 and c.reward_smoothing_samples % 2 == 0,
-            "reward_smoothing_samples",
-            "an even number: copies come in opposite pairs",
-        ),
-        (
-            c.reward_clip_quantile is None or 0 < c.reward_clip_quantile < 1,
-            "reward_clip_quantile",
-            "in (0, 1), or null to clip nothing",
-        ),
-    ]
-
-
-def _buffer(c: Config) -> list[Check]:
-    batch, used = c.optimizer.train_batch_size, c.method.method == "buffered_adjoint_matching"
-    return [
-        (
-            not used or (c.buffer.buffer_size >= batch and c.buffer.buffer_size % batch == 0),
-            "buffer_size",
-            f"a multiple of train_batch_size, {batch}: it is filled and emptied a collection at a time",
-        ),
-        (
-            not used or c.method.adjoint == "lean",
-            "adjoint",
-            "lean with a buffer: full adjoints depend on the policy, so that stored ones would be outdated",
-        ),
-        (c.buffer.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
-        (c.buffer.buffer_max_gb > 0, "buffer_max_gb", "positive"),
-    ]
-
-
-def _efficient(c: EfficientConfig) -> list[Check]:
-    return [
-        (c.eam_ode_steps >= 1, "eam_ode_steps", "at least 1"),
-        (c.eam_rows >= 1, "eam_rows", "at least 1"),
-        (c.eam_c > 0, "eam_c", "positive"),
-        (0 < c.eam_sigma < 1, "eam_sigma", "in (0, 1)"),
-        (c.eam_max_weight > 0, "eam_max_weight", "positive"),
-    ]
-
-
-def _deterministic(c: DeterministicConfig, num_inference_steps: int) -> list[Check]:
-    return [
-        (
-            1 <= (c.truncate_steps or 1) <= num_inference_steps,
-            "truncate_steps",
-            "from 1 to num_inference_steps, or null for all steps",
-        ),
-        (c.cost_power > 1, "cost_power", "above 1, for a convex cost"),
-    ]
+    return [(c.rewards, "rewards", "a list with at least one reward")]
 
 
 def _optimizer(c: OptimizerConfig) -> list[Check]:
@@ -220,12 +156,9 @@ def _checkpoint(c: CheckpointConfig) -> list[Check]:
     ]
 
 
-SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
-
-
 def _auto(c: Config) -> list[Check]:
-    # What is tried are passes of Adjoint Matching; its relatives hold no more than those.
-    tried = c.method.method not in END_POINTS + GRPO
+    method = METHODS.get(c.method.method)  # an unknown one is refused with the nearest name by `make_plan`
+    tried = method is None or method.finds_sizes
     rule = f"a number: auto tries the passes of adjoint_matching, not those of {c.method.method}"
     return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
 

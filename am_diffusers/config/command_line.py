@@ -6,24 +6,17 @@ All sections of `config.Config` share one flat name space, so that flags read as
 import dataclasses
 import re
 import sys
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from am_diffusers.config import Config, RewardConfig
-from am_diffusers.config.belonging import check_belonging
-from am_diffusers.config.checks import check_values
+from am_diffusers.config import Config, RewardConfig, section_types
+from am_diffusers.config.checks import check_belonging, check_values
+from am_diffusers.methods import METHODS
 from am_diffusers.system.text import nearest, redact_values
-
-SECTIONS = typing.get_type_hints(Config)
-FIELDS = {
-    name: annotation
-    for section in SECTIONS.values()
-    for name, annotation in typing.get_type_hints(section).items()
-}
 
 REWARD_LISTS = ("rewards", "eval_rewards")
 
@@ -95,11 +88,9 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
         parsed = parser.instantiate(parser.parse_args(_replace_rewards(_spell_out_switches(argv))))
     except ArgumentError as error:
         raise ValueError(_explain(str(error))) from error
-    sections = {
-        name: section(**{f.name: parsed[f.name] for f in dataclasses.fields(section)})
-        for name, section in SECTIONS.items()
-    }
-    config = Config(**sections)
+    sections = _make_sections(vars(parsed))
+    own = {name: sections.pop(name) for name in METHODS}
+    config = Config(own=own, **sections)
     check_values(config)
     check_belonging(config)
     if parsed.print_config:
@@ -108,12 +99,19 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     return config
 
 
+def field_types() -> dict[str, Any]:
+    """Return the type of every flag by name, in the order of the flags."""
+    return {
+        name: kind for section in section_types().values() for name, kind in get_type_hints(section).items()
+    }
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to an equal Config (`dry_run` left out).
 
     Secrets in it are redacted (`system/text.py`): it is printed, stored and shared.
     """
-    flat = {key: value for section in dataclasses.asdict(config).values() for key, value in section.items()}
+    flat = {k: v for section in config.sections().values() for k, v in dataclasses.asdict(section).items()}
     del flat["dry_run"]
     return yaml.safe_dump(redact_values(flat), sort_keys=False, allow_unicode=True, width=110)
 
@@ -130,15 +128,30 @@ def _parser(program: str) -> ArgumentParser:
     parser.add_argument(
         "--print_config", action="store_true", help="Print the config as YAML for --config, and exit."
     )
-    for section in SECTIONS.values():
-        parser.add_class_arguments(section, None)
+    known: set[str] = set()
+    for section in section_types().values():
+        parser.add_class_arguments(section, None, skip=set(known))
+        known |= {field.name for field in dataclasses.fields(section)}
     return parser
+
+
+def _make_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Make every section of its flags' values; the errors of all are raised together."""
+    sections, errors = {}, list[str]()
+    for name, section in section_types().items():
+        try:
+            sections[name] = section(**{f.name: values[f.name] for f in dataclasses.fields(section)})
+        except ValueError as error:
+            errors += str(error).splitlines()
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))
+    return sections
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """`--dry_run` means `--dry_run=true`: a bare boolean flag, as in the Diffusers scripts."""
     following = [*argv, "--"][1:]
-    switches = {f"--{name}" for name, annotation in FIELDS.items() if annotation is bool}
+    switches = {f"--{name}" for name, annotation in field_types().items() if annotation is bool}
     return [
         f"{token}=true" if token in switches and after.startswith("--") else token
         for token, after in zip(argv, following, strict=True)
@@ -179,5 +192,5 @@ def _explain(message: str) -> str:
     name = unknown[1] or unknown[2]
     if name in HINTS:
         return f"there is no '{name}' here: {HINTS[name].format(name=name)}"
-    known = [*FIELDS, "config", *(f.name for f in dataclasses.fields(RewardConfig))]
+    known = [*field_types(), "config", *(f.name for f in dataclasses.fields(RewardConfig))]
     return f"unknown key '{name}': did you mean '{nearest(name, known)}'? (all keys: --help)"

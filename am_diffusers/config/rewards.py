@@ -35,29 +35,3 @@ class RewardConfig:
     mode: Literal["differentiable", "rounded", "official"] = "differentiable"
     batch_size: int | None = None
     device: str | None = None
-
-
-@dataclass(frozen=True)
-class TerminalConfig:
-    """What becomes of the reward's gradient. The defaults aim at base * exp(reward_scale * reward).
-
-    Attributes:
-        divergence: distance from the base that 1 / reward_scale weighs, see `am_diffusers.divergences`.
-        divergence_q: exponent of divergence power: > 0 saturates, in [-1, 0) seeks the best reward.
-        divergence_samples: base pictures a prompt from which normalisers are estimated, at least 2.
-        divergence_prompts: up to so many training prompts each has a normaliser, beyond they share one.
-        divergence_max_slope: largest factor by which a divergence other than kl may scale a gradient.
-        reward_smoothing_std: noise added to final latents before the reward, in latent units; 0 = off.
-        reward_smoothing_samples: noisy copies averaged over, an even number.
-        reward_clip_quantile: reward gradients are shortened to this running quantile of their norms, in
-            (0, 1); null = off.
-    """
-
-    divergence: Literal["kl", "power", "pearson_chi2", "forward_kl", "js"] = "kl"
-    divergence_q: float = 0.5
-    divergence_samples: int = 16
-    divergence_prompts: int = 64
-    divergence_max_slope: float = 10.0
-    reward_smoothing_std: float = 0.0
-    reward_smoothing_samples: int = 4
-    reward_clip_quantile: float | None = None

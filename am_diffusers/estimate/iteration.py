@@ -7,6 +7,7 @@ calls runs as is. DRaFT and ReFL take rewards in the loss, whose phase they belo
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,46 +27,41 @@ from am_diffusers.estimate.passes import (
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.evaluation.images import pictures_of
-from am_diffusers.methods import Method
-from am_diffusers.methods.base import Collected, gather_from_one
-from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching
-from am_diffusers.methods.refl import ReFL
+from am_diffusers.methods import METHODS, Method
+from am_diffusers.methods.base import Collected
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.rewards.skeleton import Skeleton
-from am_diffusers.run.load import encoder, guided, make_sampler, weighted
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.fields import guided, with_guidance
+from am_diffusers.run.load import encoder, make_sampler, weighted
 from am_diffusers.run.micro_batches import SETTINGS
 from am_diffusers.run.plan import Plan
+from am_diffusers.run.surroundings import surroundings
 from am_diffusers.run.training import make_state
 from am_diffusers.system.half_precision import ScaledBackward
-from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.training.state import TrainState
 
 
-def run_iteration(
-    plan: Plan, pretence: Pretence, tracker: Tracker, processes: Processes, *, samples: int
-) -> TrainState:
+def run_iteration(plan: Plan, pretence: Pretence, tracker: Tracker, *, samples: int) -> TrainState:
     """An iteration of one process after its first, in the tracker's phases; the weights are held already.
 
     Args:
         plan: an `estimable` one.
         pretence: its model and rewards.
         tracker: is entered.
-        processes: asked for nothing.
         samples: of the iteration on this process.
     """
     config, model = plan.config, pretence.model
-    method = _method(plan, pretence, tracker, processes)
+    method = _method(plan, pretence, tracker)
     state = make_state(config.optimizer, model.lora_parameters())
     with tracker.phase(STEP):
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         state.step()
-    groups, prompts = config.method.samples_per_prompt, plan.train_prompts
+    groups, prompts = config.shared.samples_per_prompt, plan.train_prompts
     prompts = [prompts[i // groups % len(prompts)] for i in range(samples)]
     with tracker.phase(ROLLOUT):
-        cond = encoder(config, model, config.method.rollout_guidance_scale)(prompts)
+        cond = encoder(config, model, config.shared.rollout_guidance_scale)(prompts)
         generators = generators_for(config.run.seed, 0, range(samples))
         collected = method.collect(cond, generators, generator_for(config.run.seed, 0, "shared"))
     with tracker.phase(LOSS):
@@ -102,8 +98,8 @@ def estimable(plan: Plan) -> Plan:
         found["optimizer"] = "adamw"
     changed = replace(
         config,
-        method=replace(config.method, mask_quantile=None),
-        terminal=replace(config.terminal, divergence="kl", reward_clip_quantile=None),
+        shared=replace(config.shared, mask_quantile=None, divergence="kl", reward_clip_quantile=None),
+        own={name: METHODS[name].dearest(own) for name, own in config.own.items()},
         optimizer=replace(optimizer, **found),
     )
     return replace(plan, config=changed)
@@ -118,7 +114,8 @@ def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     sampler = make_sampler(config, model)
     sampler = replace(sampler, latents=Noise(pretence, sampler.latents.shape))  # pyright: ignore[reportArgumentType]
     with tracker.phase(SAMPLING), torch.no_grad():
-        images = sampler.pictures(guided(model.policy, evaluation.eval_guidance_scale), prompts, which)
+        field = guided(Field(model.policy, tracker, Costs()), evaluation.eval_guidance_scale)
+        images = sampler.pictures(field, prompts, which)
         texts = [prompts[picture.prompt] for picture in which]
         if plan.eval_prompts:  # base and tuned together
             for reward in [*pretence.rewards, *pretence.held_out]:
@@ -127,24 +124,20 @@ def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     return len(which)
 
 
-def _method(plan: Plan, pretence: Pretence, tracker: Tracker, processes: Processes) -> Method:
-    """The method on the model's fields, each of whose calls is run once."""
+def _method(plan: Plan, pretence: Pretence, tracker: Tracker) -> Method:
+    """Make the method around the model's fields, each of whose calls is run once."""
     model, config, costs = pretence.model, plan.config, Costs()
-    model.base = Field(model.base, tracker, costs)  # pyright: ignore[reportAttributeAccessIssue]
-    model.policy = Field(model.policy, tracker, costs)  # pyright: ignore[reportAttributeAccessIssue]
-    made: Any = METHOD_BUILDERS[config.method.method](
-        plan, model, weighted(pretence.rewards, config), processes
+    kind = METHODS[config.method.method]
+    fields = with_guidance(config, Field(model.policy, tracker, costs), Field(model.base, tracker, costs))
+    around = surroundings(config, model, weighted(pretence.rewards, config), fields)
+    reward = around.reward if kind.needs_reward_gradient else RewardPass(_without_data(pretence), tracker)
+    around = replace(
+        around,
+        reward=reward,
+        latents=Noise(pretence, around.latents.shape),
+        terminal_cost=partial(TerminalPass, tracker),
     )
-    if isinstance(made, BufferedAdjointMatching):
-        made = made.inner  # in an iteration that collects, which needs most
-    made.gather, made.latents = gather_from_one, Noise(pretence, made.latents.shape)
-    if hasattr(made, "terminal"):
-        made.terminal = TerminalPass(made.terminal, tracker)
-    elif not made.needs_reward_gradient:
-        made.reward = RewardPass(_without_data(pretence), tracker)
-    if isinstance(made, ReFL):
-        made.last_steps = 1  # a rollout of all steps, the longest there is
-    return made
+    return kind(around, config.shared, config.settings).collector
 
 
 def _without_data(pretence: Pretence) -> RewardOfLatents:

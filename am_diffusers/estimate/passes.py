@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,20 +75,20 @@ class Field:
         self._field.vjp(x, sigma, cond, cotangent)
 
 
-class TerminalPass:
+class TerminalPass(TerminalCost):
     """A `TerminalCost` of which one pass of VAE and rewards is run and then only counted."""
 
-    def __init__(self, terminal: TerminalCost, tracker: Tracker) -> None:
-        self._terminal, self._tracker = terminal, tracker
-        self._costs: Costs = {}
+    def __init__(self, tracker: Tracker, reward: RewardOfLatents, *settings: Any) -> None:
+        super().__init__(reward, *settings)
+        self._tracker, self._costs = tracker, dict[tuple[object, ...], Usage]()
 
     def __call__(self, final: Tensor, prompts: Sequence[str], noise: Callable[[], Tensor]) -> Terminal:
-        """Rewards and adjoints without data."""
-        size = min(self._terminal.options.batch_size or len(final), len(final))
+        """Return rewards and adjoints without data."""
+        size, run = min(self.options.batch_size or len(final), len(final)), super().__call__
         if (size,) not in self._costs:
             part = final[:size]
             self._costs[size,] = self._tracker.cost(
-                lambda: self._terminal(part, prompts[:size], lambda: torch.empty_like(part))
+                lambda: run(part, prompts[:size], lambda: torch.empty_like(part))
             )
         with self._tracker.phase(REWARD):
             self._tracker.replay(self._costs[size,], len(final) / size)
@@ -95,7 +96,7 @@ class TerminalPass:
         return Terminal(rewards, torch.empty_like(final), norms, slopes)
 
     def update(self, gradient_norms: Tensor) -> None:
-        """Nothing: thresholds hold no memory."""
+        """Do nothing: thresholds hold no memory."""
 
 
 class RewardPass:

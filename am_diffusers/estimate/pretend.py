@@ -19,7 +19,8 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rewards.skeleton import Skeleton, skeleton
-from am_diffusers.run.load import DTYPES, micro_batch
+from am_diffusers.run.fields import micro_batch
+from am_diffusers.run.load import DTYPES
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.velocity import Conditioning

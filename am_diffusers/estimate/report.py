@@ -1,26 +1,22 @@
 """The estimate of a run: what it holds all the time, and an iteration without data on top."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.config import Config
-from am_diffusers.config.belonging import BUFFERED, GRPO
 from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pictures
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
-from am_diffusers.methods.buffered_adjoint_matching import BufferBytes
+from am_diffusers.methods.base import KeptBytes
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.run.buffer_size import buffer_size
-from am_diffusers.run.load import micro_batch
-from am_diffusers.run.network_calls import trained_rows
-from am_diffusers.run.plan import Plan
+from am_diffusers.run.counting import Counted, count
+from am_diffusers.run.fields import micro_batch
+from am_diffusers.run.plan import Plan, latent_spec
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
-from am_diffusers.system.processes import Processes
 from am_diffusers.training.state import TrainState
 
 UTILISATION = 0.4
@@ -49,7 +45,7 @@ class Estimate:
     resident: dict[str, int]
     phases: dict[str, Usage]
     main_memory: int
-    buffer: BufferBytes
+    buffer: KeptBytes
     picture_flops: Flops
     num_pictures: float
 
@@ -86,26 +82,24 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
             estimate for the method or a reward.
     """
     plan = estimable(plan)
-    samples, in_memory = _samples(plan, on_gpu)
-    every, buffer = _every(plan.config), _buffer(plan)
-    processes = Processes(accelerator)
-    # The others don't take part: nothing may wait for them.
-    processes.number = 1  # pyright: ignore[reportAttributeAccessIssue]
+    counted = count(plan.config)
+    samples, in_memory = _samples(plan, on_gpu, counted.rows)
+    buffer = _buffer(plan, counted)
     pretence, tracker = pretend(plan, on_gpu=on_gpu), Tracker()
     with tracker:
         resident = _hold_weights(plan, pretence, tracker)
         main_memory = pretence.prompt_bytes * _num_texts(plan)
         if not on_gpu:
             resident["encoded prompts"] = main_memory
-            if plan.config.buffer.buffer_storage == "cpu":  # what is drawn, the iteration makes itself
+            if counted.method.keeps_in_memory:  # what is drawn, the iteration makes itself
                 resident["buffer"] = buffer.stored + buffer.falling_out
         extra = sum(resident.values()) - tracker.live
         extra += (samples - in_memory) * pretence.prompt_bytes
         with tracker.holding(extra):
-            state = run_iteration(plan, pretence, tracker, processes, samples=in_memory)
+            state = run_iteration(plan, pretence, tracker, samples=in_memory)
             pictures = sample_pictures(plan, pretence, tracker)
     for name in set(tracker.phases) - {SAMPLING}:
-        usage, share = tracker.phases[name], in_memory * (every if name in COLLECTING else 1)
+        usage, share = tracker.phases[name], in_memory * (counted.period if name in COLLECTING else 1)
         usage.flops = Counter({dtype: n * samples // share for dtype, n in usage.flops.items()})
     resident |= _hold_state(resident["LoRA"], state)
     weights = resident["transformer"] + resident["VAE"] + pretence.text_bytes
@@ -146,7 +140,7 @@ def _hold_state(lora: int, state: TrainState) -> dict[str, int]:
     return {"LoRA gradients": lora, "optimizer": moments, "EMA": lora if state.ema is not None else 0}
 
 
-def _samples(plan: Plan, on_gpu: bool) -> tuple[int, int]:
+def _samples(plan: Plan, on_gpu: bool, rows: int) -> tuple[int, int]:
     """Samples of a process, and how many are in the device's memory together.
 
     With `offload_trajectories` that is those of a chunk, or as many as a micro-batch of the loss has.
@@ -155,22 +149,16 @@ def _samples(plan: Plan, on_gpu: bool) -> tuple[int, int]:
     share = options.train_batch_size // plan.num_processes
     if not (on_gpu and options.offload_trajectories):
         return share, share
-    rows = trained_rows(plan.config)
     chunk = micro_batch(options.rollout_micro_batch_size) or share
     return share, min(share, max(chunk, -(-int(options.loss_micro_batch_size) // rows)))
 
 
-def _every(config: Config) -> int:
-    """Iterations from one rollout to the next."""
-    if config.method.method in BUFFERED:
-        return config.buffer.buffer_refresh
-    return config.baselines.grpo_passes if config.method.method in GRPO else 1
-
-
-def _buffer(plan: Plan) -> BufferBytes:
+def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
+    """Return a process's share of what the method keeps."""
     model = plan.config.model
     source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
-    return BufferBytes(*(size // plan.num_processes for size in buffer_size(plan.config, source)))
+    kept = counted.method.kept_bytes(counted.rows, latent_spec(source, model.resolution))
+    return KeptBytes(*(size // plan.num_processes for size in astuple(kept)))
 
 
 def _num_texts(plan: Plan) -> int:

@@ -13,10 +13,10 @@ from am_diffusers.methods.refl import ReFL
 METHODS: dict[str, type[Method]] = {
     "adjoint_matching": AdjointMatching,
     "buffered_adjoint_matching": BufferedAdjointMatching,
-    "deterministic_adjoint_matching": DeterministicAdjointMatching,
-    "draft": DRaFT,
     "efficient_adjoint_matching": EfficientAdjointMatching,
-    "flow_grpo": FlowGRPO,
+    "deterministic_adjoint_matching": DeterministicAdjointMatching,
     "ram": RAM,
+    "draft": DRaFT,
     "refl": ReFL,
+    "flow_grpo": FlowGRPO,
 }

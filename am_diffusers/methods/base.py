@@ -16,15 +16,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from am_diffusers.methods.parts.settings import NoSettings, SharedSettings
+from am_diffusers.methods.parts.surroundings import Surroundings
+from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning
-
-Gather = Callable[[Tensor], Tensor]
-"""Concatenates a 1-D tensor over the ranks, in rank order; every rank passes the same length."""
-
-
-def gather_from_one(values: Tensor) -> Tensor:
-    """`Gather` of a single process: the tensor itself."""
-    return values
 
 
 class Examples(Protocol):
@@ -104,19 +99,110 @@ class PartShare:
         return slice(first, first + total // self.ranks)
 
 
+@dataclass(frozen=True)
+class KeptBytes:
+    """Bytes of latents and targets that a method keeps, over all ranks.
+
+    Attributes:
+        stored: bytes that are kept from iteration to iteration, also in a checkpoint.
+        falling_out: the oldest rows, kept where they lie until the iteration that replaced them has
+            succeeded.
+        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
+            for a GPU, a pinned one).
+    """
+
+    stored: int = 0
+    falling_out: int = 0
+    drawn: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Most that is held at a time, in an iteration that collects."""
+        return self.stored + self.falling_out + self.drawn
+
+
 class Method(ABC, Generic[E]):
     """A fine-tuning method: a way to make training rows and the loss of a row.
 
+    Args:
+        around: fields, reward, noise.
+        shared: flags of the rollout, the targets and the reward's gradient; those that `reads` names and
+            `FOR_ALL` are read.
+        own: the method's own flags, of its class `Settings`; by default their defaults.
+
     Attributes:
+        title: name for people.
+        paper: number of the paper on arXiv.
+        Settings: class of the method's own flags: a dataclass whose fields have a default and a sentence.
+        reads: names of the `SharedSettings` that it reads beside `FOR_ALL`, and "offload_trajectories".
         needs_reward_gradient: whether the reward must be differentiable.
         compares_samples: whether rewards of several samples of a prompt are compared, so that
             `samples_per_prompt` must be at least 2.
         aims_at_tilt: whether its optimum is p_base * exp(reward_scale * reward), with settings that allow it.
+        guided_everywhere: whether guidance of the rollout belongs to policy and base alike.
+        finds_sizes: whether micro-batches of size `auto` can be found for it.
+        decisive: own flags that the targets of stored rows depend on.
+        free: own flags that change where a run works and not what it learns.
     """
 
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    Settings: ClassVar[type] = NoSettings
+    reads: ClassVar[tuple[str, ...]] = ()
     needs_reward_gradient: ClassVar[bool]
     compares_samples: ClassVar[bool] = False
-    aims_at_tilt: ClassVar[bool] = True
+    aims_at_tilt: ClassVar[bool] = False
+    guided_everywhere: ClassVar[bool] = False
+    finds_sizes: ClassVar[bool] = False
+    decisive: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, around: Surroundings, shared: SharedSettings, own: Any = None) -> None:
+        self.around, self.shared = around, shared
+        self.own = self.Settings() if own is None else own
+        self.policy, self.base = around.policy, around.base
+        self.latents, self.gather, self.sizes = around.latents, around.gather, around.sizes
+
+    @classmethod
+    @abstractmethod
+    def law(cls, shared: SharedSettings, own: Any) -> str:
+        """Say which law a run with these flags aims at: the end of a sentence of the model card."""
+
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: Any) -> list[str]:
+        """Say what a user should know of these flags before the run, a sentence each."""
+        return []
+
+    @classmethod
+    def dearest(cls, own: Any) -> Any:
+        """Return own flags whose first iteration needs as much as any iteration with the given ones."""
+        return own
+
+    @property
+    def period(self) -> int:
+        """Iterations from one rollout to the next."""
+        return 1
+
+    @property
+    def keeps_in_memory(self) -> bool:
+        """Whether what is kept from iteration to iteration lies in main memory."""
+        return True
+
+    @property
+    def collector(self) -> "Method":
+        """The method that rolls out: itself, but for one that stores another's rows."""
+        return self
+
+    def kept_bytes(self, rows: int, latents: LatentSpec) -> KeptBytes:
+        """Return how much is kept from iteration to iteration, with `rows` rows a sample."""
+        return KeptBytes()
+
+    def check_size(self, rows: int, latents: LatentSpec) -> None:
+        """Refuse to keep more than the user allows.
+
+        Raises:
+            ValueError: with the size and what makes it smaller.
+        """
 
     @abstractmethod
     def collect(
@@ -135,13 +221,12 @@ class Method(ABC, Generic[E]):
     def loss(self, example: E) -> tuple[Tensor, dict[str, float]]:
         """Loss of some rows, differentiable in the policy's parameters, and numbers to log: sums as well."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart and is the same on all ranks, JSON-serialisable numbers or tensors."""
+        """Return what must survive a restart and is the same on all ranks, JSON-serialisable or tensors."""
+        return {}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
     def snapshot(self) -> Callable[[Exception | None], None]:
         """A function that brings the method back to where it is now, told the error that makes it necessary.

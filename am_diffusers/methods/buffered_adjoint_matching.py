@@ -1,112 +1,167 @@
 """Buffered Adjoint Matching: rows of past trajectories are used again ("reciprocal adjoint matching").
 
-    every `refresh` iterations:   roll out, sweep, store rows (latents, sigma, target, weight)
-    every iteration:              the matching loss on as many rows, drawn from the last collections
+    every `buffer_refresh` iterations:   roll out, sweep, store rows (latents, sigma, target, weight)
+    every iteration:                     the matching loss on as many rows, drawn from the last collections
 
 The targets of lean Adjoint Matching (arXiv 2409.08861) are made of the trajectory and the base alone, so the
-policy does not make them stale: only the law of the states ages. At the optimum both agree, so the fixed
-point is that of Adjoint Matching; away from it, rows are up to `refresh` x `generations` iterations old, as
-logged (`buffer/age_mean`, `buffer/age_max`). Each row is trained on `refresh` times on average. Replay with
-closed-form bridges is that of Adjoint Sampling (arXiv 2504.11713); this version, which stores the states of
-the chain itself, is a reconstruction. No importance weights: those tried elsewhere gave nothing measurable.
-
-Known deviations and bias: the mask (`mask_quantile`) is a property of the residuals when a row is collected.
-It is stored with the row and not judged again: a row that was masked is never trained on, one that was kept
-always may be. Its bias is that of Adjoint Matching. Step selection, too, follows residuals at collection.
-
-Passes through the network: those of Adjoint Matching in an iteration that collects, the regression's alone in
-the others, which report no rewards, path KL or adjoint norms.
+policy does not make them stale: only the law of the states ages, and the fixed point is that of Adjoint
+Matching. Replay with closed-form bridges is that of Adjoint Sampling (arXiv 2504.11713); this version, which
+stores the states of the chain itself, is a reconstruction, without importance weights (docs/theory.md,
+section 9). Mask and step selection are those of the iteration that collected a row: it is not judged again.
+Passes: those of Adjoint Matching in an iteration that collects, the regression's alone in the others, which
+report no rewards.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
-from am_diffusers.methods.base import Collected, Method, PartShare
-from am_diffusers.methods.parts.replay import Drawn, Replay, Store, in_memory
+from am_diffusers.methods.base import Collected, KeptBytes, Method, PartShare
+from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.replay import DiskTensors, Drawn, Replay, in_memory
 from am_diffusers.methods.parts.rows import kept_batch
+from am_diffusers.methods.parts.settings import SharedSettings, require
+from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class BufferSettings:
-    """Choices of the buffer.
+    """The buffer of past trajectories.
 
     Attributes:
-        generations: collections that are kept.
-        refresh: iterations from one collection to the next; how often a row is trained on, on average.
-
-    Raises:
-        ValueError: if a number is below 1.
+        buffer_size: samples that are kept, over all processes: a multiple of train_batch_size; the oldest go
+            first.
+        buffer_refresh: iterations from one rollout to the next; how often a row is trained on, on average.
+        buffer_storage: where latents and targets are kept: cpu (main memory), or disk (files in output_dir,
+            mapped into memory).
+        buffer_max_gb: most that the buffer may hold over all processes, in GiB: buffer_size samples, which
+            are in every checkpoint, the train_batch_size that fall out while an iteration lasts, and twice
+            as many for the rows that are drawn, always in main memory.
     """
 
-    generations: int = 4
-    refresh: int = 4
+    buffer_size: int = 64
+    buffer_refresh: int = 4
+    buffer_storage: Literal["cpu", "disk"] = "cpu"
+    buffer_max_gb: float = 8.0
 
     def __post_init__(self) -> None:
-        if min(self.generations, self.refresh) < 1:
-            raise ValueError(f"expected generations and refresh of at least 1, got {self}")
+        require(
+            self,
+            [
+                (self.buffer_size >= 1, "buffer_size", "at least 1"),
+                (self.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
+                (self.buffer_max_gb > 0, "buffer_max_gb", "positive"),
+            ],
+        )
 
 
 class BufferedAdjointMatching(Method[MatchingBatch]):
     """Adjoint Matching on rows from a buffer of past trajectories.
 
-    Args:
-        inner: makes the trajectories and targets.
-        encode: prompts to their conditioning; rows are stored with their prompts alone.
-        settings: size and refreshment of the buffer.
-        store: where latents and targets are kept, see `replay.Store`.
-
     Raises:
-        ValueError: if the adjoint is the full one, whose targets the policy makes stale.
+        ValueError: if the adjoint is the full one, whose targets the policy makes stale, or the buffer holds
+            no whole number of iterations.
     """
 
+    title, paper = "Buffered Adjoint Matching", "2409.08861"
+    Settings = BufferSettings
+    reads = AdjointMatching.reads
     needs_reward_gradient = True
+    aims_at_tilt = True
+    finds_sizes = True
+    free = ("buffer_storage", "buffer_max_gb")
+    own: BufferSettings
 
-    def __init__(
-        self,
-        inner: AdjointMatching,
-        encode: Callable[[Sequence[str]], Conditioning],
-        settings: BufferSettings,
-        store: Store = in_memory,
-    ) -> None:
-        if inner.settings.adjoint != "lean":
+    def __init__(self, around: Surroundings, shared: SharedSettings, own: Any = None) -> None:
+        super().__init__(around, shared, own)
+        if shared.adjoint != "lean":
             raise ValueError(
-                "a buffer needs adjoint='lean': full adjoints depend on the policy and age with it"
+                "--adjoint must be lean with a buffer: full adjoints depend on the policy, so that stored "
+                f"ones would be outdated, got {shared.adjoint}"
             )
-        self.inner, self.encode, self.settings = inner, encode, settings
-        self.replay = Replay(settings.generations, store)
+        batch, size = self.sizes.batch, self.own.buffer_size
+        if batch is None or size < batch or size % batch:
+            raise ValueError(
+                f"--buffer_size must be a multiple of train_batch_size, {batch}: it is filled and emptied a "
+                f"collection at a time, got {size}"
+            )
+        self.inner = AdjointMatching(around, shared)
+        self.generations = size // batch
+        store = DiskTensors(around.folder) if self.own.buffer_storage == "disk" else in_memory
+        self.replay = Replay(self.generations, store)
         self._iteration, self._collected = 0, 0
+
+    @classmethod
+    def law(cls, shared: SharedSettings, own: BufferSettings) -> str:
+        """Return the tilt, or why it isn't; see `Method.law`."""
+        return laws.of_the_tilt(shared)
+
+    @property
+    def period(self) -> int:
+        """Iterations from one rollout to the next."""
+        return self.own.buffer_refresh
+
+    @property
+    def keeps_in_memory(self) -> bool:
+        """Whether the buffer lies in main memory."""
+        return self.own.buffer_storage == "cpu"
+
+    @property
+    def collector(self) -> Method:
+        """The Adjoint Matching that makes the rows."""
+        return self.inner
+
+    def kept_bytes(self, rows: int, latents: LatentSpec) -> KeptBytes:
+        """Return the size of a full buffer of latents and targets with `rows` rows a sample."""
+        assert self.sizes.batch is not None
+        one = self.sizes.batch * rows * 2 * torch.Size(latents.shape).numel() * latents.dtype.itemsize
+        return KeptBytes(self.generations * one, one, 2 * one)
+
+    def check_size(self, rows: int, latents: LatentSpec) -> None:
+        """Refuse a buffer beyond `buffer_max_gb`, see `Method.check_size`."""
+        size, limit = self.kept_bytes(rows, latents), self.own.buffer_max_gb
+        if size.peak / GIB > limit:
+            held = size.falling_out + size.drawn
+            raise ValueError(
+                f"the buffer would hold {size.peak / GIB:.3g} GiB over all processes, more than "
+                f"--buffer_max_gb {limit:g}: {size.stored / GIB:.3g} GiB that it keeps, also in every "
+                f"checkpoint, and {held / GIB:.3g} GiB for the collection that falls out and the rows that "
+                "are drawn: lower --buffer_size, --loss_steps or --train_batch_size, or raise --buffer_max_gb "
+                "(--buffer_storage disk keeps all but the drawn rows out of main memory)"
+            )
 
     @torch.no_grad()
     def collect(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
     ) -> Collected[MatchingBatch]:
-        """Rows drawn from the buffer, after a collection if one is due; raises as `AdjointMatching.collect`.
+        """Return rows drawn from the buffer, after a collection if one is due; raises as Adjoint Matching.
 
         The conditioning and the prompts it is of are not used without a collection.
         """
         rewards, metrics, warnings = torch.empty(0), dict[str, float](), ()
-        if not len(self.replay) or self._iteration - self._collected >= self.settings.refresh:
+        if not len(self.replay) or self._iteration - self._collected >= self.period:
             rewards, metrics, warnings = self._refresh(cond, generators, shared)
         examples, of_rows = self._draw(generators)
-        if torch.device(self.inner.latents.device).type == "cuda":
+        if torch.device(self.latents.device).type == "cuda":
             examples = examples.pin_memory()
         self._iteration += 1
         return Collected(examples, rewards, metrics | of_rows, warnings)
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:
-        """Share of the matching loss that these rows contribute, see `Method.loss`."""
+        """Return the share of the matching loss that these rows contribute, see `Method.loss`."""
         return self.inner.loss(example)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of Adjoint Matching, iterations done and the one of the last collection."""
+        """Return the state of Adjoint Matching, iterations done and the one of the last collection."""
         return {
             "inner": self.inner.state_dict(),
             "iteration": self._iteration,
@@ -114,43 +169,44 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.inner.load_state_dict(state["inner"])
         self._iteration, self._collected = state["iteration"], state["collected"]
 
     def local_state_dict(self) -> dict[str, Any]:
-        """This rank's part of the buffer."""
+        """Return this rank's part of the buffer."""
         return {"generations": self.replay.state()}
 
     def load_local_state_dicts(self, states: Sequence[dict[str, Any]], share: PartShare) -> None:
-        """Restores this rank's part of the buffer, see `Method.load_local_state_dicts`."""
+        """Restore this rank's part of the buffer, see `Method.load_local_state_dicts`."""
         self.replay.load([state["generations"] for state in states], share)
 
     def _refresh(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
     ) -> tuple[Tensor, dict[str, float], Sequence[str]]:
-        """Collect, and let the oldest go; rewards, metrics and warnings of the collection."""
+        """Collect, and let the oldest go; return rewards, metrics and warnings of the collection."""
         swept = self.inner.sweep(cond, generators, shared)
         self.replay.push(swept.rows, cond.prompts, self._iteration)
         self._collected = self._iteration
         return swept.rewards, swept.metrics, swept.warnings
 
     def _draw(self, generators: Sequence[torch.Generator]) -> tuple[MatchingBatch, dict[str, float]]:
-        """Rows to train on, and what there is to log of them; the copy they were drawn into is let go."""
+        """Return rows to train on, and what there is to log; the copy they were drawn into is let go."""
         drawn = self.replay.draw(generators)
         prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(drawn.prompts))}
         samples = torch.tensor([prompts[prompt] for prompt in drawn.prompts])
+        cond = self.around.encode(list(prompts))
         examples, masked = kept_batch(
-            drawn.rows, samples, self.encode(list(prompts)), self._gather, all_kept=self.inner.mask is None
+            drawn.rows, samples, cond, self._gather, all_kept=self.inner.mask is None
         )
         return examples, self._ages(drawn) | {"masked": masked}
 
     def _gather(self, values: Tensor) -> Tensor:
-        """Small numbers of what lies on the CPU, exchanged where the processes exchange."""
-        return self.inner.gather(values.to(self.inner.latents.device)).cpu()
+        """Exchange small numbers of what lies on the CPU where the processes exchange."""
+        return self.gather(values.to(self.latents.device)).cpu()
 
     def _ages(self, drawn: Drawn) -> dict[str, float]:
-        """How many iterations ago the drawn rows of all ranks were collected; the size of the buffer."""
+        """Return how many iterations ago the drawn rows were collected, and the size of the buffer."""
         ages = (self._iteration - drawn.iterations).float()
         mean, largest = self._gather(torch.stack([ages.mean(), ages.max()])).view(-1, 2).T
         number = len(self.replay) * len(mean) * len(ages)
@@ -159,37 +215,3 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
             "buffer/age_max": largest.max().item(),
             "buffer/samples": float(number),
         }
-
-
-class BufferBytes(NamedTuple):
-    """Bytes of latents and targets over all ranks; what else a row has is a few numbers.
-
-    Attributes:
-        stored: those that the buffer keeps, also in a checkpoint.
-        falling_out: the oldest collection, kept where it lies until the iteration that replaced it has
-            succeeded.
-        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
-            for a GPU, a pinned one).
-    """
-
-    stored: int
-    falling_out: int
-    drawn: int
-
-    @property
-    def peak(self) -> int:
-        """Most that is held at a time, in an iteration that collects."""
-        return self.stored + self.falling_out + self.drawn
-
-
-def buffer_bytes(collection: int, generations: int, rows: int, latents: LatentSpec) -> BufferBytes:
-    """Size of a full buffer.
-
-    Args:
-        collection: samples of a collection, over all ranks.
-        generations: collections that are kept.
-        rows: of a sample.
-        latents: shape and dtype of the latents.
-    """
-    one = collection * rows * 2 * torch.Size(latents.shape).numel() * latents.dtype.itemsize
-    return BufferBytes(generations * one, one, 2 * one)

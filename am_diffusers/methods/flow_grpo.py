@@ -1,120 +1,105 @@
 """Flow-GRPO (Liu et al., arXiv 2505.05470): a clipped policy gradient on the steps of a stochastic table.
 
-An iteration rolls the policy out, scores the pictures, and treats each step x_k -> x_{k+1} as an action of
-Gaussian density (`Transitions.log_prob`). With the advantage A of the picture (values.py), and
+An iteration rolls the policy out, scores the images, and treats each step x_k -> x_{k+1} as an action of
+Gaussian density (`Transitions.log_prob`). With the advantage A of the image (advantages.py), and
 ratio = p_policy(x_{k+1} | x_k) / p_rollout(x_{k+1} | x_k),
 
     loss = mean over samples of sum over steps of
            -min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A) + kl_weight * path_kl_k
 
-Rows are trained on in `passes` iterations before the next rollout; only from the second on the ratio isn't 1
-and the clip matters. If only `steps` steps are trained, they are drawn uniformly and weighted to stand for
-all. The last step is the base's and deterministic, as in the other methods here, so that the policy acts on
-the picture through the densities alone.
+Rows are trained on in `grpo_passes` iterations before the next rollout; only from the second on the ratio
+isn't 1 and the clip matters. If only `loss_steps` steps are trained, they are drawn uniformly and weighted
+to stand for all. The last step is the base's and deterministic, as in the other methods here, so that the
+policy acts on the image through the densities alone.
 
-What is reached, with centred advantages and no guidance (docs/theory.md, section 9): as published, the KL
-is differentiated at the states visited, not through which states are. A step is weighed against the reward
-it leads to and not against the KL of later steps. So learning rests half-way, in velocities, from the base
-to the tilt exp(2 l r), l = reward_scale / kl_weight: the tilt by l to first order in l.
-
-Sums, not means. A log-probability here is the sum over the D latent dimensions, so that `ratio` is the
-likelihood ratio and the clip a bound on it, as in PPO (.2). The published code averages over dimensions: its
-log-ratio is ours / D, and its clip ranges of 1e-4 and 1e-5 correspond to 6.6 and .66 in the logarithm of
-ours for a picture of 512 pixels (D = 65536), its beta (.01 to .04) to beta / D on our `path_kl`.
-In half precision rollout and loss agree on a velocity to its rounding only, which moves the ratio of many
-dimensions after the first pass: use float32 with `passes` > 1. Deviations: the table is this package's
-(memoryless, without a noise_level); no advantage clipping; start noise is each picture's own.
-
-The sum is written as a hinge, (1 + clip_range) * max(A, 0) - min(...): no term is negative, so that losses
-don't cancel and the trainer's scaling of half-precision gradients has a size to go by. No gradient changes.
-Passes a sample: K-1 calls of the policy and, at trained steps and the last one, of the base in an iteration
-with a rollout, and the loss's own in each.
+What is reached: docs/theory.md, section 9 (the tilt by reward_scale / grpo_kl_weight to first order). Sums,
+not means: a log-probability is the sum over the D latent dimensions, so that the clip bounds a likelihood
+ratio as in PPO (.2); the published code averages over D. Half precision moves the ratio of many dimensions
+after the first pass: use float32 with several passes. The sum is written as a hinge, (1 + clip_range) *
+max(A, 0) - min(...): no term is negative, so that the scaling of half-precision gradients has a size to go
+by; no gradient changes. Passes a sample: K-1 policy calls, base calls at trained steps and the last one, in
+an iteration with a rollout; the loss's in each.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from am_diffusers.methods.base import Collected, Gather, Method, PartShare, gather_from_one
-from am_diffusers.methods.parts.advantages import Advantages, reward_values
+from am_diffusers.methods.base import Collected, Method, PartShare
+from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.advantages import Advantages, few_for_normalised, reward_values
 from am_diffusers.methods.parts.policy_rows import PolicyRows, rows_of_rank
+from am_diffusers.methods.parts.settings import AdvantageSettings, SharedSettings, require
 from am_diffusers.methods.parts.step_selection import draw_steps
-from am_diffusers.noise import LatentSpec
+from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import rollout
 from am_diffusers.system.failures import NonFiniteError, phase
-from am_diffusers.terminal_cost import RewardOfLatents
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning
 
 
 @dataclass(frozen=True)
-class FlowGRPOSettings:
-    """Choices of Flow-GRPO.
+class FlowGRPOSettings(AdvantageSettings):
+    """`method: flow_grpo`.
 
     Attributes:
-        advantages: how rewards of a prompt are compared.
-        passes: iterations on the rows of a rollout, at least 1.
-        clip_range: the likelihood ratio of a step counts up to so much above or below 1, in (0, 1).
-        kl_weight: factor of the KL of a step against the base, >= 0.
-        steps: number of steps a sample is trained on, or "all" (K - 1).
-        collect_batch_size: samples rolled out at once; all by default.
-        reward_batch_size: samples scored at once; all by default.
-
-    Raises:
-        ValueError: if a setting is out of range.
+        grpo_passes: iterations that Flow-GRPO trains on the steps of one rollout; the clip acts from the
+            second on.
+        grpo_clip_range: how far from 1 the likelihood ratio of a step counts, in (0, 1); a ratio of sums over
+            all latent dimensions, so that PPO's .2 is right, not the 1e-4 of published averages.
+        grpo_kl_weight: factor of the KL of each step against the base, 0 = none; with centred advantages
+            the tilt by reward_scale / grpo_kl_weight is reached to first order (docs/theory.md).
     """
 
-    advantages: Advantages
-    passes: int = 1
-    clip_range: float = 0.2
-    kl_weight: float = 1.0
-    steps: int | Literal["all"] = "all"
-    collect_batch_size: int | None = None
-    reward_batch_size: int | None = None
+    grpo_passes: int = 1
+    grpo_clip_range: float = 0.2
+    grpo_kl_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.passes < 1 or not 0 < self.clip_range < 1 or self.kl_weight < 0:
-            raise ValueError(
-                "expected passes >= 1, 0 < clip_range < 1 and kl_weight >= 0, got "
-                f"{self.passes}, {self.clip_range} and {self.kl_weight}"
-            )
+        require(
+            self,
+            [
+                (self.grpo_passes >= 1, "grpo_passes", "at least 1"),
+                (0 < self.grpo_clip_range < 1, "grpo_clip_range", "in (0, 1)"),
+                (self.grpo_kl_weight >= 0, "grpo_kl_weight", "0 or positive"),
+            ],
+        )
 
 
 class FlowGRPO(Method[PolicyRows]):
-    """Flow-GRPO with any table whose steps all add noise except the last.
+    """Flow-GRPO with any table whose steps all add noise except the last."""
 
-    Args:
-        policy: field that is trained and followed, for instance a `GuidedField`.
-        base: the same before fine-tuning.
-        reward: `(latents (b, ...), prompts) -> (b,)`, higher is better; called without gradient.
-        transitions: the table, or a function of the shared generator (a jittered grid per rollout).
-        latents: shape, device and dtype of the latents.
-        settings: advantages, passes, clip, KL, steps, batch sizes.
-        gather: concatenates a 1-D tensor over ranks; a single process by default.
-    """
-
+    title, paper = "Flow-GRPO", "2505.05470"
+    Settings = FlowGRPOSettings
+    reads = ("num_inference_steps", "transitions", "loss_steps", "sigma_jitter")
     needs_reward_gradient = False
     compares_samples = True
-    aims_at_tilt = False
+    guided_everywhere = True
+    decisive = ("advantages",)
+    own: FlowGRPOSettings
 
-    def __init__(
-        self,
-        policy: VelocityField,
-        base: VelocityField,
-        reward: RewardOfLatents,
-        transitions: Transitions | Callable[[torch.Generator], Transitions],
-        *,
-        latents: LatentSpec,
-        settings: FlowGRPOSettings,
-        gather: Gather = gather_from_one,
-    ) -> None:
-        self.policy, self.base, self.reward, self.transitions = policy, base, reward, transitions
-        self.latents, self.settings, self.gather = latents, settings, gather
+    def __init__(self, around: Surroundings, shared: SharedSettings, own: Any = None) -> None:
+        super().__init__(around, shared, own)
         self._passes = 0
         self._kept: PolicyRows | None = None
+
+    @classmethod
+    def law(cls, shared: SharedSettings, own: FlowGRPOSettings) -> str:
+        """Return the tilt to first order, see `Method.law`."""
+        return laws.to_first_order(shared, own.advantages, kl_weight=own.grpo_kl_weight, everywhere=True)
+
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: FlowGRPOSettings) -> list[str]:
+        """Say if the group is too small for normalised advantages."""
+        return few_for_normalised(own.advantages, shared.samples_per_prompt)
+
+    @property
+    def period(self) -> int:
+        """Iterations from one rollout to the next."""
+        return self.own.grpo_passes
 
     @torch.no_grad()
     def collect(
@@ -151,11 +136,11 @@ class FlowGRPO(Method[PolicyRows]):
             path_kl = path_kl.index_put((rows,), table.path_kl(k, new, base))
         # In the first pass policy and rollout are one: what differs is the rounding of other batches.
         before = log_prob.detach() if self._passes <= 1 else example.log_prob
-        ratio, clip = (log_prob - before).exp(), self.settings.clip_range
+        ratio, clip = (log_prob - before).exp(), self.own.grpo_clip_range
         advantage, weight = example.advantage.double(), example.weight.double()
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
         hinge = (1 + clip) * advantage.clamp(min=0) - gain
-        loss = weight @ (hinge + self.settings.kl_weight * path_kl)
+        loss = weight @ (hinge + self.own.grpo_kl_weight * path_kl)
         outside = ((ratio.detach() - 1).abs() > clip).double()
         clipped = weight @ outside / (table.num_steps - 1)  # the weights of a sample add up to K - 1
         return loss, {"path_kl": (weight @ path_kl.detach()).item(), "clipped": clipped.item()}
@@ -194,20 +179,24 @@ class FlowGRPO(Method[PolicyRows]):
 
     def _rows_left(self) -> bool:
         """Whether the rows have passes left; rows without any pass are of an iteration that failed."""
-        return 0 < self._passes < self.settings.passes
+        return 0 < self._passes < self.own.grpo_passes
 
     def _rollouts(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
     ) -> Collected[PolicyRows]:
-        table = self.transitions(shared) if callable(self.transitions) else self.transitions
-        steps = draw_steps(table, self.settings.steps, shared)
+        flags = self.shared
+        table = self.around.table(
+            flags.transitions, flags.num_inference_steps, jitter=flags.sigma_jitter, generator=shared
+        )
+        steps = draw_steps(table, flags.loss_steps, shared)
         parts = []
-        for rows in torch.arange(len(cond)).split(self.settings.collect_batch_size or len(cond)):
+        for rows in torch.arange(len(cond)).split(self.sizes.rollout or len(cond)):
             ids = rows.tolist()
             parts.append(self._steps(table, steps, cond.index(ids), [generators[i] for i in ids]))
         states, reached, base, log_prob, final = (torch.cat(column) for column in zip(*parts, strict=True))
-        rewards = reward_values(self.reward, final, cond.prompts, batch_size=self.settings.reward_batch_size)
-        advantages = self.settings.advantages(rewards, cond.prompts)
+        rewards = reward_values(self.around.reward, final, cond.prompts, batch_size=self.sizes.reward)
+        compare = Advantages(flags.reward_scale, flags.samples_per_prompt, self.own.advantages)
+        advantages = compare(rewards, cond.prompts)
         everywhere = self.gather(torch.stack([rewards, advantages], 1).flatten()).reshape(-1, 2)
         share = (table.num_steps - 1) / len(steps) / len(everywhere)
         examples = PolicyRows(

@@ -10,18 +10,18 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.config import Config
-from am_diffusers.config.belonging import cautions
+from am_diffusers.config.checks import cautions
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.run.execution import Run
 from am_diffusers.run.folder import EMA_FOLDER, open_folder
 from am_diffusers.run.load import encoder, load_model, load_rewards, weighted
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from am_diffusers.run.micro_batches import find_micro_batches
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import make_checkpoints, outdated, settings_of
 from am_diffusers.run.sharing import hub_target, make_sharing
+from am_diffusers.run.surroundings import make_method
 from am_diffusers.run.training import make_log, make_state, make_trainer, raw_rewards
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.signals import StopSignal
@@ -62,7 +62,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
     reward = weighted(trained, config)
-    method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
+    method = make_method(plan, model, reward, processes)
     reward.drain()  # scores of the base pictures a divergence was normalised on belong to no iteration
     state = make_state(config.optimizer, model.lora_parameters())
     save_lora = lora_writer(model, state)
@@ -73,7 +73,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         saver.restore(found, outdated=outdated(found, saver.settings))
     scorer, roles = make_scorer(plan, model, trained, held_out)
     hooks = Hooks(
-        encode=encoder(config, model, config.method.rollout_guidance_scale),
+        encode=encoder(config, model, config.shared.rollout_guidance_scale),
         validate=make_validation(plan, scorer, roles, processes, trackers),
         save=saver.save,
         more=partial(raw_rewards, reward, processes),

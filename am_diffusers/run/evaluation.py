@@ -10,7 +10,8 @@ from am_diffusers.evaluation.pairs import Scorer, official
 from am_diffusers.evaluation.validation import Validation, ValidationLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.rewards import ImageFeatures, Reward
-from am_diffusers.run.load import encoder, guided, make_sampler
+from am_diffusers.run.fields import guided
+from am_diffusers.run.load import encoder, make_sampler
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trackers import Trackers

@@ -6,25 +6,20 @@ from functools import partial
 import torch
 
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.evaluation.images import Sampler
 from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
 from am_diffusers.rollout import TableSolver
+from am_diffusers.run.fields import micro_batch
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import ode_euler
-from am_diffusers.velocity import Conditioning, GuidedField, VelocityField
+from am_diffusers.velocity import Conditioning
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODE_CHUNK = 64
-
-
-def micro_batch(size: MicroBatch | None) -> int | None:
-    """A micro-batch size as a number; None = all, also for an `auto` that isn't found yet."""
-    return None if size == "auto" else size
 
 
 def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
@@ -76,7 +71,7 @@ def load_model(plan: Plan, device: torch.device) -> SD3:
     )
     if options.free_text_encoders:
         texts = [*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts]
-        guidance = max(config.method.rollout_guidance_scale, config.evaluation.eval_guidance_scale)
+        guidance = max(config.shared.rollout_guidance_scale, config.evaluation.eval_guidance_scale)
         for start in range(0, len(texts), ENCODE_CHUNK):
             encoder(config, model, guidance)(texts[start : start + ENCODE_CHUNK])
         model.free_text_encoders()
@@ -98,11 +93,6 @@ def encoder(config: Config, model: SD3, guidance_scale: float) -> Callable[[Sequ
         max_sequence_length=config.model.max_sequence_length,
         negative_prompt=None if guidance_scale == 1 else "",
     )
-
-
-def guided(field: VelocityField, guidance_scale: float) -> VelocityField:
-    """The field with classifier-free guidance; 1.0 = the field itself."""
-    return field if guidance_scale == 1 else GuidedField(field, guidance_scale)
 
 
 def latent_spec(config: Config, model: SD3) -> LatentSpec:

@@ -18,10 +18,10 @@ from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for
 from am_diffusers.rewards import Reward
+from am_diffusers.run.counting import count
+from am_diffusers.run.fields import with_guidance
 from am_diffusers.run.load import encoder, latent_spec, weighted
-from am_diffusers.run.network_calls import trained_rows
 from am_diffusers.run.plan import Plan
-from am_diffusers.run.surroundings import make_fields
 from am_diffusers.system.failures import REMAINING, PhaseMemoryError
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents, reward_gradient
@@ -173,8 +173,8 @@ def _search(
 
 def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
     """The passes of this run."""
-    config, options = plan.config, plan.config.method
-    reward, fields = weighted(rewards, config), make_fields(config, model)
+    config, options = plan.config, plan.config.shared
+    reward, fields = weighted(rewards, config), with_guidance(config, model.policy, model.base)
     return Passes(
         fields.base,
         fields.policy,
@@ -184,6 +184,6 @@ def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
         plan.used_train_prompts(),
         list(model.lora_parameters().values()),
         num_steps=options.num_inference_steps,
-        num_rows=config.optimizer.train_batch_size // plan.num_processes * trained_rows(config),
+        num_rows=config.optimizer.train_batch_size // plan.num_processes * count(config).rows,
         offload=config.optimizer.offload_trajectories,
     )

@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.config.belonging import cautions
+from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.methods import METHODS
-from am_diffusers.models.pretrained import MissingModelError, Pretrained
-from am_diffusers.noise import generator_for
+from am_diffusers.models.pretrained import MissingModelError, Pretrained, vae_scale
+from am_diffusers.noise import LatentSpec, generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
-from am_diffusers.run.buffer_size import check_buffer
-from am_diffusers.run.network_calls import network_calls
+from am_diffusers.run.counting import count
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.text import suggest
@@ -55,7 +54,7 @@ class Plan:
     def used_train_prompts(self) -> list[str]:
         """The training prompts that the run's iterations take, without repetition."""
         config = self.config.optimizer
-        size, steps = config.train_batch_size // self.config.method.samples_per_prompt, config.max_train_steps
+        size, steps = config.train_batch_size // self.config.shared.samples_per_prompt, config.max_train_steps
         total, seed = len(self.train_prompts), self.config.run.seed
         if size * steps >= total:
             return list(dict.fromkeys(self.train_prompts))
@@ -76,13 +75,13 @@ class Plan:
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
         share = samples // self.num_processes
-        calls = network_calls(self.config)
+        calls = count(self.config).calls
         images = evaluation.eval_images_per_prompt * len(self.eval_prompts)
         lines = [
             f"samples an iteration: {samples} = {self.num_processes} processes x {share}",
             f"iterations: {optimizer.max_train_steps}",
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
-            *(f"transformer calls a sample, {name}: {count:.4g}" for name, count in calls.items() if count),
+            *(f"transformer calls a sample, {name}: {number:.3g}" for name, number in calls.items()),
             *self._base_pictures(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
@@ -100,7 +99,7 @@ class Plan:
 
     def _base_pictures(self) -> list[str]:
         """What the normalisers of a divergence cost before the first iteration."""
-        options = self.config.terminal
+        options = self.config.shared
         if options.divergence == "kl":
             return []
         num_prompts = min(options.divergence_prompts, len(self.used_train_prompts()))
@@ -115,7 +114,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     Raises:
         ValueError: what is wrong and what to do about it.
     """
-    if config.optimizer.train_batch_size % (num_processes * config.method.samples_per_prompt):
+    if config.optimizer.train_batch_size % (num_processes * config.shared.samples_per_prompt):
         raise ValueError(
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
             f"must be a multiple of their number, {num_processes}, times --samples_per_prompt"
@@ -123,6 +122,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     check_tracker(config.run.report_to)
     config = _resolve(config)
     _check_method(config)
+    counted = count(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
     if config.run.gpu is not None:
         find_gpu(config.run.gpu)
@@ -131,7 +131,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(path, model.revision, model.variant)
     try:
         source.check(model.resolution, model.resolution)
-        check_buffer(config, source)
+        counted.method.check_size(counted.rows, latent_spec(source, model.resolution))
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise
@@ -160,6 +160,13 @@ def _resolve(config: Config) -> Config:
         method=replace(config.method, rewards=trained),
         evaluation=replace(evaluation, eval_rewards=[resolve_reward(reward) for reward in held_out]),
     )
+
+
+def latent_spec(source: Pretrained, resolution: int) -> LatentSpec:
+    """Return the shape of a latent, from configuration files alone."""
+    channels = source.config("transformer/config.json")["in_channels"]
+    side = resolution // vae_scale(source.config("vae/config.json"))
+    return LatentSpec((channels, side, side))
 
 
 def _other_reward(trained: Collection[str]) -> str:
@@ -201,7 +208,7 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
     if method.needs_reward_gradient:
         _check_gradients(config)
-    if method.compares_samples and config.method.samples_per_prompt < 2:
+    if method.compares_samples and config.shared.samples_per_prompt < 2:
         raise ValueError(
             f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more and "
             "--train_batch_size to a multiple of it on each process"

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig, TerminalConfig
+from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig
+from am_diffusers.methods import METHODS
+from am_diffusers.methods.parts.settings import GRADIENT
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import digest
 from am_diffusers.system.processes import Processes
@@ -27,11 +29,10 @@ FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(
     "free_text_encoders",
     "shard_weights",
     "max_skipped_iterations",
-    "buffer_storage",
-    "buffer_max_gb",
+    *(flag for method in METHODS.values() for flag in method.free),
 }
 DECISIVE_IN_RUN = {"seed"}
-GOAL = {field.name for field in dataclasses.fields(TerminalConfig)} | {
+GOAL = {
     "pretrained_model_name_or_path",
     "revision",
     "variant",
@@ -39,7 +40,6 @@ GOAL = {field.name for field in dataclasses.fields(TerminalConfig)} | {
     "max_sequence_length",
     "rewards",
     "reward_scale",
-    "advantages",
     "samples_per_prompt",
     "pairing",
     "transitions",
@@ -48,9 +48,8 @@ GOAL = {field.name for field in dataclasses.fields(TerminalConfig)} | {
     "guidance_mode",
     "adjoint",
     "mask_quantile",
-    "cost_power",
-    "eam_score",
-    "eam_sigma",
+    *GRADIENT,
+    *(flag for method in METHODS.values() for flag in method.decisive),
 }
 """Settings that targets, advantages, base velocities and masks of rows depend on, and so do all running means
 of residuals and norms."""
@@ -71,8 +70,8 @@ def make_checkpoints(config: Config) -> Checkpoints:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Settings that decide what is learned, by flag, and a fingerprint of the training prompts."""
-    sections = dataclasses.asdict(plan.config).values()
-    flat = {name: value for section in sections for name, value in section.items()}
+    sections = plan.config.sections().values()
+    flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
     free = FREE - DECISIVE_IN_RUN
     # A longer run begins like a shorter one, unless its length is in the schedule or in the choice of base
     # pictures.

@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.held_out import Evaluation
-from am_diffusers.run.aims import LABELS, aim
+from am_diffusers.methods import METHODS
 from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
@@ -149,15 +149,16 @@ def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
     config = plan.config
     base = config.model.pretrained_model_name_or_path
     is_hub_id = not Path(base).exists() and HUB_ID.fullmatch(base) is not None
-    folder, label = Path(config.run.output_dir), LABELS[config.method.method]
+    folder, method = Path(config.run.output_dir), METHODS[config.method.method]
+    size = f"{config.optimizer.max_train_steps} iterations of {config.optimizer.train_batch_size} images"
     return CardFacts(
         title=folder.resolve().name if target is None else target.repo_id.split("/")[1],
         base_model=base,
         hub_base=base if is_hub_id else None,
         rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in config.method.rewards],
-        method=label.title,
-        paper=label.paper,
-        law=aim(config),
+        method=method.title,
+        paper=method.paper,
+        law=f"{size}{method.law(config.shared, config.settings)}.",
         source=config.prompts.train_prompts,
         prompts=plan.train_prompts,
         settings=to_yaml(config),

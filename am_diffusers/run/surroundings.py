@@ -1,10 +1,8 @@
-"""What several methods are built with: rewards of latents, their gradients, the law aimed at."""
+"""What a run gives to its method: fields with guidance, the reward of decoded latents, noise, sizes."""
 
-from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from am_diffusers.config import Config
@@ -15,101 +13,92 @@ from am_diffusers.evaluation.base_rewards import (
     load_base_rewards,
     save_base_rewards,
 )
-from am_diffusers.methods.parts.advantages import Advantages
+from am_diffusers.methods import METHODS, Method
+from am_diffusers.methods.parts.replay import DiskTensors
+from am_diffusers.methods.parts.surroundings import Gather, Surroundings, gather_from_one
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.rewards import Reward
-from am_diffusers.run.load import guided, make_sampler, micro_batch
+from am_diffusers.run.fields import Fields, sizes, with_guidance
+from am_diffusers.run.load import encoder, latent_spec, make_sampler
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
-from am_diffusers.terminal_cost import GradientOptions, RewardOfLatents
-from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
-from am_diffusers.velocity import VelocityField
 
 
-def reward_of_latents(model: SD3, reward: Reward) -> RewardOfLatents:
-    """The reward of decoded latents."""
+def make_method(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+    """Make the method of a run."""
+    config = plan.config
+    processes.on_main(DiskTensors(Path(config.run.output_dir)).clean)
+    around = surroundings(
+        config,
+        model,
+        reward,
+        with_guidance(config, model.policy, model.base),
+        gather=processes.gather,
+        tilt=make_tilt(plan, model, reward, processes),
+    )
+    return METHODS[config.method.method](around, config.shared, config.settings)
 
-    def scored(latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        return reward(model.decode(latents), prompts)
 
-    return scored
+def surroundings(
+    config: Config,
+    model: SD3,
+    reward: Reward,
+    fields: Fields,
+    *,
+    gather: Gather = gather_from_one,
+    tilt: Tilt | None = None,
+) -> Surroundings:
+    """Return what a method is given around a model.
 
-
-class Fields(NamedTuple):
-    """Whose velocities a method takes: guided ones where `guidance_mode` says so.
-
-    Attributes:
-        policy: trained.
-        base: it is matched to.
-        rollout: followed by trajectories; None = the policy.
+    Args:
+        config: flags of the run.
+        model: decodes latents, knows noise levels and shapes.
+        reward: reward of images.
+        fields: whose velocities are taken.
+        gather: concatenates a 1-D tensor over ranks.
+        tilt: law aimed at, if it isn't the reweighted base.
     """
-
-    policy: VelocityField
-    base: VelocityField
-    rollout: VelocityField | None
-
-
-def make_fields(config: Config, model: SD3) -> Fields:
-    """The fields of a training iteration."""
-    scale = config.method.rollout_guidance_scale
-    if config.method.guidance_mode == "everywhere":
-        return Fields(guided(model.policy, scale), guided(model.base, scale), None)
-    return Fields(model.policy, model.base, None if scale == 1 else guided(model.policy, scale))
-
-
-def stochastic_table(config: Config, model: SD3) -> Transitions | Callable[[torch.Generator], Transitions]:
-    """The table of a stochastic rollout, or a function of the shared generator that jitters its grid."""
-    options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
-
-    def jittered(shared: torch.Generator) -> Transitions:
-        return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
-
-    return jittered if options.sigma_jitter else table(sigmas)
-
-
-def end_point_table(config: Config, model: SD3) -> Transitions:
-    """What pictures are made with where any sampler will do."""
-    steps, name = config.method.num_inference_steps, config.baselines.rollout_sampler
-    sigmas = model.ode_sigmas(steps) if name == "ode_euler" else model.sde_sigmas(steps)
-    return TRANSITIONS[name](sigmas)
-
-
-def advantages(config: Config) -> Advantages:
-    """How rewards of a prompt's samples are compared."""
-    method = config.method
-    return Advantages(method.reward_scale, method.samples_per_prompt, config.baselines.advantages)
-
-
-def gradient_options(config: Config) -> GradientOptions:
-    """How the reward's gradient is taken."""
-    return GradientOptions(
-        batch_size=micro_batch(config.optimizer.reward_micro_batch_size),
-        smoothing_std=config.terminal.reward_smoothing_std,
-        smoothing_samples=config.terminal.reward_smoothing_samples,
-        clip_quantile=config.terminal.reward_clip_quantile,
+    return Surroundings(
+        *fields[:2],
+        reward=lambda latents, prompts: reward(model.decode(latents), prompts),
+        latents=latent_spec(config, model),
+        sigmas=cache(lambda steps, noisy: model.sde_sigmas(steps) if noisy else model.ode_sigmas(steps)),
+        rollout=fields.rollout,
+        encode=encoder(config, model, config.shared.rollout_guidance_scale),
+        sizes=sizes(config),
+        folder=Path(config.run.output_dir),
+        gather=gather,
+        tilt=tilt,
     )
 
 
 def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Tilt | None:
-    """The law of a divergence other than kl, its normalisers estimated on base pictures."""
-    config, options = plan.config, plan.config.terminal
+    """Return the law of a divergence other than kl, its normalisers estimated on base images."""
+    config, options = plan.config, plan.config.shared
     if options.divergence == "kl":
         return None
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
     file = Path(config.run.output_dir) / BASE_REWARDS_FILE
-    if file.exists():  # of the run that goes on; a fresh start removed it
-        scores = load_base_rewards(file, prompts)
-    else:
-        sampler = make_sampler(config, model, purpose="divergence")
-        number = options.divergence_samples
-        with processes.together():
-            scores = base_rewards(sampler, model.base, [reward], prompts, number, processes=processes)
+    # Those of the run that is resumed; a fresh start removed them.
+    scores = processes.from_main(lambda: load_base_rewards(file, prompts) if file.exists() else None)
+    if scores is None:
+        scores = _base_rewards(plan, model, reward, prompts, processes)
         processes.on_main(lambda: save_base_rewards(file, prompts, scores))
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),
-        config.method.reward_scale,
+        options.reward_scale,
         dict(zip(prompts, scores[reward.name], strict=True)),
         per_prompt=len(prompts) == len(plan.used_train_prompts()),
         max_slope=options.divergence_max_slope,
     )
+
+
+def _base_rewards(
+    plan: Plan, model: SD3, reward: Reward, prompts: list[str], processes: Processes
+) -> dict[str, Tensor]:
+    sampler, number = (
+        make_sampler(plan.config, model, purpose="divergence"),
+        plan.config.shared.divergence_samples,
+    )
+    with processes.together():
+        return base_rewards(sampler, model.base, [reward], prompts, number, processes=processes)

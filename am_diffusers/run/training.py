@@ -34,7 +34,7 @@ def make_trainer(
             loss_micro_batch_size=int(optimizer.loss_micro_batch_size),
             max_grad_norm=optimizer.max_grad_norm,
             validation_steps=config.evaluation.validation_steps,
-            samples_per_prompt=config.method.samples_per_prompt,
+            samples_per_prompt=config.shared.samples_per_prompt,
             checkpointing_steps=config.checkpoint.checkpointing_steps,
             max_skipped_iterations=optimizer.max_skipped_iterations,
             early_stopping_patience=config.evaluation.early_stopping_patience,
@@ -88,7 +88,7 @@ def make_log(config: Config, trackers: Trackers, *, start: int) -> MetricsLog:
             "loss": "loss",
             "reward": "reward",
             "path KL": "path_kl",
-            "adjoint": f"adjoint_norm/{config.method.num_inference_steps:02d}",
+            "adjoint": f"adjoint_norm/{config.shared.num_inference_steps:02d}",
         },
         track=trackers.log,
     )

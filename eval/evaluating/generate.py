@@ -11,7 +11,8 @@ from tqdm import tqdm
 from am_diffusers.evaluation.images import Picture, Sampled, Sampler
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec
-from am_diffusers.run.load import DTYPES, guided
+from am_diffusers.run.fields import guided
+from am_diffusers.run.load import DTYPES
 from am_diffusers.velocity import Conditioning
 from evaluating.candidates import Candidate
 from evaluating.plan import Plan

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from torch import Tensor
 
 from am_diffusers.config import Config
@@ -20,7 +21,6 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.rewards import Reward
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, latent_spec, load_model, load_reward, weighted
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from am_diffusers.run.plan import make_plan
 from am_diffusers.run.training import make_log, make_state, make_trainer
 from am_diffusers.system.processes import Processes
@@ -81,8 +81,8 @@ class BarePasses:
 
     def passes(self, kept: float) -> dict[str, tuple[int, Callable[[], None]]]:
         """Count and code of each kind of pass, when a share `kept` of the rows is trained on."""
-        steps = self.config.method.num_inference_steps
-        trained = steps - 1 if self.config.method.loss_steps == "all" else self.config.method.loss_steps
+        steps = self.config.shared.num_inference_steps
+        trained = steps - 1 if self.config.shared.loss_steps == "all" else self.config.shared.loss_steps
         rows = round(kept * trained * len(self.x))
         return {
             "policy, forward (rollout)": (steps - 1, lambda: self.rollout(True)),
@@ -143,7 +143,7 @@ def main() -> None:
         processes = Processes(accelerator)
         method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
         state = make_state(config.optimizer, model.lora_parameters())
-        hooks = Hooks(encoder(plan.config, model, plan.config.method.rollout_guidance_scale))
+        hooks = Hooks(encoder(plan.config, model, plan.config.shared.rollout_guidance_scale))
         log = make_log(plan.config, Trackers(accelerator), start=0)
         trainer = make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log)
         measure(trainer, BarePasses(config, model, reward, plan.used_train_prompts()))

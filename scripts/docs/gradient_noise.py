@@ -18,6 +18,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
@@ -27,7 +28,6 @@ from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, load_model, load_reward, weighted
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.processes import Processes
 

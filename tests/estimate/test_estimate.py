@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from am_diffusers.run.network_calls import network_calls
 from test_sd3_configs import RELEASED
 
 from am_diffusers.config.command_line import parse_config
@@ -21,7 +22,6 @@ from am_diffusers.rewards import REWARDS, RewardOptions
 from am_diffusers.rewards.skeleton import skeleton
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.micro_batches import SETTINGS
-from am_diffusers.run.network_calls import network_calls
 from am_diffusers.run.plan import Plan, make_plan
 from am_diffusers.system.gpus import find_gpu
 from finetune_runs import tiny_config, write_rewards
@@ -309,7 +309,7 @@ def test_what_a_dry_run_cannot_know_is_at_a_bound(
     eight_bit = replace(plan.config.optimizer, optimizer="adamw8bit")  # its package may not be installed
     config = estimable(replace(plan, config=replace(plan.config, optimizer=eight_bit))).config
     assert (config.optimizer.optimizer, config.optimizer.loss_micro_batch_size) == ("adamw", 1)
-    assert config.method.mask_quantile is None
+    assert config.shared.mask_quantile is None
 
 
 def test_offloaded_trajectories_leave_the_device(

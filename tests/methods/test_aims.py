@@ -3,11 +3,11 @@
 import re
 
 import pytest
-
 from am_diffusers.config.belonging import STOCHASTIC
+from am_diffusers.run.aims import LABELS, OTHER_LAWS, aim
+
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
-from am_diffusers.run.aims import LABELS, OTHER_LAWS, aim
 from am_diffusers.run.card import write_card
 from am_diffusers.run.plan import make_plan
 from am_diffusers.run.sharing import card_facts

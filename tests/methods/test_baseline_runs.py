@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from am_diffusers.run.network_calls import CALLS, ROWS, network_calls
 from safetensors.torch import load_file
 from test_trainer_runs import make_run, rewards_dir, run_losses  # noqa: F401 - the fixture
 
@@ -16,7 +17,6 @@ from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
-from am_diffusers.run.network_calls import CALLS, ROWS, network_calls
 from am_diffusers.run.plan import make_plan
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from finetune_runs import FINETUNE, read_metrics, tiny_config

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from am_diffusers.methods.parts.control_cost import optimal_control
 from test_adjoint_matching import Ranks, total_loss
 from test_adjoint_matching_training import linear_policy, train
 
@@ -15,7 +16,6 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicAdjointMatching,
     DeterministicSettings,
 )
-from am_diffusers.methods.parts.control_cost import optimal_control
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from am_diffusers.run.network_calls import FIRST, network_calls
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods.parts.step_selection import StepSelection
-from am_diffusers.run.network_calls import FIRST, network_calls
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from finetune_runs import tiny_config
 

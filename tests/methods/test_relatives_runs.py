@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from am_diffusers.run.network_calls import network_calls, trained_rows
 from safetensors.torch import load_file
 from test_trainer_runs import make_run
 
@@ -12,7 +13,6 @@ from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.run.folder import make_accelerator
-from am_diffusers.run.network_calls import network_calls, trained_rows
 from am_diffusers.run.plan import make_plan
 from finetune_runs import read_metrics, write_rewards
 

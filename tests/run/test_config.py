@@ -4,10 +4,10 @@ import typing
 from pathlib import Path
 
 import pytest
+from am_diffusers.config.belonging import READ_BY
 from diffusers.optimization import SchedulerType
 
 from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
-from am_diffusers.config.belonging import READ_BY
 from am_diffusers.config.command_line import FIELDS, HINTS, SECTIONS, parse_config, to_yaml
 from am_diffusers.methods import METHODS
 from am_diffusers.system.files import asset_path

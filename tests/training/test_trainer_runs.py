@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from am_diffusers.run.methods.builders import METHOD_BUILDERS
+from am_diffusers.run.network_calls import network_calls
 from safetensors.torch import load_file
 
 from am_diffusers.config import OptimizerConfig
@@ -14,8 +16,6 @@ from am_diffusers.methods import METHODS
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
-from am_diffusers.run.network_calls import network_calls
 from am_diffusers.run.plan import make_plan
 from am_diffusers.run.training import make_state
 from am_diffusers.training.trainer import IterationError

@@ -113,3 +113,15 @@ class Advantages:
         else:
             offsets = offsets / (grouped.std(1, correction=0, keepdim=True) + STD_FLOOR)
         return self.reward_scale * offsets.flatten()
+
+
+def few_for_normalised(kind: Kind, group: int) -> list[str]:
+    """Return a caution if a prompt has too few samples for normalised advantages."""
+    if kind != "normalised" or group >= SMALL_GROUP:
+        return []
+    extreme = " (with 2 every advantage is +-reward_scale, whatever the rewards)" if group == 2 else ""
+    return [
+        f"--advantages normalised divides by the deviation of samples_per_prompt = {group} rewards, "
+        f"which for so few is no tilt by reward / deviation{extreme}: set --samples_per_prompt "
+        f"{SMALL_GROUP} or more, or --advantages centred"
+    ]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
-from am_diffusers.methods.base import Gather, gather_from_one
+from am_diffusers.methods.parts.surroundings import Gather, gather_from_one
 from am_diffusers.noise import draw
 from am_diffusers.velocity import Conditioning, VelocityField
 

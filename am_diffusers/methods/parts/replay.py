@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.methods.base import PartShare
-from am_diffusers.methods.parts.rows import SampleRows
+from am_diffusers.methods.parts.rows import Rows
 
 Store = Callable[[Tensor], Tensor]
 """Where latents and targets are kept: gives back an equal tensor there, itself if it is there already."""
@@ -44,7 +44,7 @@ class Generation:
         iteration: when they were collected.
     """
 
-    rows: SampleRows
+    rows: Rows
     prompts: tuple[str, ...]
     iteration: int
 
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
         iterations: when each was collected, (B, S) int64.
     """
 
-    rows: SampleRows
+    rows: Rows
     prompts: list[str]
     iterations: Tensor
 
@@ -78,7 +78,7 @@ class Replay:
     def __len__(self) -> int:
         return len(self._generations)
 
-    def push(self, rows: SampleRows, prompts: Sequence[str], iteration: int) -> None:
+    def push(self, rows: Rows, prompts: Sequence[str], iteration: int) -> None:
         """Store a collection; drop the oldest beyond the limit.
 
         Raises:
@@ -112,7 +112,7 @@ class Replay:
                 picked[name][where] = value[where]
         chosen = [(b, generations[g]) for b, row in enumerate(choice.tolist()) for g in row]
         iterations = torch.tensor([generation.iteration for generation in generations])[choice]
-        return Drawn(SampleRows(**picked), [each.prompts[b] for b, each in chosen], iterations)
+        return Drawn(Rows(**picked), [each.prompts[b] for b, each in chosen], iterations)
 
     def state(self) -> list[dict[str, Any]]:
         """References to what is stored, the oldest first; later calls don't change it."""
@@ -136,9 +136,7 @@ class Replay:
                 name: torch.cat([part["rows"][name] for part in parts])[mine] if len(parts) > 1 else own[mine]
                 for name, own in parts[0]["rows"].items()
             }
-            generation = Generation(
-                self._stored(SampleRows(**rows)), tuple(prompts[mine]), parts[0]["iteration"]
-            )
+            generation = Generation(self._stored(Rows(**rows)), tuple(prompts[mine]), parts[0]["iteration"])
             generations.append(generation)
         self._generations = tuple(generations)
 
@@ -150,10 +148,10 @@ class Replay:
                 "put back the settings with which it was filled, or choose another output_dir"
             )
 
-    def _stored(self, rows: SampleRows) -> SampleRows:
+    def _stored(self, rows: Rows) -> Rows:
         """The rows on the CPU, what is large in the store."""
         small = (in_memory(tensor) for tensor in (rows.sigmas, rows.weight, rows.keep))
-        return SampleRows(self.store(rows.latents), self.store(rows.target), *small)
+        return Rows(self.store(rows.latents), self.store(rows.target), *small)
 
 
 PREFIX = ".tensors-"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from am_diffusers.adjoint import AdjointSweep
-from am_diffusers.methods.base import Gather
+from am_diffusers.methods.parts.surroundings import Gather
 from am_diffusers.rollout import Trajectory
 from am_diffusers.terminal_cost import Terminal
 

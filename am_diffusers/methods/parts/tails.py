@@ -9,23 +9,26 @@ The gradient goes through decoding and reward first, some samples at a time, and
     grad loss = sum over samples of (d x_K / d parameters)^T (-reward_scale * weight * grad reward(x_K)).
 
 So what is held at once is the graph of these steps for the samples of a micro-batch of the loss, which grows
-with their number, and that of decoding and reward for `reward_batch_size` of them.
+with their number, and that of decoding and reward for `Sizes.reward` of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from am_diffusers.adjoint import terminal_adjoint
-from am_diffusers.methods.base import Collected, Gather
-from am_diffusers.noise import LatentSpec
+from am_diffusers.methods.base import Collected, Method
+from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.settings import SharedSettings
+from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import noise_level, sample
 from am_diffusers.system.failures import phase
-from am_diffusers.terminal_cost import RewardOfLatents, reward_gradient
+from am_diffusers.terminal_cost import reward_gradient
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.velocity import Conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,32 +80,6 @@ class Tails:
         return f"ends from sigma {self.table.sigmas[0]:.4f}, prompts {prompts}, norms of latents {norms}"
 
 
-@dataclass(frozen=True)
-class TailSettings:
-    """What the methods that differentiate the end of a rollout share.
-
-    Attributes:
-        reward_scale: factor of the reward in the loss, > 0. There is no term to weigh it against: with Adam
-            it changes hardly anything but the clipping of gradients.
-        collect_batch_size: samples rolled out at once, without gradient; all by default.
-        reward_batch_size: samples decoded and differentiated at once; by default all of a micro-batch of the
-            loss. The reward of a sample depends on that sample alone.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-
-    reward_scale: float
-    collect_batch_size: int | None = None
-    reward_batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.reward_scale <= 0:
-            raise ValueError(
-                f"reward_scale must be > 0 (rewards are higher-is-better), got {self.reward_scale}"
-            )
-
-
 def steps_of(table: Transitions, start: int, stop: int) -> Transitions:
     """Steps `start` .. `stop` - 1 of a table."""
     part = slice(start, stop)
@@ -111,70 +88,83 @@ def steps_of(table: Transitions, start: int, stop: int) -> Transitions:
     )
 
 
-@torch.no_grad()
-def collect_tails(
-    policy: VelocityField,
-    head: Transitions,
-    tail: Transitions,
-    cond: Conditioning,
-    generators: Sequence[torch.Generator],
-    *,
-    latents: LatentSpec,
-    batch_size: int | None,
-    gather: Gather,
-) -> Collected[Tails]:
-    """Roll the policy out over `head` from noise, and draw the noise of `tail`.
+class TailMethod(Method[Tails]):
+    """A method that differentiates the reward of the end of a rollout, and nothing but that.
 
-    Rewards are known once the loss has made the pictures: it logs them, and there are none here.
-
-    Args:
-        policy: field that is followed.
-        head: steps without gradient; may be none.
-        tail: the steps after them.
-        cond: conditioning of the B samples of this rank.
-        generators: one per sample.
-        latents: shape, device and dtype of the latents.
-        batch_size: samples rolled out at once; None = all.
-        gather: concatenates a 1-D tensor over ranks.
-
-    Raises:
-        PhaseMemoryError: if memory runs out.
+    Attributes:
+        table: table of the rollout's K steps.
     """
-    starts, noises, noisy = [], [], int((tail.std > 0).sum())
-    for rows in torch.arange(len(cond)).split(batch_size or len(cond)):
-        own = [generators[i] for i in rows.tolist()]
-        noise = latents.draw(own)
-        with phase("rollout", len(rows)):
-            chunk = cond.index(rows.tolist())
-            starts.append(sample(policy, head, chunk, noise, lambda _, own=own: latents.draw(own)))
-        drawn = [latents.draw(own) for _ in range(noisy)]
-        noises.append(torch.stack(drawn, 1) if drawn else noise.new_empty(len(rows), 0, *noise.shape[1:]))
-    ones = torch.cat(starts).new_ones(len(cond))
-    weight = ones / len(gather(ones))
-    return Collected(Tails(torch.cat(starts), torch.cat(noises), weight, cond, tail), ones[:0], {})
 
+    reads = ("num_inference_steps",)
+    needs_reward_gradient = True
+    guided_everywhere = True
 
-def tail_loss(
-    policy: VelocityField, reward: RewardOfLatents, settings: TailSettings, tails: Tails
-) -> tuple[Tensor, dict[str, float]]:
-    """Weighted sum of -reward_scale * reward of the tails' ends, and that of the rewards to log.
+    def __init__(self, around: Surroundings, shared: SharedSettings, own: Any = None) -> None:
+        super().__init__(around, shared, own)
+        self.table = around.table(self.own.rollout_sampler, shared.num_inference_steps)
 
-    Its gradient is that sum's; the graph from the ends to the rewards is gone when it returns.
+    @classmethod
+    def law(cls, shared: SharedSettings, own: Any) -> str:
+        """Return that there is none, see `Method.law`."""
+        return laws.elsewhere(shared, laws.NO_LAW)
 
-    Raises:
-        ValueError: if the reward is not differentiable or not one number per sample.
-        NonFiniteError: if a reward or its gradient is not finite; names the prompts.
-        PhaseMemoryError: if memory runs out in decoding or reward.
-    """
-    x, table, cond = tails.latents, tails.table, tails.cond
-    for k in range(table.num_steps):
-        velocity = policy(x, noise_level(table, k, x), cond)
-        noisy = table.std[k].item() > 0
-        x = table.step(k, x, velocity, tails.step_noise[:, k]) if noisy else table.mean(k, x, velocity)
-    size, scale, weight = settings.reward_batch_size, settings.reward_scale, tails.weight
-    rewards, gradient = reward_gradient(reward, x.detach(), cond.prompts, batch_size=size)
-    cotangent = terminal_adjoint(gradient, scale) * weight.view(-1, *[1] * (x.ndim - 1))
-    cost = terminal_adjoint(rewards, scale)  # linear in its argument: of the rewards, their cost
-    # The second term is 0 and has the gradient: d loss / d x_K is the cotangent.
-    loss = (weight * cost).sum() + (cotangent * (x - x.detach())).sum()
-    return loss, {"reward": (weight * rewards).sum().item()}
+    @torch.no_grad()
+    def collect_tails(
+        self,
+        head: Transitions,
+        tail: Transitions,
+        cond: Conditioning,
+        generators: Sequence[torch.Generator],
+    ) -> Collected[Tails]:
+        """Roll the policy out over `head` from noise, and draw the noise of `tail`.
+
+        Rewards are known once the loss has made the images: it logs them, and there are none here.
+
+        Args:
+            head: steps without gradient; may be none.
+            tail: the steps after them.
+            cond: conditioning of the B samples of this rank.
+            generators: one per sample.
+
+        Raises:
+            PhaseMemoryError: if memory runs out.
+        """
+        starts, noises, noisy = [], [], int((tail.std > 0).sum())
+        for rows in torch.arange(len(cond)).split(self.sizes.rollout or len(cond)):
+            own = [generators[i] for i in rows.tolist()]
+            noise = self.latents.draw(own)
+            with phase("rollout", len(rows)):
+                chunk = cond.index(rows.tolist())
+                starts.append(
+                    sample(self.policy, head, chunk, noise, lambda _, own=own: self.latents.draw(own))
+                )
+            drawn = [self.latents.draw(own) for _ in range(noisy)]
+            noises.append(torch.stack(drawn, 1) if drawn else noise.new_empty(len(rows), 0, *noise.shape[1:]))
+        ones = torch.cat(starts).new_ones(len(cond))
+        weight = ones / len(self.gather(ones))
+        return Collected(Tails(torch.cat(starts), torch.cat(noises), weight, cond, tail), ones[:0], {})
+
+    def loss(self, example: Tails) -> tuple[Tensor, dict[str, float]]:
+        """Return the weighted sum of -reward_scale * reward of the ends, and that of the rewards.
+
+        Its gradient is that sum's; the graph from the ends to the rewards is gone when it returns.
+
+        Raises:
+            ValueError: if the reward is not differentiable or not one number per sample.
+            NonFiniteError: if a reward or its gradient is not finite; names the prompts.
+            PhaseMemoryError: if memory runs out in decoding or reward.
+        """
+        x, table, cond = example.latents, example.table, example.cond
+        for k in range(table.num_steps):
+            velocity = self.policy(x, noise_level(table, k, x), cond)
+            noisy = table.std[k].item() > 0
+            x = table.step(k, x, velocity, example.step_noise[:, k]) if noisy else table.mean(k, x, velocity)
+        scale, weight = self.shared.reward_scale, example.weight
+        rewards, gradient = reward_gradient(
+            self.around.reward, x.detach(), cond.prompts, batch_size=self.sizes.reward
+        )
+        cotangent = terminal_adjoint(gradient, scale) * weight.view(-1, *[1] * (x.ndim - 1))
+        cost = terminal_adjoint(rewards, scale)  # linear in its argument: of the rewards, their cost
+        # The second term is 0 and has the gradient: d loss / d x_K is the cotangent.
+        loss = (weight * cost).sum() + (cotangent * (x - x.detach())).sum()
+        return loss, {"reward": (weight * rewards).sum().item()}

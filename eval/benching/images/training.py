@@ -9,8 +9,8 @@ import torch
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.run.build import build
+from am_diffusers.run.counting import count
 from am_diffusers.run.folder import make_accelerator
-from am_diffusers.run.network_calls import network_calls
 from am_diffusers.run.plan import make_plan
 from benching.images.study import Flag, Mark, command_line
 
@@ -50,7 +50,7 @@ def train(flags: Mapping[str, Flag], seed: int, marks: Sequence[Mark], folder: P
     config = parse_config(command_line({**flags, **own}))
     accelerator = make_accelerator(config)
     run = build(make_plan(config, accelerator.num_processes), accelerator)
-    calls_per_iteration = sum(network_calls(config).values()) * config.optimizer.train_batch_size
+    calls_per_iteration = sum(count(config).calls.values()) * config.optimizer.train_batch_size
     trainer, reached, seconds = run.trainer, list[Reached](), 0.0
     try:
         while len(reached) < len(marks):

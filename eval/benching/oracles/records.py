@@ -19,7 +19,6 @@ from benching.oracles import laws as oracle_laws
 from benching.oracles import training as oracle_training
 from benching.oracles.laws import Sampler, law_of, points_of
 from benching.oracles.measures import Points, measures
-from benching.oracles.methods import Surroundings, make_method, resolved_settings
 from benching.oracles.problems import PROBLEMS
 from benching.oracles.training import control, reaches, train
 from benching.oracles.variants import VARIANTS
@@ -61,11 +60,9 @@ def settings_of(key: Key) -> Record:
         variant = VARIANTS[key.row]
         declared = dataclasses.asdict(variant)
         del declared["title"]
-        field, _ = control(problem.law, key.seed)
-        method = make_method(variant, Surroundings(field, problem))
         found |= {
             "row": declared,
-            "method": resolved_settings(method),
+            "method": variant.resolved(),
             "training": oracle_training.describe(),
         }
     else:
@@ -101,7 +98,7 @@ def _of_variant(key: Key) -> Record:
     problem, variant = PROBLEMS[key.problem], VARIANTS[key.row]
     start = problem.tilt() if variant.schedule.from_tilt else problem.law
     field, parameters = control(start, key.seed)
-    method = make_method(variant, Surroundings(field, problem))
+    method = variant.make(field, problem)
     samplers: list[Sampler] = ["sde", "ode"] if variant.aims_at_tilt else ["ode"]
     try:
         made = train(method, parameters, variant.schedule, seed=key.seed, done=reaches(field, problem))

@@ -1,14 +1,21 @@
-"""The methods as they are compared, each with its settings: one table; oracle_methods.py makes them.
+"""The methods as they are compared, each with its settings: one table.
 
 What isn't set here is the default of the method's own settings. `reward_scale` is 1 (oracle_problems.py).
 Masks are off where a method has one, as a masked loss has another optimum, but for one row with the default.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from am_diffusers.methods import METHODS
-from am_diffusers.transitions import TRANSITIONS, Transitions, uniform_sigmas
+import torch
+
+from am_diffusers.methods import METHODS, Method
+from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
+from am_diffusers.methods.parts.surroundings import Sizes, Surroundings
+from am_diffusers.noise import LatentSpec
+from am_diffusers.transitions import uniform_sigmas
+from am_diffusers.velocity import CallableField
+from benching.oracles.problems import REWARD_SCALE, Problem
 from benching.oracles.training import Schedule
 
 LOCAL_LINEAR = "memoryless_local_linear"
@@ -21,83 +28,105 @@ class Variant:
     Attributes:
         title: for the page.
         method: key of `METHODS`.
-        table: name of the training rollout's transitions.
-        num_steps: K of a training rollout, on a uniform grid.
-        settings: of the method, those that aren't its defaults.
-        parts: what the method takes beside its settings: K' or the group that rewards are compared in.
+        shared: flags of `SharedSettings` that aren't the defaults.
+        own: the method's own flags that aren't the defaults.
         schedule: of the training.
     """
 
     title: str
     method: str
-    table: str = "ode_euler"
-    num_steps: int = 20
-    settings: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
 
-    def transitions(self) -> Transitions:
-        """The table of a training rollout."""
-        return TRANSITIONS[self.table](uniform_sigmas(self.num_steps))
+    def make(self, policy: CallableField, problem: Problem) -> Method:
+        """Make the method, of its real class, around a field in closed form."""
+        around = Surroundings(
+            policy,
+            problem.law.field(),
+            problem.reward,
+            LatentSpec((problem.dim,), dtype=torch.float64),
+            lambda steps, noisy: uniform_sigmas(steps),
+            sizes=Sizes(batch=self.schedule.batch),
+        )
+        shared, own = self._settings()
+        return METHODS[self.method](around, shared, own)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all flags that the method reads, defaults too, for JSON: what a result depends on."""
+        shared, own = self._settings()
+        names = {*METHODS[self.method].reads, *FOR_ALL}
+        return {name: value for name, value in asdict(shared).items() if name in names} | asdict(own)
 
     @property
     def aims_at_tilt(self) -> bool:
         """Whether the method aims at the tilt, so that its velocity has a memoryless SDE to be sampled by."""
         return METHODS[self.method].aims_at_tilt
 
+    def _settings(self) -> tuple[SharedSettings, Any]:
+        shared = SharedSettings(reward_scale=REWARD_SCALE, **self.shared)
+        return shared, METHODS[self.method].Settings(**self.own)
+
+
+def _steps(number: int, transitions: str = "memoryless_local_linear", **more: Any) -> dict[str, Any]:
+    """Return flags of a rollout of so many steps, without a mask unless one is asked for."""
+    return {"num_inference_steps": number, "transitions": transitions, "mask_quantile": None} | more
+
 
 _UNMASKED: dict[str, Any] = {"mask_quantile": None}
-_PUBLISHED = _UNMASKED | {"pairing": "left"}
+_GROUPS: dict[str, Any] = {"samples_per_prompt": 16}
+_BUFFER: dict[str, Any] = {"buffer_size": 4 * Schedule().batch, "buffer_refresh": 4}
 _TO_THE_TILT = Schedule(learning_rate=0.0005, until_reward=True)
 _FROM_THE_TILT = Schedule(from_tilt=True)
 _LONGER = Schedule(iterations=600)
 _VALUES = Schedule(batch=256)
 _RAM = Schedule(batch=256, learning_rate=0.003)
-_RENOISED: dict[str, Any] = {"score": "renoised", "sigma": 0.1}
+_RENOISED: dict[str, Any] = {"eam_score": "renoised", "eam_sigma": 0.1}
 
 VARIANTS: dict[str, Variant] = {
-    "am_local_linear_10": Variant(
-        "Adjoint Matching, local-linear, K = 10", "adjoint_matching", LOCAL_LINEAR, 10, _UNMASKED
-    ),
+    "am_local_linear_10": Variant("Adjoint Matching, local-linear, K = 10", "adjoint_matching", _steps(10)),
     "am_local_linear_10_masked": Variant(
-        "Adjoint Matching, local-linear, K = 10, mask .9", "adjoint_matching", LOCAL_LINEAR, 10
+        "Adjoint Matching, local-linear, K = 10, mask .9", "adjoint_matching", _steps(10, mask_quantile=0.9)
     ),
-    "am_local_linear_40": Variant(
-        "Adjoint Matching, local-linear, K = 40", "adjoint_matching", LOCAL_LINEAR, 40, _UNMASKED
-    ),
+    "am_local_linear_40": Variant("Adjoint Matching, local-linear, K = 40", "adjoint_matching", _steps(40)),
     "am_published_10": Variant(
-        "Adjoint Matching, published, K = 10", "adjoint_matching", "memoryless_euler", 10, _PUBLISHED
+        "Adjoint Matching, published, K = 10",
+        "adjoint_matching",
+        _steps(10, "memoryless_euler", pairing="left"),
     ),
     "am_published_40": Variant(
-        "Adjoint Matching, published, K = 40", "adjoint_matching", "memoryless_euler", 40, _PUBLISHED
+        "Adjoint Matching, published, K = 40",
+        "adjoint_matching",
+        _steps(40, "memoryless_euler", pairing="left"),
     ),
     "buffered_am_10": Variant(
-        "Buffered AM, local-linear, K = 10", "buffered_adjoint_matching", LOCAL_LINEAR, 10, _UNMASKED
+        "Buffered AM, local-linear, K = 10", "buffered_adjoint_matching", _steps(10), _BUFFER
     ),
     "eam_stopped": Variant("Efficient AM, stopped", "efficient_adjoint_matching", schedule=_LONGER),
     "eam_stopped_from_tilt": Variant(
         "Efficient AM, stopped, begun at the tilt", "efficient_adjoint_matching", schedule=_FROM_THE_TILT
     ),
     "eam_renoised": Variant(
-        "Efficient AM, renoised", "efficient_adjoint_matching", settings=_RENOISED, schedule=_LONGER
+        "Efficient AM, renoised", "efficient_adjoint_matching", own=_RENOISED, schedule=_LONGER
     ),
     "eam_renoised_from_tilt": Variant(
         "Efficient AM, renoised, begun at the tilt",
         "efficient_adjoint_matching",
-        settings=_RENOISED,
+        own=_RENOISED,
         schedule=_FROM_THE_TILT,
     ),
-    "ram": Variant("RAM", "ram", parts={"group": 16}, schedule=_RAM),
-    "flow_grpo": Variant("Flow-GRPO", "flow_grpo", LOCAL_LINEAR, 10, parts={"group": 16}, schedule=_VALUES),
-    "deterministic_am": Variant("Deterministic AM", "deterministic_adjoint_matching", settings=_UNMASKED),
-    "draft_1_stopped": Variant(
-        "DRaFT-1, stopped at the tilt's reward", "draft", parts={"steps": 1}, schedule=_TO_THE_TILT
-    ),
-    "draft_1": Variant("DRaFT-1, to the end", "draft", parts={"steps": 1}),
+    "ram": Variant("RAM", "ram", _GROUPS, schedule=_RAM),
+    "flow_grpo": Variant("Flow-GRPO", "flow_grpo", _GROUPS | {"num_inference_steps": 10}, schedule=_VALUES),
+    "deterministic_am": Variant("Deterministic AM", "deterministic_adjoint_matching", _UNMASKED),
+    "draft_1_stopped": Variant("DRaFT-1, stopped at the tilt's reward", "draft", schedule=_TO_THE_TILT),
+    "draft_1": Variant("DRaFT-1, to the end", "draft"),
     "draft_20_stopped": Variant(
-        "DRaFT-20 (K' = K), stopped at the tilt's reward", "draft", parts={"steps": 20}, schedule=_TO_THE_TILT
+        "DRaFT-20 (K' = K), stopped at the tilt's reward",
+        "draft",
+        own={"draft_steps": 20},
+        schedule=_TO_THE_TILT,
     ),
-    "draft_20": Variant("DRaFT-20 (K' = K), to the end", "draft", parts={"steps": 20}),
+    "draft_20": Variant("DRaFT-20 (K' = K), to the end", "draft", own={"draft_steps": 20}),
     "refl_stopped": Variant("ReFL, stopped at the tilt's reward", "refl", schedule=_TO_THE_TILT),
     "refl": Variant("ReFL, to the end", "refl"),
 }

@@ -1,0 +1,199 @@
+"""Flags that several methods read, and how a record of flags checks its ranges.
+
+A method's own flags are the fields of its `Settings`, in its file. A flag that a few methods have in common
+is a field of a base class here; a flag of the rollout, the targets or the reward's gradient is a field of
+`SharedSettings`, and `Method.reads` says which methods read it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Check = tuple[object, str, str]
+"""Whether a value is in range, its flag, and the range in words."""
+
+
+def require(settings: Any, checks: Iterable[Check]) -> None:
+    """Check the ranges of a record of flags.
+
+    Raises:
+        ValueError: naming each flag out of range, what it must be and what it is.
+    """
+    wrong = [
+        f"--{name} must be {rule}, got {getattr(settings, name)}" for good, name, rule in checks if not good
+    ]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class SharedSettings:
+    """The rollout, the targets, the reward's gradient. The defaults aim at base * exp(reward_scale * reward).
+
+    Attributes:
+        num_inference_steps: denoising steps K of a training rollout, at least 2.
+        transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
+        pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
+        adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
+        samples_per_prompt: neighbouring samples of an iteration that share a prompt; train_batch_size is a
+            multiple of it on each process. Methods that compare samples of a prompt need 2 or more.
+        reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
+        loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1.
+        step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
+            noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
+            that follows each step's residual); flow_grpo draws all of them alike.
+        mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
+            out of the loss; null = keep all. Only null is unbiased: on a mixture of three modes .9 reaches
+            40 % of the tilt's KL, null 92 %.
+        sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
+        rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off.
+        guidance_mode: where it acts: rollout (in the rollout alone: ungrounded, the tilted law is that of no
+            sampler, found to work best in practice), none (needs scale 1: grounded), or everywhere (in the
+            base's adjoint and the regression too: grounded on the guided base, adjoints grow with the scale).
+        divergence: distance from the base that 1 / reward_scale weighs, see `am_diffusers.divergences`.
+        divergence_q: exponent of divergence power: > 0 saturates, in [-1, 0) seeks the best reward.
+        divergence_samples: base images a prompt from which normalisers are estimated, at least 2.
+        divergence_prompts: up to this number of training prompts each has a normaliser, beyond they share
+            one.
+        divergence_max_slope: largest factor by which a divergence other than kl may scale a gradient.
+        reward_smoothing_std: noise added to final latents before the reward, in latent units; 0 = off.
+        reward_smoothing_samples: noisy copies averaged over, an even number.
+        reward_clip_quantile: reward gradients are shortened to this running quantile of their norms, in
+            (0, 1); null = off.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    num_inference_steps: int = 20
+    transitions: Literal["memoryless_local_linear", "memoryless_euler", "ancestral"] = (
+        "memoryless_local_linear"
+    )
+    pairing: Literal["right", "left", "trapezoid"] = "right"
+    adjoint: Literal["lean", "full"] = "lean"
+    samples_per_prompt: int = 1
+    reward_scale: float = 1.0
+    loss_steps: int | Literal["all"] = "all"
+    step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
+    mask_quantile: float | None = 0.9
+    sigma_jitter: float = 0.0
+    rollout_guidance_scale: float = 1.0
+    guidance_mode: Literal["rollout", "none", "everywhere"] = "rollout"
+    divergence: Literal["kl", "power", "pearson_chi2", "forward_kl", "js"] = "kl"
+    divergence_q: float = 0.5
+    divergence_samples: int = 16
+    divergence_prompts: int = 64
+    divergence_max_slope: float = 10.0
+    reward_smoothing_std: float = 0.0
+    reward_smoothing_samples: int = 4
+    reward_clip_quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self, [*self._rollout(), *self._gradient()])
+
+    def _rollout(self) -> list[Check]:
+        guided = self.rollout_guidance_scale != 1
+        return [
+            (
+                self.num_inference_steps >= 2,
+                "num_inference_steps",
+                "at least 2: the last one is deterministic",
+            ),
+            (self.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
+            (self.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
+            (
+                self.adjoint == "lean" or not guided or self.guidance_mode != "rollout",
+                "adjoint",
+                "lean with guidance in the rollout alone: the full adjoint differentiates that rollout "
+                "(--guidance_mode everywhere or none)",
+            ),
+            (
+                self.loss_steps == "all" or 1 <= self.loss_steps < self.num_inference_steps,
+                "loss_steps",
+                "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
+            ),
+            (
+                self.loss_steps != "all" or self.step_selection == "last_and_random",
+                "step_selection",
+                "left out with loss_steps all: there is nothing to select",
+            ),
+            (
+                not guided or self.guidance_mode != "none",
+                "rollout_guidance_scale",
+                "1 with guidance_mode none",
+            ),
+            (
+                guided or self.guidance_mode != "everywhere",
+                "rollout_guidance_scale",
+                "other than 1 with guidance_mode everywhere",
+            ),
+            (
+                self.mask_quantile is None or 0 < self.mask_quantile < 1,
+                "mask_quantile",
+                "in (0, 1), or null to keep every row",
+            ),
+            (0 <= self.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
+        ]
+
+    def _gradient(self) -> list[Check]:
+        return [
+            (self.divergence_q >= -1, "divergence_q", "at least -1"),
+            (self.divergence_samples >= 2, "divergence_samples", "at least 2"),
+            (self.divergence_prompts >= 1, "divergence_prompts", "at least 1"),
+            (self.divergence_max_slope >= 1, "divergence_max_slope", "at least 1, the slope of kl"),
+            (self.reward_smoothing_std >= 0, "reward_smoothing_std", "0 or positive"),
+            (
+                self.reward_smoothing_samples >= 2 and self.reward_smoothing_samples % 2 == 0,
+                "reward_smoothing_samples",
+                "an even number: copies come in opposite pairs",
+            ),
+            (
+                self.reward_clip_quantile is None or 0 < self.reward_clip_quantile < 1,
+                "reward_clip_quantile",
+                "in (0, 1), or null to clip nothing",
+            ),
+        ]
+
+
+FOR_ALL = ("samples_per_prompt", "reward_scale", "rollout_guidance_scale")
+"""Shared flags that every method reads; the others are named in `Method.reads`."""
+
+GRADIENT = tuple(
+    field.name
+    for field in fields(SharedSettings)
+    if field.name.startswith(("divergence", "reward_smoothing", "reward_clip"))
+)
+"""Flags of the law aimed at and of how the reward's gradient is taken."""
+
+
+@dataclass(frozen=True)
+class EndPointSettings:
+    """Methods that train on clean images, whatever sampler made them.
+
+    Attributes:
+        rollout_sampler: how ram, draft and refl make images in training, in num_inference_steps steps: by
+            the model's own ODE, or a stochastic table (see `am_diffusers.transitions`).
+    """
+
+    rollout_sampler: Literal["ode_euler", "memoryless_local_linear", "memoryless_euler", "ancestral"] = (
+        "ode_euler"
+    )
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """Methods that compare the rewards of a prompt's samples.
+
+    Attributes:
+        advantages: centred subtracts the mean of a prompt's other rewards, which keeps reward_scale the
+            factor of the tilt; normalised also divides by their standard deviation, as GRPO does. That is
+            taken from samples_per_prompt rewards: with few it is no tilt by reward / deviation (with 2 every
+            advantage is +-reward_scale, whatever the rewards): set 8 or more.
+    """
+
+    advantages: Literal["centred", "normalised"] = "centred"
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method without flags of its own."""

@@ -1,1 +1,0 @@
-"""Builders of the methods, until each reads its own settings."""
