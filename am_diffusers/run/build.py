@@ -9,8 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_diffusers.config import Config
-from am_diffusers.config.checks import cautions
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
@@ -47,7 +45,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     """
     config = plan.config
     processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
-    processes.on_main(lambda: warn(config))
+    processes.on_main(lambda: warn(plan))
     target = processes.from_main(lambda: hub_target(config))
     folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
     lock, found, trackers = open_folder(plan, checkpoints, processes)
@@ -92,9 +90,9 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     )
 
 
-def warn(config: Config) -> None:
-    """Log what a user should know of the settings."""
-    for text in cautions(config):
+def warn(plan: Plan) -> None:
+    """Log what a user should know before the run."""
+    for text in plan.cautions():
         logger.warning("%s", text)
 
 

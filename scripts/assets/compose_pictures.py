@@ -19,7 +19,7 @@ from PIL import PngImagePlugin
 from pretrain.data import Labels, PictureSet
 
 from am_diffusers.evaluation.grids import to_pil
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.text import nearest
 
@@ -48,7 +48,7 @@ def compose(options: argparse.Namespace) -> int:
         ValueError: a caption isn't one of the picture set, or the folder isn't empty.
         OSError: they can't be written.
     """
-    pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_prompts(asset_path(options.prompts))
+    pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_texts(options.prompts)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty: choose another folder")
     if options.num_images_per_prompt < 1:
