@@ -64,7 +64,7 @@ def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, T
 
 
 def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What `save_base_rewards` wrote for these prompts, (P, S) each.
+    """Load what `save_base_rewards` wrote for these prompts, (P, S) each.
 
     Raises:
         ValueError: if the file can't be read or is about other prompts.

@@ -47,7 +47,7 @@ class Validation:
     Attributes:
         scorer: makes and scores the pictures.
         prompts: what the pictures show.
-        num_in_grid: the first so many prompts are shown.
+        num_in_grid: number of prompts that are shown, the first ones.
         images_per_prompt: pictures a prompt, each with its own fixed noise.
         roles: trained or held-out, by reward name.
         processes: share the pictures.
@@ -84,7 +84,7 @@ class Validation:
         return metrics
 
     def _shown(self) -> dict[str, object]:
-        """Prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
+        """Return prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
         pictures = [
             {**picture._asdict(), "seed": self.scorer.sampler.generator(picture).initial_seed()}
             for picture in pictures_of(self.num_in_grid, self.images_per_prompt)
@@ -96,7 +96,7 @@ class Validation:
         return self._make(self.scorer.base, "base")
 
     def _make(self, field: VelocityField, name: str) -> list[Made]:
-        """This process's share of the pictures."""
+        """Make this process's share of the pictures."""
         size, which = self.scorer.sampler.batch_size, pictures_of(len(self.prompts), self.images_per_prompt)
         mine = share_of(which, self.processes.index, self.processes.number)
         made: list[Made] = []
@@ -141,7 +141,7 @@ class Validation:
 
 
 def validation_metrics(pairs: Sequence[PairScore], roles: Iterable[str]) -> dict[str, float]:
-    """Means, gains and diversity under the names they're logged by.
+    """Return means, gains and diversity under the names they're logged by.
 
     Args:
         pairs: one for every (prompt, image).
@@ -208,7 +208,7 @@ class ValidationLog:
             self.track_images({GRID: grid, PANEL: picture.convert("RGB")}, iteration)
 
     def _append(self, iteration: int, metrics: dict[str, float]) -> None:
-        """A run that was resumed validates again: its line replaces those from there on."""
+        """Write a line; that of a resumed run, which validates again, replaces those from there on."""
         path = self.folder / "validation.jsonl"
         earlier = [line for line in read_lines(path) if line["iteration"] < iteration]
         write_lines(path, [*earlier, {"iteration": iteration, **metrics}])

@@ -13,12 +13,12 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Leak:
-    """An evaluation prompt that stands in the training list.
+    """An evaluation prompt that occurs in the training list.
 
     Attributes:
-        index: of the evaluation prompt.
+        index: index of the evaluation prompt.
         prompt: the evaluation prompt.
-        training_prompt: as it stands in the training list.
+        training_prompt: prompt of the training list, unchanged.
         kind: `exact` (equal up to unicode form, case and white space) or `reworded`.
     """
 
@@ -30,7 +30,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """What a leak check found.
+    """Result of a leak check.
 
     Attributes:
         num_prompts: length of the evaluation list.
@@ -43,11 +43,11 @@ class LeakCheck:
     leaks: tuple[Leak, ...]
 
     def indices(self, kind: Literal["exact", "reworded"] | None = None) -> list[int]:
-        """Evaluation prompts with a leak of that kind, or of any; ascending."""
+        """Return the evaluation prompts with a leak of that kind, or of any; ascending."""
         return sorted({leak.index for leak in self.leaks if kind in (None, leak.kind)})
 
     def lines(self) -> list[str]:
-        """What the log says: counts, then the first examples."""
+        """Return the lines of the log: counts, then the first examples."""
         lists = f"{self.num_prompts} evaluation prompts, {self.num_training_prompts} training prompts"
         if not self.leaks:
             return [f"leak check: {lists}: none in both, exact or reworded"]
@@ -169,7 +169,7 @@ PLURALS = (("ies", "y"), ("s", ""), ("es", ""))
 
 
 def normalised(text: str) -> str:
-    """The text without differences of unicode form (NFKC), case and white space."""
+    """Return the text without differences of unicode form (NFKC), case and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

@@ -18,7 +18,7 @@ from am_diffusers.system.text import nearest, suggest
 
 @dataclass(frozen=True)
 class Preset:
-    """Where a prompt set is published.
+    """Place where a prompt set is published.
 
     Attributes:
         origin: where it was introduced.
@@ -116,7 +116,7 @@ def describe_source(source: str) -> str:
 
 
 def _check_known(source: str) -> None:
-    """Names the nearest preset, or the nearest file of the folder, where there is nothing."""
+    """Raise an error that names the nearest preset, or file of the folder, where there is nothing."""
     path = Path(source)
     if path.exists() or ("/" in source and path.suffix not in SUFFIXES):
         return
@@ -132,7 +132,7 @@ def _check_known(source: str) -> None:
 
 
 def _own_copy(name: str, copy: Path) -> list[Path]:
-    """The user's copy of a preset's files."""
+    """Find the user's copy of a preset's files."""
     names = [PurePosixPath(file).name for file in PRESETS[name].files]
     files = [copy / file for file in names] if len(names) > 1 and copy.is_dir() else [copy]
     missing = [str(file) for file in files if not file.exists()]
@@ -142,7 +142,7 @@ def _own_copy(name: str, copy: Path) -> list[Path]:
 
 
 def _published(name: str) -> list[Path]:
-    """A preset's files: shipped, in the hub's cache, or downloaded into it."""
+    """Find a preset's files: shipped, in the hub's cache, or downloaded into it."""
     preset = PRESETS[name]
     if preset.repository is None:
         return [ASSETS / "prompts" / file for file in preset.files]

@@ -174,7 +174,7 @@ def _check_there(wanted: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def _by_lower_case(columns: Sequence[str]) -> Mapping[str, str]:
-    """Columns by their name in lower case; of several the first."""
+    """Return the columns by their name in lower case; of several the first."""
     return {name.lower(): name for name in reversed(columns)}
 
 

@@ -23,7 +23,7 @@ def write_whole(file: Path, write: Callable[[Path], object], *, replace: bool = 
     """Let `write` make `file` under a name that nobody else has, then rename it.
 
     Args:
-        file: its folder is made if needed.
+        file: file to write; the folder is made if needed.
         write: makes the file at the path it gets.
         replace: whether an older file is replaced; else it stays, also when several write at the same time.
 
@@ -64,7 +64,7 @@ def write_json(file: Path, document: object, *, once: bool = False) -> None:
     """Write a JSON document, whole or not at all; NaN and infinity are refused.
 
     Args:
-        file: its folder is made if needed.
+        file: file to write; the folder is made if needed.
         document: plain values.
         once: whether a file that is there stays as it is.
     """
@@ -125,7 +125,7 @@ def digest(values: object) -> str:
 
 
 def asset_path(path: str) -> str:
-    """`path` with a leading `asset:` replaced by the package's asset folder.
+    """Return `path` with a leading `asset:` replaced by the package's asset folder.
 
     Raises:
         ValueError: if the package ships no such asset.

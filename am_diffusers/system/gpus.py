@@ -28,7 +28,7 @@ class Gpu:
     fp32: float
 
     def seconds(self, flops: dict[torch.dtype, int], *, utilisation: float, allow_tf32: bool) -> float:
-        """Time of so many FLOPs by dtype at a share of the peak."""
+        """Return the time that FLOPs by dtype take at a share of the peak."""
         single = self.tf32 if allow_tf32 else self.fp32
         rates = {dtype: single if dtype == torch.float32 else self.bf16 for dtype in flops}
         return sum(number / (rates[dtype] * 1e12) for dtype, number in flops.items()) / utilisation
@@ -51,7 +51,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by its name, in any case.
+    """Return a card by its name, in any case.
 
     Raises:
         ValueError: if it isn't in the table; names the nearest and all others.

@@ -23,7 +23,7 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the work polls.
+    """Flag that SIGTERM, SIGINT and SIGUSR1 set and the work polls.
 
     Schedulers signal all processes of a job and launchers hand theirs on, so the same stop may come twice:
     only a second SIGINT, a person's, acts as usual, and not right after the first.
