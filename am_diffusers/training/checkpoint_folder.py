@@ -58,7 +58,7 @@ class Checkpoints:
         return sorted(found, key=lambda path: iteration_of(path), reverse=True)
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint that verifies; the log names those that don't, which are passed over."""
+        """Return the newest checkpoint that verifies; the log names those passed over."""
         for path in self.list():
             try:
                 verify(path)
