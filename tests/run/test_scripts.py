@@ -23,7 +23,7 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.plan import make_plan
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines
 from finetune_runs import FINETUNE, read_metrics, tiny_config, write_rewards
 
 SCRIPTS = FINETUNE.parent

@@ -230,10 +230,9 @@ def test_execute_writes_what_it_announces(tiny_sd3_dir, rewards_dir, tmp_path):
     evaluation = run.execute()
     out = tmp_path / "out"
     assert evaluation is not None
-    assert {name: gain.role for name, gain in evaluation.rewards.items()} == {
-        "pickscore": "trained",
-        "hpsv2": "held-out",
-    }
+    written = json.loads((out / "evaluation.json").read_text())
+    roles = {name: gain["role"] for name, gain in written["rewards"].items()}
+    assert roles == evaluation.roles == {"pickscore": "trained", "hpsv2": "held-out"}
     assert (evaluation.num_prompts, evaluation.images_per_prompt) == (3, 2)
     assert evaluation.diversity is not None
     assert evaluation.diversity.features == "hpsv2"
