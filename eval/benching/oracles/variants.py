@@ -63,7 +63,7 @@ class Variant:
 
     @property
     def samplers(self) -> list[Sampler]:
-        """Return how the law is sampled; by the memoryless SDE too where the method is to reweight the base."""
+        """Return how the law is sampled: by the memoryless SDE too if the method is to reweight the base."""
         return ["ode"] if self.method in NO_REWEIGHTING else ["sde", "ode"]
 
     def _settings(self) -> tuple[SharedSettings, Any]:
@@ -90,7 +90,9 @@ _RENOISED: dict[str, Any] = {"eam_score": "renoised", "eam_sigma": 0.1}
 VARIANTS: dict[str, Variant] = {
     "am_local_linear_10": Variant("Adjoint Matching, local-linear, K = 10", "adjoint_matching", _steps(10)),
     "am_local_linear_10_masked": Variant(
-        "Adjoint Matching, local-linear, K = 10, mask .9", "adjoint_matching", _steps(10) | {"mask_quantile": 0.9}
+        "Adjoint Matching, local-linear, K = 10, mask .9",
+        "adjoint_matching",
+        _steps(10) | {"mask_quantile": 0.9},
     ),
     "am_local_linear_40": Variant("Adjoint Matching, local-linear, K = 40", "adjoint_matching", _steps(40)),
     "am_published_10": Variant(
