@@ -193,6 +193,26 @@ def test_batch_sizes_change_nothing(row):
 
 
 @each_row
+def test_no_more_samples_are_handled_at_once_than_sizes_allow(row):
+    scored, called = [], []
+
+    def reward(x, prompts):
+        scored.append(len(x))
+        return concave(x, prompts)
+
+    def velocity(x, sigma, cond):
+        called.append(len(x))
+        return OFFSET(x, sigma, cond)
+
+    method = row.make(CallableField(velocity), sizes={"rollout": 5, "reward": 3}, reward=reward)
+    examples = collect(method, SAMPLES, group=GROUP).examples
+    assert max(called, default=5) == 5
+    for part in examples.split(1000):
+        method.loss(part)
+    assert max(scored) == 3
+
+
+@each_row
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_together_equal_one_process(row, num_ranks):
     """All have as many rows, so that all make the same number of backward passes."""
@@ -239,7 +259,8 @@ def test_the_state_continues_a_run(row, tmp_path):
     assert_same(run(resumed, range(3, 6)), expected)
     assert resumed.state_dict() == method.state_dict()
     if method.state_dict():
-        assert run(fresh, [3])[0][1] != expected[0][1]
+        loss = run(fresh, [3])[0][1]
+        assert row.title == "unmasked" or loss != expected[0][1]  # without a mask it only warns by its state
         assert fresh.state_dict() != method.state_dict()
 
 
