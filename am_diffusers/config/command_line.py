@@ -131,8 +131,10 @@ def _parser(program: str) -> ArgumentParser:
     )
     known: set[str] = set()
     for section in section_types().values():
-        parser.add_class_arguments(section, None, skip=set(known))
-        known |= {field.name for field in dataclasses.fields(section)}
+        names = {field.name for field in dataclasses.fields(section)}
+        if names - known:  # methods may share a class of flags, or have none
+            parser.add_class_arguments(section, None, skip=set(known))
+        known |= names
     return parser
 
 

@@ -10,11 +10,11 @@ from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pic
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
-from am_diffusers.methods.base import KeptBytes
+from am_diffusers.methods.parts.rows import KeptBytes
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.run.counting import Counted, count
+from am_diffusers.run.counting import Counted, count, described_latents
 from am_diffusers.run.fields import micro_batch
-from am_diffusers.run.plan import Plan, latent_spec
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.training.state import TrainState
@@ -157,7 +157,7 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     """Return a process's share of what the method keeps."""
     model = plan.config.model
     source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
-    kept = counted.method.kept_bytes(counted.rows, latent_spec(source, model.resolution))
+    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.resolution))
     return KeptBytes(*(size // plan.num_processes for size in astuple(kept)))
 
 

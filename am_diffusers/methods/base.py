@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from am_diffusers.methods.parts.rows import KeptBytes
 from am_diffusers.methods.parts.settings import NoSettings, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
@@ -97,28 +98,6 @@ class PartShare:
             )
         first = self.rank * total // self.ranks - self.needed.start * of_a_part
         return slice(first, first + total // self.ranks)
-
-
-@dataclass(frozen=True)
-class KeptBytes:
-    """Bytes of latents and targets that a method keeps, over all ranks.
-
-    Attributes:
-        stored: bytes that are kept from iteration to iteration, also in a checkpoint.
-        falling_out: the oldest rows, kept where they lie until the iteration that replaced them has
-            succeeded.
-        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
-            for a GPU, a pinned one).
-    """
-
-    stored: int = 0
-    falling_out: int = 0
-    drawn: int = 0
-
-    @property
-    def peak(self) -> int:
-        """Most that is held at a time, in an iteration that collects."""
-        return self.stored + self.falling_out + self.drawn
 
 
 class Method(ABC, Generic[E]):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
-from am_diffusers.methods.base import Collected, KeptBytes, Method, PartShare
+from am_diffusers.methods.base import Collected, Method, PartShare
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.replay import DiskTensors, Drawn, Replay, in_memory
-from am_diffusers.methods.parts.rows import kept_batch
+from am_diffusers.methods.parts.rows import KeptBytes, kept_batch
 from am_diffusers.methods.parts.settings import SharedSettings, require
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
@@ -135,8 +135,8 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
                 f"the buffer would hold {size.peak / GIB:.3g} GiB over all processes, more than "
                 f"--buffer_max_gb {limit:g}: {size.stored / GIB:.3g} GiB that it keeps, also in every "
                 f"checkpoint, and {held / GIB:.3g} GiB for the collection that falls out and the rows that "
-                "are drawn: lower --buffer_size, --loss_steps or --train_batch_size, or raise --buffer_max_gb "
-                "(--buffer_storage disk keeps all but the drawn rows out of main memory)"
+                "are drawn: lower --buffer_size, --loss_steps or --train_batch_size, or raise "
+                "--buffer_max_gb (--buffer_storage disk keeps all but the drawn rows out of main memory)"
             )
 
     @torch.no_grad()

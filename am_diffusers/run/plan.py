@@ -2,7 +2,6 @@
 
 import re
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.methods import METHODS
-from am_diffusers.models.pretrained import MissingModelError, Pretrained, vae_scale
-from am_diffusers.noise import LatentSpec, generator_for
+from am_diffusers.models.pretrained import MissingModelError, Pretrained
+from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.packaged import PACKAGED
-from am_diffusers.run.counting import count
+from am_diffusers.run.counting import count, described_latents
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.text import suggest
@@ -127,11 +126,10 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if config.run.gpu is not None:
         find_gpu(config.run.gpu)
     model = config.model
-    path = asset_path(model.pretrained_model_name_or_path)
-    source = Pretrained(path, model.revision, model.variant)
+    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
     try:
         source.check(model.resolution, model.resolution)
-        counted.method.check_size(counted.rows, latent_spec(source, model.resolution))
+        counted.method.check_size(counted.rows, described_latents(source, model.resolution))
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise
@@ -162,14 +160,7 @@ def _resolve(config: Config) -> Config:
     )
 
 
-def latent_spec(source: Pretrained, resolution: int) -> LatentSpec:
-    """Return the shape of a latent, from configuration files alone."""
-    channels = source.config("transformer/config.json")["in_channels"]
-    side = resolution // vae_scale(source.config("vae/config.json"))
-    return LatentSpec((channels, side, side))
-
-
-def _other_reward(trained: Collection[str]) -> str:
+def _other_reward(trained: list[str]) -> str:
     for name in ("hpsv2", "pickscore"):
         if name not in trained:
             return name

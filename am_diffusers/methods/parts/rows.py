@@ -92,6 +92,28 @@ class Swept(NamedTuple):
     warnings: Sequence[str]
 
 
+@dataclass(frozen=True)
+class KeptBytes:
+    """Bytes of latents and targets that a method keeps, over all ranks.
+
+    Attributes:
+        stored: bytes that are kept from iteration to iteration, also in a checkpoint.
+        falling_out: the oldest rows, kept where they lie until the iteration that replaced them has
+            succeeded.
+        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
+            for a GPU, a pinned one).
+    """
+
+    stored: int = 0
+    falling_out: int = 0
+    drawn: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Most that is held at a time, in an iteration that collects."""
+        return self.stored + self.falling_out + self.drawn
+
+
 def kept_batch(
     rows: Rows, samples: Tensor, cond: Conditioning, gather: Gather, *, all_kept: bool = False
 ) -> tuple[MatchingBatch, float]:
