@@ -4,7 +4,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_trainer import make_trainer
 
 from am_diffusers.methods.base import PartShare
 from am_diffusers.system.failures import NonFiniteError
@@ -22,6 +21,7 @@ from grpo_chain import (
     total_loss,
 )
 from oracles import CountingField
+from small_trainer import make_trainer
 
 
 @pytest.mark.parametrize(("steps", "passes"), [("all", 1), (2, 3)])

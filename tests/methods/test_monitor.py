@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from test_trainer import make_trainer
 
 from am_diffusers.methods.parts.reports import AdjointMonitor
 from am_diffusers.velocity import CallableField
 from methods_around import adjoint_matching, collect, deterministic, efficient
 from oracles import THREE_MODES
+from small_trainer import make_trainer
 
 SOUND = {1: 0.5, 2: 1.0, 3: 1.5, 4: 1.0}
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from test_trainer import make_trainer
 
 from am_diffusers.methods.parts.surroundings import Sizes
 from am_diffusers.system.failures import PhaseMemoryError, phase
 from am_diffusers.training.trainer import IterationError
 from methods_around import BASE, OFFSET, collect
 from methods_around import adjoint_matching as make
+from small_trainer import make_trainer
 
 
 class Exhausted(torch.autograd.Function):
