@@ -3,26 +3,26 @@
 import torch
 from torch import Tensor
 
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.velocity import Conditioning
 
 PROMPTS = ["a red fox", "a blue clock"]
 
 
-def strong_lora(model: SD3, seed: int = 0) -> SD3:
+def strong_lora(model: Model, seed: int = 0) -> Model:
     """Attach a LoRA that changes the velocity by about its own size."""
     model.attach_lora(rank=4, lora_alpha=8)
     redraw_lora(model, seed)
     return model
 
 
-def redraw_lora(model: SD3, seed: int) -> None:
+def redraw_lora(model: Model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.lora_parameters().values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def point(model: SD3, seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
+def point(model: Model, seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
     """Arguments of a field: two latents at different noise levels."""
     x = torch.randn(2, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(seed))
     return x, torch.tensor([0.8, 0.3]), model.encode_prompts(PROMPTS, max_sequence_length=8)

@@ -18,7 +18,6 @@ from am_diffusers.run.buffer_size import buffer_size
 from am_diffusers.run.load import micro_batch
 from am_diffusers.run.network_calls import trained_rows
 from am_diffusers.run.plan import Plan
-from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.state import TrainState
@@ -130,7 +129,7 @@ def _hold_weights(plan: Plan, pretence: Pretence, tracker: Tracker) -> dict[str,
     """Bytes of all weights by owner; the tracker holds those that are tensors."""
     model = pretence.model
     resident = {"LoRA": tracker.hold(model.lora_parameters().values())}
-    resident["transformer"] = tracker.hold([*model.transformer.parameters(), *model.transformer.buffers()])
+    resident["transformer"] = tracker.hold([*model.network.parameters(), *model.network.buffers()])
     resident["VAE"] = tracker.hold(model.vae.parameters())
     for reward in [*pretence.rewards, *pretence.held_out]:
         resident[f"reward {reward.name}"] = tracker.hold(weights_of(reward))
@@ -169,8 +168,11 @@ def _every(config: Config) -> int:
 
 def _buffer(plan: Plan) -> BufferBytes:
     model = plan.config.model
-    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
-    return BufferBytes(*(size // plan.num_processes for size in buffer_size(plan.config, source)))
+    source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
+    whole = buffer_size(
+        plan.config, source.family.latent_shape(source.config_of, model.resolution, model.resolution)
+    )
+    return BufferBytes(*(size // plan.num_processes for size in whole))
 
 
 def _num_texts(plan: Plan) -> int:

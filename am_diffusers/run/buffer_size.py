@@ -2,31 +2,27 @@
 
 from am_diffusers.config import Config
 from am_diffusers.methods.buffered_adjoint_matching import BufferBytes, buffer_bytes
-from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.noise import LatentSpec
 
 GIB = 2**30
 
 
-def buffer_size(config: Config, source: Pretrained) -> BufferBytes:
-    """Bytes of the full buffer over all processes; 0 for a method without one."""
+def buffer_size(config: Config, shape: tuple[int, ...]) -> BufferBytes:
+    """Return the bytes of the full buffer of latents of a shape over all processes; 0 without a buffer."""
     if config.method.method != "buffered_adjoint_matching":
         return BufferBytes(0, 0, 0)
-    channels = source.config("transformer/config.json")["in_channels"]
-    side = config.model.resolution // vae_scale(source.config("vae/config.json"))
     steps, batch = config.method.loss_steps, config.optimizer.train_batch_size
     rows = config.method.num_inference_steps - 1 if steps == "all" else steps
-    latents = LatentSpec((channels, side, side))
-    return buffer_bytes(batch, config.buffer.buffer_size // batch, rows, latents)
+    return buffer_bytes(batch, config.buffer.buffer_size // batch, rows, LatentSpec(shape))
 
 
-def check_buffer(config: Config, source: Pretrained) -> None:
+def check_buffer(config: Config, shape: tuple[int, ...]) -> None:
     """Refuse a buffer beyond `buffer_max_gb`.
 
     Raises:
         ValueError: with its size and what makes it smaller.
     """
-    size, limit = buffer_size(config, source), config.buffer.buffer_max_gb
+    size, limit = buffer_size(config, shape), config.buffer.buffer_max_gb
     if size.peak / GIB > limit:
         held = size.falling_out + size.drawn
         raise ValueError(

@@ -127,11 +127,9 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if config.run.gpu is not None:
         find_gpu(config.run.gpu)
     model = config.model
-    path = asset_path(model.pretrained_model_name_or_path)
-    source = Pretrained(path, model.revision, model.variant)
+    source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
-        source.check(model.resolution, model.resolution)
-        check_buffer(config, source)
+        check_buffer(config, source.family.latent_shape(source.config_of, model.resolution, model.resolution))
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise

@@ -16,9 +16,9 @@ from am_diffusers.evaluation.base_rewards import (
     save_base_rewards,
 )
 from am_diffusers.methods.parts.advantages import Advantages
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
-from am_diffusers.run.load import guided, make_sampler, micro_batch
+from am_diffusers.run.load import guided, latent_spec, make_sampler, micro_batch
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import GradientOptions, RewardOfLatents
@@ -26,7 +26,7 @@ from am_diffusers.transitions import TRANSITIONS, Transitions, jitter_sigmas
 from am_diffusers.velocity import VelocityField
 
 
-def reward_of_latents(model: SD3, reward: Reward) -> RewardOfLatents:
+def reward_of_latents(model: Model, reward: Reward) -> RewardOfLatents:
     """The reward of decoded latents."""
 
     def scored(latents: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -49,7 +49,7 @@ class Fields(NamedTuple):
     rollout: VelocityField | None
 
 
-def make_fields(config: Config, model: SD3) -> Fields:
+def make_fields(config: Config, model: Model) -> Fields:
     """The fields of a training iteration."""
     scale = config.method.rollout_guidance_scale
     if config.method.guidance_mode == "everywhere":
@@ -57,10 +57,11 @@ def make_fields(config: Config, model: SD3) -> Fields:
     return Fields(model.policy, model.base, None if scale == 1 else guided(model.policy, scale))
 
 
-def stochastic_table(config: Config, model: SD3) -> Transitions | Callable[[torch.Generator], Transitions]:
+def stochastic_table(config: Config, model: Model) -> Transitions | Callable[[torch.Generator], Transitions]:
     """The table of a stochastic rollout, or a function of the shared generator that jitters its grid."""
     options = config.method
-    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps)
+    shape = latent_spec(config, model).shape
+    table, sigmas = TRANSITIONS[options.transitions], model.sde_sigmas(options.num_inference_steps, shape)
 
     def jittered(shared: torch.Generator) -> Transitions:
         return table(jitter_sigmas(sigmas, options.sigma_jitter, shared))
@@ -68,10 +69,11 @@ def stochastic_table(config: Config, model: SD3) -> Transitions | Callable[[torc
     return jittered if options.sigma_jitter else table(sigmas)
 
 
-def end_point_table(config: Config, model: SD3) -> Transitions:
+def end_point_table(config: Config, model: Model) -> Transitions:
     """What pictures are made with where any sampler will do."""
     steps, name = config.method.num_inference_steps, config.baselines.rollout_sampler
-    sigmas = model.ode_sigmas(steps) if name == "ode_euler" else model.sde_sigmas(steps)
+    shape = latent_spec(config, model).shape
+    sigmas = (model.ode_sigmas if name == "ode_euler" else model.sde_sigmas)(steps, shape)
     return TRANSITIONS[name](sigmas)
 
 
@@ -91,7 +93,7 @@ def gradient_options(config: Config) -> GradientOptions:
     )
 
 
-def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Tilt | None:
+def make_tilt(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Tilt | None:
     """The law of a divergence other than kl, its normalisers estimated on base pictures."""
     config, options = plan.config, plan.config.terminal
     if options.divergence == "kl":

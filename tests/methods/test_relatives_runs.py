@@ -10,7 +10,7 @@ from test_trainer_runs import make_run
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.network_calls import network_calls, trained_rows
 from am_diffusers.run.plan import make_plan
@@ -43,8 +43,8 @@ def test_the_announced_network_calls_are_those_made(
     if "deterministic" in changes["method"]:
         changes |= {"mask_quantile": None}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **changes)
-    calls, original = [], SD3.velocity
-    monkeypatch.setattr(SD3, "velocity", lambda *args: calls.append(0) or original(*args))
+    calls, original = [], Model.velocity
+    monkeypatch.setattr(Model, "velocity", lambda *args: calls.append(0) or original(*args))
     losses = [run.trainer.iterate()["loss"]]
     config = parse_config(["--config", str(tmp_path / "run.yaml")])
     assert len(calls) == sum(network_calls(config).values())

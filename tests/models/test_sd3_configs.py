@@ -7,6 +7,7 @@ from torch import Tensor
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models import lora
+from am_diffusers.models.base import Model
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear
@@ -40,12 +41,12 @@ def transformer(request: pytest.FixtureRequest) -> SD3Transformer2DModel:
     )
 
 
-def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> SD3:
+def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> Model:
     """The transformer with text encoders of the released widths (two layers) and a small VAE."""
     if lora.lora_layers(transformer):
         transformer.unload_lora()
     text_encoder_3, tokenizer_3 = tiny_t5(4096) if t5 else (None, None)
-    return SD3(
+    return Model(
         StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -56,7 +57,8 @@ def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> SD3:
             tokenizer_2=tiny_tokenizer(77),
             text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
-        )
+        ),
+        SD3,
     )
 
 
@@ -78,7 +80,7 @@ def test_two_iterations_of_adjoint_matching(transformer: SD3Transformer2DModel, 
         model.policy,
         model.base,
         brightness,
-        memoryless_local_linear(model.sde_sigmas(2)),
+        memoryless_local_linear(model.sde_sigmas(2, model.latent_shape(64, 64))),
         latents=LatentSpec(model.latent_shape(64, 64)),
         settings=AdjointMatchingSettings(reward_scale=100.0, mask_quantile=None),
     )

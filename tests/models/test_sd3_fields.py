@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_diffusers.models import lora
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from sd3_points import PROMPTS, direct, point, redraw_lora, strong_lora
 
 
@@ -24,13 +25,13 @@ class CountProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("field", ["policy", "base"])
-def test_vjp_is_autograd_through_the_transformer(model: SD3, field: str, tiny_sd3_dir: Path) -> None:
+def test_vjp_is_autograd_through_the_transformer(model: Model, field: str, tiny_sd3_dir: Path) -> None:
     x, sigma, cond = point(strong_lora(model))
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     # The base is held against a transformer that never had a LoRA.
-    plain = model if field == "policy" else SD3.from_pretrained(str(tiny_sd3_dir))
+    plain = model if field == "policy" else Model.from_pretrained(Pretrained(str(tiny_sd3_dir)))
     leaf = x.clone().requires_grad_()
-    expected = direct(plain.transformer, leaf, sigma, cond)
+    expected = direct(plain.network, leaf, sigma, cond)
     (gradient,) = torch.autograd.grad(expected, leaf, cotangent)
     with torch.no_grad():
         velocity, product = getattr(model, field).vjp(x, sigma, cond, cotangent)
@@ -42,7 +43,7 @@ def test_vjp_is_autograd_through_the_transformer(model: SD3, field: str, tiny_sd
 
 
 def test_vjp_matches_central_differences_in_float64(tiny_sd3_dir: Path) -> None:
-    model = strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.float64))
+    model = strong_lora(Model.from_pretrained(Pretrained(str(tiny_sd3_dir)), weight_dtype=torch.float64))
     for parameter in model.lora_parameters().values():
         parameter.data = parameter.data.double()
     x, sigma, cond = point(model)
@@ -52,14 +53,14 @@ def test_vjp_matches_central_differences_in_float64(tiny_sd3_dir: Path) -> None:
     for field in (model.policy, model.base):
         _, product = field.vjp(x, sigma, cond, cotangent)
         with torch.no_grad():
-            # Fourth order with a wide step: SD3's RMS norm rounds to float32 inside a float64 model.
+            # Fourth order with a wide step: Model's RMS norm rounds to float32 inside a float64 model.
             step = 1e-2 * direction
             by = {n: (field(x + n * step, sigma, cond) * cotangent).sum() for n in (-2, -1, 1, 2)}
         expected = (8 * (by[1] - by[-1]) - (by[2] - by[-2])) / 12e-2
         torch.testing.assert_close((product * direction).sum(), expected, atol=0, rtol=1e-4)
 
 
-def test_cotangent_may_depend_on_the_velocity(model: SD3) -> None:
+def test_cotangent_may_depend_on_the_velocity(model: Model) -> None:
     x, sigma, cond = point(strong_lora(model))
     seen = []
 
@@ -79,7 +80,7 @@ def test_cotangent_may_depend_on_the_velocity(model: SD3) -> None:
 
 
 @pytest.mark.parametrize("field", ["policy", "base"])
-def test_gradient_checkpointing_changes_no_vjp(model: SD3, field: str) -> None:
+def test_gradient_checkpointing_changes_no_vjp(model: Model, field: str) -> None:
     x, sigma, cond = point(strong_lora(model))
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     plain = getattr(model, field).vjp(x, sigma, cond, cotangent)
@@ -90,7 +91,7 @@ def test_gradient_checkpointing_changes_no_vjp(model: SD3, field: str) -> None:
     assert (checkpointed[1] - other[1]).abs().max() > 0.1, "the LoRA is too weak for this test to fail"
 
 
-def test_gradient_checkpointing_changes_no_lora_gradient(model: SD3) -> None:
+def test_gradient_checkpointing_changes_no_lora_gradient(model: Model) -> None:
     x, sigma, cond = point(strong_lora(model))
     gradients = []
     for checkpointed in (False, True):
@@ -103,7 +104,7 @@ def test_gradient_checkpointing_changes_no_lora_gradient(model: SD3) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
 
 
-def test_base_does_not_depend_on_the_lora(model: SD3) -> None:
+def test_base_does_not_depend_on_the_lora(model: Model) -> None:
     x, sigma, cond = point(model)
     before = model.base(x, sigma, cond)
     assert torch.equal(model.policy(x, sigma, cond), before)
@@ -118,7 +119,7 @@ def test_base_does_not_depend_on_the_lora(model: SD3) -> None:
         assert torch.equal(product, products[0][1])
 
 
-def test_vjp_touches_no_lora_weight(model: SD3) -> None:
+def test_vjp_touches_no_lora_weight(model: Model) -> None:
     x, sigma, cond = point(strong_lora(model))
     products = []
     for trainable in (True, False):
@@ -128,24 +129,24 @@ def test_vjp_touches_no_lora_weight(model: SD3) -> None:
             model.policy.vjp(x, sigma, cond, x)
         products.append(counter.count)
     assert products[0] == products[1] > 0
-    assert all(parameter.grad is None for parameter in model.transformer.parameters())
+    assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
-def test_base_call_records_no_graph(model: SD3) -> None:
+def test_base_call_records_no_graph(model: Model) -> None:
     x, sigma, cond = point(strong_lora(model))
     assert not model.base(x.requires_grad_(), sigma, cond).requires_grad
     assert model.policy(x, sigma, cond).requires_grad
 
 
-def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: SD3) -> None:
+def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: Model) -> None:
     strong_lora(model)
-    layers = lora.lora_layers(model.transformer).values()
+    layers = lora.lora_layers(model.network).values()
     frozen, *others = model.lora_parameters().values()
     frozen.requires_grad_(False)
-    with lora.adapters(model.transformer, enabled=False):
+    with lora.adapters(model.network, enabled=False):
         assert all(layer.disable_adapters for layer in layers)
         assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
-        with contextlib.suppress(KeyError), lora.adapters(model.transformer, enabled=True):
+        with contextlib.suppress(KeyError), lora.adapters(model.network, enabled=True):
             assert not any(layer.disable_adapters for layer in layers)
             raise KeyError
         assert all(layer.disable_adapters for layer in layers)
@@ -153,31 +154,31 @@ def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: SD3) -> N
     assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
 
 
-def test_training_step_changes_the_lora_alone(model: SD3) -> None:
+def test_training_step_changes_the_lora_alone(model: Model) -> None:
     x, sigma, cond = point(strong_lora(model))
-    frozen = {n: p.clone() for n, p in model.transformer.named_parameters() if ".lora_" not in n}
+    frozen = {n: p.clone() for n, p in model.network.named_parameters() if ".lora_" not in n}
     base, policy = model.base(x, sigma, cond), model.policy(x, sigma, cond)
     optimizer = torch.optim.AdamW(model.lora_parameters().values(), lr=1e-2)
     policy.square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.lora_parameters().values())
     # Only the last block's text query has no effect: its text stream ends there.
-    dead = [n for n, p in model.transformer.named_parameters() if p.grad is not None and not p.grad.any()]
+    dead = [n for n, p in model.network.named_parameters() if p.grad is not None and not p.grad.any()]
     assert all("transformer_blocks.1.attn.add_q_proj" in name for name in dead)
     optimizer.step()
     assert model.policy(x, sigma, cond).square().mean() < policy.square().mean()
     assert torch.equal(model.base(x, sigma, cond), base)
-    for name, parameter in model.transformer.named_parameters():
+    for name, parameter in model.network.named_parameters():
         if name in frozen:
             assert parameter.grad is None
             assert torch.equal(parameter, frozen[name])
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_bfloat16_weights_with_a_float32_lora(model: SD3, tiny_sd3_dir: Path, checkpointed: bool) -> None:
-    half = strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.bfloat16))
+def test_bfloat16_weights_with_a_float32_lora(model: Model, tiny_sd3_dir: Path, checkpointed: bool) -> None:
+    half = strong_lora(Model.from_pretrained(Pretrained(str(tiny_sd3_dir)), weight_dtype=torch.bfloat16))
     if checkpointed:
         half.enable_gradient_checkpointing()
-    assert half.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert half.network.proj_out.weight.dtype == torch.bfloat16
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     assert {p.dtype for p in half.lora_parameters().values()} == {torch.float32}
     x, sigma, cond = point(strong_lora(model))

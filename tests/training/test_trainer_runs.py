@@ -11,7 +11,7 @@ from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.divergences import Divergence
 from am_diffusers.methods import METHODS
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.methods.builders import METHOD_BUILDERS
@@ -113,8 +113,8 @@ def test_the_announced_network_calls_are_those_made(
     changes = {"mask_quantile": None, "loss_micro_batch_size": 1, "train_batch_size": 1} | changes
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, **changes)
     calls = []
-    original = SD3.velocity
-    monkeypatch.setattr(SD3, "velocity", lambda *args: calls.append(0) or original(*args))
+    original = Model.velocity
+    monkeypatch.setattr(Model, "velocity", lambda *args: calls.append(0) or original(*args))
     iterations = changes.get("buffer_refresh", 1)
     for _ in range(iterations):
         run.trainer.iterate()

@@ -1,7 +1,7 @@
 """Config to Adjoint Matching."""
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -15,7 +15,7 @@ from am_diffusers.run.surroundings import (
 from am_diffusers.system.processes import Processes
 
 
-def adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> AdjointMatching:
+def adjoint_matching(plan: Plan, model: Model, reward: Reward, processes: Processes) -> AdjointMatching:
     """Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
     options = config.method

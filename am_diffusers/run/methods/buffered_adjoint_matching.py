@@ -4,7 +4,7 @@ from pathlib import Path
 
 from am_diffusers.methods.buffered_adjoint_matching import BufferedAdjointMatching, BufferSettings
 from am_diffusers.methods.parts.replay import DiskTensors, in_memory
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import encoder
 from am_diffusers.run.methods.adjoint_matching import adjoint_matching
@@ -13,7 +13,7 @@ from am_diffusers.system.processes import Processes
 
 
 def buffered_adjoint_matching(
-    plan: Plan, model: SD3, reward: Reward, processes: Processes
+    plan: Plan, model: Model, reward: Reward, processes: Processes
 ) -> BufferedAdjointMatching:
     """Adjoint Matching on trajectories that are used again; on the disk they lie in the output folder."""
     config, options = plan.config, plan.config.buffer

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from am_diffusers.methods import Method
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.methods.adjoint_matching import adjoint_matching
 from am_diffusers.run.methods.buffered_adjoint_matching import buffered_adjoint_matching
@@ -15,7 +15,7 @@ from am_diffusers.run.methods.ram import ram
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 
-METHOD_BUILDERS: dict[str, Callable[[Plan, SD3, Reward, Processes], Method]] = {
+METHOD_BUILDERS: dict[str, Callable[[Plan, Model, Reward, Processes], Method]] = {
     "adjoint_matching": adjoint_matching,
     "buffered_adjoint_matching": buffered_adjoint_matching,
     "deterministic_adjoint_matching": deterministic_adjoint_matching,

@@ -10,7 +10,7 @@ from am_diffusers.methods.deterministic_adjoint_matching import (
     DeterministicAdjointMatching,
     DeterministicSettings,
 )
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import guided, latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -21,12 +21,13 @@ from am_diffusers.transitions import Transitions, jitter_sigmas, ode_euler
 logger = logging.getLogger(__name__)
 
 
-def deterministic_adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def deterministic_adjoint_matching(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """Deterministic Adjoint Matching of a model on a reward of its decoded pictures; says what it isn't."""
     config = plan.config
     options, scale = config.method, config.method.rollout_guidance_scale
     processes.on_main(lambda: logger.warning("%s", LABEL))
-    sigmas = model.ode_sigmas(options.num_inference_steps)
+    latents = latent_spec(config, model)
+    sigmas = model.ode_sigmas(options.num_inference_steps, latents.shape)
 
     def jittered(shared: torch.Generator) -> Transitions:
         return ode_euler(jitter_sigmas(sigmas, options.sigma_jitter, shared))
@@ -36,7 +37,7 @@ def deterministic_adjoint_matching(plan: Plan, model: SD3, reward: Reward, proce
         model.base,
         reward_of_latents(model, reward),
         jittered if options.sigma_jitter else ode_euler(sigmas),
-        latents=latent_spec(config, model),
+        latents=latents,
         settings=DeterministicSettings(
             reward_scale=options.reward_scale,
             steps=config.deterministic.truncate_steps,

@@ -5,7 +5,7 @@ from am_diffusers.methods import Method
 from am_diffusers.methods.draft import DRaFT
 from am_diffusers.methods.parts.tails import TailSettings
 from am_diffusers.methods.refl import ReFL, last_quarter
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import guided, latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -13,7 +13,7 @@ from am_diffusers.run.surroundings import end_point_table, reward_of_latents
 from am_diffusers.system.processes import Processes
 
 
-def draft(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def draft(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """DRaFT of a model on a reward of its decoded pictures."""
     config = plan.config
     return DRaFT(
@@ -27,7 +27,7 @@ def draft(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Metho
     )
 
 
-def refl(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def refl(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """ReFL of a model on a reward of its decoded pictures."""
     config = plan.config
     return ReFL(

@@ -2,7 +2,7 @@
 
 from am_diffusers.methods import Method
 from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import guided, latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -10,16 +10,16 @@ from am_diffusers.run.surroundings import gradient_options, make_tilt, reward_of
 from am_diffusers.system.processes import Processes
 
 
-def efficient_adjoint_matching(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def efficient_adjoint_matching(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """Efficient Adjoint Matching of a model on a reward of its decoded pictures."""
     config = plan.config
-    options = config.efficient
+    options, latents = config.efficient, latent_spec(config, model)
     return EfficientAdjointMatching(
         model.policy,
         model.base,
         reward_of_latents(model, reward),
-        model.ode_sigmas(options.eam_ode_steps),
-        latents=latent_spec(config, model),
+        model.ode_sigmas(options.eam_ode_steps, latents.shape),
+        latents=latents,
         settings=EfficientSettings(
             reward_scale=config.method.reward_scale,
             variance=options.eam_c,

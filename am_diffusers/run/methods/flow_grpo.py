@@ -2,7 +2,7 @@
 
 from am_diffusers.methods import Method
 from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import guided, latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -10,7 +10,7 @@ from am_diffusers.run.surroundings import advantages, reward_of_latents, stochas
 from am_diffusers.system.processes import Processes
 
 
-def flow_grpo(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def flow_grpo(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """Flow-GRPO of a model on a reward of its decoded pictures."""
     config, options = plan.config, plan.config.baselines
     scale = config.method.rollout_guidance_scale

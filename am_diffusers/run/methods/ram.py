@@ -2,7 +2,7 @@
 
 from am_diffusers.methods import Method
 from am_diffusers.methods.ram import RAM, RAMSettings
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.load import guided, latent_spec, micro_batch
 from am_diffusers.run.plan import Plan
@@ -10,7 +10,7 @@ from am_diffusers.run.surroundings import advantages, end_point_table, reward_of
 from am_diffusers.system.processes import Processes
 
 
-def ram(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def ram(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """RAM of a model on a reward of its decoded pictures."""
     config = plan.config
     return RAM(
