@@ -9,7 +9,7 @@ from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.system import half_precision as scaling
 from am_diffusers.system.half_precision import SAFE_NORM, ScaledBackward, safe_scale
-from sd3_points import point, strong_lora
+from families import point, strong_lora
 
 ROUNDING = 0.01  # float16 has 11 bits; some ten rounded layers between input and output
 

@@ -19,8 +19,8 @@ from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.network_calls import CALLS, ROWS, network_calls
 from am_diffusers.run.plan import make_plan
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
+from families import PROMPTS, strong_lora
 from finetune_runs import FINETUNE, read_metrics, tiny_config
-from sd3_points import PROMPTS, strong_lora
 
 JPEG = [{"name": "jpeg_size", "weight": 0.01}]
 OWN = {

@@ -19,7 +19,7 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.proof import Proof, random_point
 from am_diffusers.models.sd3 import SD3
 from conftest import randomize, tiny_pipeline
-from sd3_points import direct
+from families import direct
 
 SCRIPT = Path(__file__).parents[2] / "scripts/export_lora.py"
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")

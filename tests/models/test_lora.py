@@ -16,9 +16,6 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.proof import prompt_point, verify_lora
 from am_diffusers.models.sd3 import SD3
 
-# Rank and alpha differ in both directions: an export that loses the scaling is 2x too weak or too strong.
-STRENGTHS = [(4, 8), (8, 4)]
-
 
 def trained(model: Model, rank: int = 4, lora_alpha: int = 8) -> Model:
     """Attach a LoRA whose weights are as after a training that changed the pictures a lot."""
@@ -93,22 +90,6 @@ def test_attaching_refuses_unknown_layers_and_a_second_lora(model: Model) -> Non
         model.attach_lora()
     with pytest.raises(ValueError, match="has a LoRA already"):
         model.load_lora("anywhere")
-
-
-@pytest.mark.parametrize(("rank", "lora_alpha"), STRENGTHS)
-@pytest.mark.parametrize("with_metadata", [True, False])
-def test_export_has_the_trained_strength_in_diffusers(
-    model: Model, tiny_sd3_dir: Path, tmp_path: Path, rank: int, lora_alpha: int, with_metadata: bool
-) -> None:
-    expected = picture(trained(model, rank, lora_alpha).pipeline())
-    file = model.save_lora(tmp_path)
-    assert file == tmp_path / "pytorch_lora_weights.safetensors"
-    rewrite(file, load_file(file), keep_metadata=with_metadata)
-    pipe = plain_pipeline(tiny_sd3_dir)
-    base = picture(pipe)
-    pipe.load_lora_weights(tmp_path)
-    assert (picture(pipe) - expected).abs().max() < 1e-5
-    assert (expected - base).abs().mean() > 0.02
 
 
 def test_export_metadata_says_alpha_is_rank(model: Model, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.proof import lora_effect, prompt_point
-from sd3_points import point, redraw_lora
+from families import point, redraw_lora
 
 
 def saved(folder: Path, base: Path, seed: int, rank: int, lora_alpha: int, layers: tuple[str, ...]) -> Path:

@@ -12,8 +12,8 @@ from am_diffusers.rollout import TableSolver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import CallableField, GuidedField
 from conftest import tiny_pipeline
+from families import PROMPTS, strong_lora
 from oracles import CountingField, gaussian, unconditional
-from sd3_points import PROMPTS, strong_lora
 
 OWN = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 STOCHASTIC = {"FlowMatchLCMScheduler"}
