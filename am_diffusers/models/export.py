@@ -99,8 +99,7 @@ def _tuned(base: Pretrained, options: ExportOptions) -> Model:
 
 
 def _write_diffusers(base: Pretrained, options: ExportOptions, file: Path) -> Tensor:
-    saved = _tuned(base, options).save_lora(file.parent)
-    saved.rename(file)
+    _tuned(base, options).save_lora(file.parent).rename(file)
     model = _base(base)
     model.pipeline().load_lora_weights(str(file.parent), weight_name=file.name)
     return _velocity(model)

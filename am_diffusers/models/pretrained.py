@@ -71,9 +71,9 @@ class Pretrained:
         Raises:
             ValueError: as `family`, or if weight files are missing.
         """
-        family, index = self.family, self.config("model_index.json")
+        family, classes = self.family, self._classes()
         # Diffusers refuses a folder saved without a text encoder unless it is told which one is missing.
-        missing = [name for name in family.text_components if index.get(name, [None])[0] is None]
+        missing = [name for name in family.text_components if name not in classes]
         if not text_and_vae:
             missing = [*family.text_components, "vae"]
         try:
@@ -89,23 +89,21 @@ class Pretrained:
 
     def skeleton(self, weight_dtype: torch.dtype) -> Any:
         """Return the pipeline on the meta device, without text encoders: what an estimate runs."""
-        family = self.family
+        family, classes = self.family, self._classes()
         names = (family.network, "vae", "scheduler")
         with torch.device("meta"):
-            parts = {name: self._class_of(name).from_config(self.config_of(name)) for name in names}
+            parts = {name: classes[name].from_config(self.config_of(name)) for name in names}
         # Not Diffusers' own `to`, which warns about modules of other models.
         torch.nn.Module.to(parts[family.network], weight_dtype)
         return family.pipeline(**parts, **dict.fromkeys(family.text_components))
 
     def text_weights(self) -> int:
         """Return the number of weights of the text encoders together."""
-        index, weights = self.config("model_index.json"), 0
+        weights, classes = 0, self._classes()
         for name in self.family.text_components:
-            kind = self._class_of(name) if index.get(name, [None])[0] is not None else None
-            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                config: Any = kind.config_class
+            if issubclass(classes.get(name, object), PreTrainedModel):
                 with torch.device("meta"):
-                    model: Any = kind(config.from_dict(self.config_of(name)))
+                    model = classes[name](classes[name].config_class.from_dict(self.config_of(name)))
                 weights += sum(parameter.numel() for parameter in model.parameters())
         return weights
 
@@ -131,9 +129,16 @@ class Pretrained:
         except OSError as error:
             raise MissingModelError(self._remedy(error)) from error
 
-    def _class_of(self, component: str) -> Any:
-        library, name = self.config("model_index.json")[component]
-        return getattr(_LIBRARIES[library], name)
+    def _classes(self) -> dict[str, Any]:
+        """Return the classes of the components that are there, by the components' names."""
+        named = {
+            name: kind for name, kind in self.config("model_index.json").items() if isinstance(kind, list)
+        }
+        return {
+            name: getattr(_LIBRARIES[lib], kind, object)
+            for name, (lib, kind) in named.items()
+            if lib in _LIBRARIES
+        }
 
     def _from_hub(self, name: str) -> str:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):

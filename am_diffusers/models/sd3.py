@@ -1,7 +1,4 @@
-"""Stable Diffusion 3 and 3.5: one transformer that predicts `velocity = noise - clean` at `1000 * sigma`.
-
-Stable Diffusion 3, arXiv 2403.03206; MATH section 0.
-"""
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer predicts `noise - clean` at `1000 * sigma`."""
 
 import re
 from typing import Any

@@ -38,7 +38,10 @@ class PromptEncoder:
         self._learn(texts, max_sequence_length, batch_size)
         device = getattr(self._pipe, self._family.network).device
         rows = [self._known[prompt, max_sequence_length] for prompt in prompts]
-        parts = {name: _stack([getattr(row, name) for row in rows], device) for name in Encoded._fields}
+        parts: dict[str, Tensor] = {}
+        for name in Encoded._fields:
+            if some := [part for row in rows if (part := getattr(row, name)) is not None]:
+                parts[name] = torch.stack(some).to(device)
         if negative_prompt is not None:
             row = self._known[negative_prompt, max_sequence_length]
             for name, part in zip(row._fields, row, strict=True):
@@ -70,8 +73,3 @@ class PromptEncoder:
                 parts = {name: part for name, part in row._asdict().items() if part is not None}
                 kept = {name: part.cpu().clone() for name, part in parts.items()}
                 self._known[text, length] = row._replace(**kept)
-
-
-def _stack(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.stack(found).to(device) if found else None
