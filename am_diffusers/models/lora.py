@@ -109,8 +109,8 @@ class TunedNetwork:
         """Write `folder/pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`.
 
         Loaders of Diffusers take lora_alpha = rank when a file has no metadata, so the scaling is multiplied
-        into B and the metadata says lora_alpha = rank: the same strength with and without metadata. Returns the
-        path.
+        into B and the metadata says lora_alpha = rank: the same strength with and without metadata.
+        The file's path is returned.
         """
         network, prefix = self.network, self.family.network
         layers = lora_layers(network)
