@@ -11,7 +11,7 @@ from small_trainer import make_trainer
 
 def train(tmp_path, processes=None):
     """Train for six iterations; return the weights and the gradient norms that were logged."""
-    trainer, _ = make_trainer(tmp_path)
+    trainer, _, _ = make_trainer(tmp_path)
     if processes is not None:
         trainer.processes = processes
         trainer.method.collect = _of_half_the_samples(trainer.method.collect)
