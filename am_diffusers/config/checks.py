@@ -159,7 +159,7 @@ def _checkpoint(c: CheckpointConfig) -> list[Check]:
 def _auto(c: Config) -> list[Check]:
     method = METHODS.get(c.method.method)  # an unknown one is refused with the nearest name by `make_plan`
     tried = method is None or method.finds_sizes
-    rule = f"a number: auto tries the passes of adjoint_matching, not those of {c.method.method}"
+    rule = f"a number: auto does not know the passes of {c.method.method}"
     return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from am_diffusers.config.rewards import RewardConfig
+from am_diffusers.methods import DEFAULT_METHOD
 
 
 @dataclass(frozen=True)
@@ -15,4 +16,4 @@ class MethodConfig:
     """
 
     rewards: list[RewardConfig]
-    method: str = "adjoint_matching"
+    method: str = DEFAULT_METHOD

@@ -33,8 +33,8 @@ class OptimizerConfig:
             not finite, before the run stops; 0 = it stops at the first.
         rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process,
             auto = as many as fit into memory, found before the first iteration by halving.
-        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process (draft and refl: of a
-            micro-batch of the loss), auto as above.
+        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process (of a
+            micro-batch of the loss, where the loss takes the rewards), auto as above.
         loss_micro_batch_size: (sample, step) rows a forward and backward of the loss; auto as above.
         offload_trajectories: keep the states and targets of an iteration on the CPU until the loss needs
             them, which saves 2 x train_batch_size x steps latents of device memory.

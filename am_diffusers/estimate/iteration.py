@@ -2,7 +2,7 @@
 
 A transformer call is run once for each size of its input and counted again wherever the method makes the
 same call, on top of what is held there; so is a pass of VAE and rewards (`passes.py`). Everything between the
-calls runs as is. DRaFT and ReFL take rewards in the loss, whose phase they belong to then.
+calls runs as is. Methods that take rewards in the loss have them in its phase.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ KNOBS = {
     ROLLOUT: "rollout_micro_batch_size, offload_trajectories",
     ADJOINT: "rollout_micro_batch_size, gradient_checkpointing",
     REWARD: "reward_micro_batch_size, rollout_micro_batch_size, gradient_checkpointing",
-    LOSS: "loss_micro_batch_size, gradient_checkpointing (draft and refl: reward_micro_batch_size, too)",
+    LOSS: "loss_micro_batch_size, gradient_checkpointing (reward_micro_batch_size, if it takes rewards)",
     STEP: "rank",
     SAMPLING: "eval_batch_size",
 }

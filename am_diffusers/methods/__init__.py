@@ -10,6 +10,8 @@ from am_diffusers.methods.flow_grpo import FlowGRPO
 from am_diffusers.methods.ram import RAM
 from am_diffusers.methods.refl import ReFL
 
+DEFAULT_METHOD = "adjoint_matching"
+
 METHODS: dict[str, type[Method]] = {
     "adjoint_matching": AdjointMatching,
     "buffered_adjoint_matching": BufferedAdjointMatching,

@@ -74,7 +74,7 @@ class TunedNetwork:
     ) -> None:
         """Add a trainable float32 LoRA that starts as the identity (B = 0, A normal with std 1/rank).
 
-        Rank 32 and alpha 64 are the SD3.5-medium setting of Flow-GRPO (arXiv 2505.05470).
+        Rank 32 and alpha 64 are the SD3.5-medium setting of arXiv 2505.05470.
 
         Args:
             rank: inner dimension of A and B, at least 1.

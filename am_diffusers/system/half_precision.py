@@ -47,8 +47,8 @@ class ScaledBackward:
 
     What b says depends on the loss. For a regression, sum_i w_i |d_i|^2, b bounds the norm of the gradient
     with respect to the d_i, so that what enters the network stays in range. Others have no such bound, b is
-    only a size that grows with them: the rewards that DRaFT and ReFL sum may cancel, which makes b small and
-    the scale large whatever their gradients are, and Flow-GRPO's terms, of which none is negative, say
+    only a size that grows with them: rewards that are summed may cancel, which makes b small and the scale
+    large whatever their gradients are, and the terms of a policy gradient, of which none is negative, say
     nothing of the densities' gradients. Beyond float16's range such a gradient is infinite or NaN, which the
     trainer refuses, or loses digits unseen; float32 and bfloat16 have the range.
 

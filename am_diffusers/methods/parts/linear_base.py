@@ -1,4 +1,4 @@
-"""Adjoint Matching with a linear base: the formulas of Efficient Adjoint Matching, without trajectories.
+"""Adjoint Matching with a linear base, without trajectories: its formulas (arXiv 2605.11480).
 
 The base is the reverse SDE of Gaussian data N(0, variance * I), memoryless and linear, so that its adjoint
 is known in closed form. With s = sigma, t = 1 - s, m(s) = variance * t^2 + s^2, and a state x_e at the noise

@@ -54,7 +54,7 @@ class SharedSettings:
         loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1.
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
-            that follows each step's residual); flow_grpo draws all of them alike.
+            that follows each step's residual).
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all. Only null is unbiased: on a mixture of three modes .9 reaches
             40 % of the tilt's KL, null 92 %.
@@ -184,7 +184,7 @@ class EndPointSettings:
     """Methods that train on clean images, whatever sampler made them.
 
     Attributes:
-        rollout_sampler: how ram, draft and refl make images in training, in num_inference_steps steps: by
+        rollout_sampler: how images are made in training, in num_inference_steps steps: by
             the model's own ODE, or a stochastic table (see `am_diffusers.transitions`).
     """
 

@@ -128,18 +128,18 @@ def systematic(chances: Tensor, generator: torch.Generator) -> list[int]:
 
 
 def draw_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
-    """`steps` of the K - 1 steps with noise for Flow-GRPO, drawn uniformly, increasing; or all.
+    """Return `steps` of the K - 1 steps with noise, drawn uniformly, increasing; or all.
 
     Raises:
         ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
     """
-    number = check_steps(table, steps, "Flow-GRPO")
+    number = check_steps(table, steps)
     if steps == "all":
         return list(range(number))
     return sorted(torch.randperm(number, generator=generator)[:steps].tolist())
 
 
-def check_steps(table: Transitions, steps: int | Literal["all"], method: str) -> int:
+def check_steps(table: Transitions, steps: int | Literal["all"]) -> int:
     """Number K - 1 of steps with noise, of which `steps` can be trained on.
 
     Raises:
@@ -147,7 +147,7 @@ def check_steps(table: Transitions, steps: int | Literal["all"], method: str) ->
     """
     num_steps = table.num_steps - 1
     if num_steps < 1 or not (table.std[:-1] > 0).all() or table.std[-1] != 0:
-        raise ValueError(f"{method} needs noise in every step but the last: use a memoryless table")
+        raise ValueError("the method needs noise in every step but the last: use a memoryless table")
     if steps != "all" and not 1 <= steps <= num_steps:
         raise ValueError(f"steps to train on: expected 1 .. {num_steps} or 'all', got {steps}")
     return num_steps
@@ -159,7 +159,7 @@ def select_steps(table: Transitions, steps: int | Literal["all"], generator: tor
     Raises:
         ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
     """
-    num_steps = check_steps(table, steps, "Adjoint Matching")
+    num_steps = check_steps(table, steps)
     if steps == "all":
         return list(range(num_steps))
     num_last = steps // 2

@@ -1,4 +1,4 @@
-"""The end of a rollout with gradients on: what DRaFT and ReFL train, and the loss they share.
+"""The end of a rollout with gradients on, and the loss of the methods that train it alone.
 
     x_first: the policy's state after the first steps, no gradient
     x_K = steps first .. K-1 of the policy from x_first, differentiable in its parameters
