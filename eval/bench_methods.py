@@ -1,11 +1,11 @@
-"""Benchmarks of methods: runs what is missing of the studies in eval/benching, then writes docs/methods.md.
+"""Run the benchmarks of methods in eval/benching that are missing, then write docs/methods.md.
 
     OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation] [masking]
 
 A study's settings, budgets and seeds are declared in eval/benching/STUDY.yaml. Every run leaves a record in
 eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Nothing else may keep
 the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
-work, each with one thread; a run that another one does is left to it.
+work, each with one thread; every run is done by one of them.
 
     python scripts/assets/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
     python eval/bench_methods.py --tables_only --real_pictures outputs/real
@@ -40,9 +40,9 @@ def main() -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all, {', '.join(STUDIES)}")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="of LoRAs, pictures"
+        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="folder of LoRAs and images"
     )
-    parser.add_argument("--real_pictures", type=Path, help="judge by them what is in --output_dir")
+    parser.add_argument("--real_pictures", type=Path, help="folder of real images to judge --output_dir by")
     parser.add_argument(
         "--tables_only", action="store_true", help="train nothing; judge, write tables and figures"
     )

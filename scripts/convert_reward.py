@@ -29,10 +29,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn a published pickle of a reward into safetensors.")
-    parser.add_argument("name", choices=CONVERTERS, help="which reward")
+    parser.add_argument("name", choices=CONVERTERS, help="reward to convert")
     parser.add_argument("file", help="the published file, or owner/repository/file on the hub")
-    parser.add_argument("folder", type=Path, help="where to write; other files in it stay")
-    parser.add_argument("--sha256", help="of the file; none = the pinned one, or it is only logged")
+    parser.add_argument("folder", type=Path, help="folder to write; other files in it stay")
+    parser.add_argument("--sha256", help="checksum of the file; none = the pinned one, or it is only logged")
     return parser.parse_args()
 
 

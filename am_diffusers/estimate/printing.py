@@ -1,4 +1,4 @@
-"""How the dry run prints the estimate of a run."""
+"""The estimate of a run as the dry run prints it."""
 
 from dataclasses import asdict
 
@@ -24,7 +24,7 @@ KNOBS = {
 
 
 def describe(plan: Plan, accelerator: Accelerator) -> str:
-    """The estimate as comment lines; what is missing for one, if it can't be made."""
+    """Return the estimate as comment lines, or what is missing for one."""
     on_gpu = plan.config.run.gpu is not None or accelerator.device.type != "cpu"
     try:
         found = estimate(plan, accelerator, on_gpu=on_gpu)
@@ -65,7 +65,7 @@ def _buffer(found: Estimate) -> list[str]:
 
 
 def _bounds(plan: Plan) -> list[str]:
-    """What was estimated otherwise than the run will be."""
+    """Return lines on the settings that were estimated at a bound."""
     before, after = plan.config.optimizer, estimable(plan).config.optimizer
     changed = [name for name, value in asdict(before).items() if value != getattr(after, name)]
     return [f"  estimated with {name} {getattr(after, name)}, a bound" for name in changed]

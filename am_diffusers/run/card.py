@@ -32,14 +32,14 @@ LONGEST_EXAMPLE = 160
 
 @dataclass(frozen=True)
 class Loading:
-    """How the pictures of a run are made with Diffusers.
+    """Diffusers code that makes images with the result of a run.
 
     Attributes:
         base: hub id or folder of the base model.
         base_options: further arguments of its `from_pretrained`, as Python source by name.
         load_from: hub id or folder of the LoRA.
-        subfolder: of it that holds what the pictures and the evaluation are of; None = itself.
-        prompt: an example.
+        subfolder: subfolder of `load_from` with the LoRA that images and evaluation use; None = none.
+        prompt: example prompt.
         call: numbers of the pipeline call, by argument.
     """
 
@@ -51,7 +51,7 @@ class Loading:
     call: dict[str, float]
 
     def snippet(self) -> str:
-        """Python source that renders one picture."""
+        """Return Python source that renders one picture."""
         options = "".join(f", {name}={value}" for name, value in self.base_options.items())
         inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
         return "\n".join(
@@ -72,21 +72,21 @@ class Loading:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says, besides what lies in the output folder.
+    """Content of a card, besides the files in the output folder.
 
     Attributes:
         title: heading.
         base_model: the base model as the user named it.
         hub_base: its hub id; None for a folder, which the metadata of a card can't name.
         rewards: what was trained, one text each.
-        method: name of the fine-tuning method; also a tag.
-        paper: its arXiv number.
-        law: what the training aims at, a sentence.
+        hub_base: hub id of the base model; None for a folder, which the metadata of a card can't name.
+        paper: arXiv number of the method's paper.
+        law: sentence on what the training aims at.
         source: where the training prompts come from.
         prompts: the training prompts.
         settings: the resolved config as YAML.
         resolution: side of the pictures in pixels.
-        loading: how to make a picture.
+        loading: code that makes an image.
     """
 
     title: str
@@ -104,12 +104,12 @@ class CardFacts:
 
 
 def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) -> Path:
-    """Write `folder/README.md`, with the newest grid and the training curves that lie in `folder/samples`.
+    """Write `folder/README.md`, with the newest grid and the training curves in `folder/samples`.
 
     Args:
         folder: output folder of the run.
-        facts: of the run; secrets in them are redacted.
-        evaluation: None if there was none.
+        facts: facts about the run; secrets in them are redacted.
+        evaluation: results of the evaluation; None if there was none.
     """
     # Before anything is quoted or escaped: afterwards a secret might not be recognised.
     clean = cast(dict[str, Any], redact_values(asdict(facts)))

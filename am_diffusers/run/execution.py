@@ -24,13 +24,14 @@ class Run:
 
     Attributes:
         trainer: the loop.
-        save_lora: writes the LoRA into a folder, averaged too if there is an EMA, and returns the files.
-        verify_lora: loads a written file into a fresh model and compares.
-        held_out: None = no evaluation.
+        save_lora: function that writes the LoRA into a folder, averaged too if there is an EMA, and returns
+            the files.
+        verify_lora: function that loads a written file into a fresh model and compares.
+        held_out: the evaluation at the end; None = no evaluation.
         share: what the main process does with the result at the end: model card, upload.
-        processes: those of the run.
+        processes: processes of the run.
         folder: output folder.
-        lock: that of the folder, on the main process; held until the run is over.
+        lock: lock of the folder, on the main process; held until the run is over.
     """
 
     trainer: Trainer
@@ -43,7 +44,7 @@ class Run:
     lock: BaseFileLock | None
 
     def execute(self) -> Evaluation | None:
-        """Train, export, evaluate, share. Interrupted anywhere, the same command goes on where it was.
+        """Train, export, evaluate, share; after an interruption the same command resumes.
 
         Returns:
             The evaluation, the same on all processes; None without held-out prompts.
@@ -82,7 +83,7 @@ class Run:
             )
 
     def _evaluate(self, held_out: HeldOut) -> Evaluation:
-        """Every process makes and scores its share of the pictures, of the EMA if there is one."""
+        """Make and score this process's share of the images, with the EMA if there is one."""
         which = pictures_of(len(held_out.prompts), held_out.images_per_prompt)
         mine = share_of(which, self.processes.index, self.processes.number)
         with self.processes.together(), self.trainer.state.ema_weights():

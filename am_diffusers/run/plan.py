@@ -1,4 +1,4 @@
-"""What a run will do, and everything that can be wrong with it before a model is loaded."""
+"""Plan a run: check everything that can be wrong with it before a model is loaded."""
 
 import re
 import tempfile
@@ -31,12 +31,12 @@ class Plan:
     """A checked config with its prompts.
 
     Attributes:
-        config: as given, with left-out reward weights and held-out rewards filled in.
+        config: the config as given, with left-out reward weights and held-out rewards filled in.
         num_processes: processes of the run.
         train_prompts: all training prompts.
         eval_prompts: held-out prompts; empty = no evaluation.
-        validation_prompts: prompts that are scored as training goes on.
-        num_grid_prompts: the first so many of them are shown in the grids.
+        validation_prompts: prompts that are scored during training.
+        num_grid_prompts: number of validation prompts, the first ones, that the grids show.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Plan:
         return self.config.evaluation.eval_rewards or []
 
     def used_train_prompts(self) -> list[str]:
-        """The training prompts that the run's iterations take, without repetition."""
+        """Return the training prompts that the run's iterations use, without repetition."""
         config = self.config.optimizer
         size, steps = config.train_batch_size // self.config.shared.samples_per_prompt, config.max_train_steps
         total, seed = len(self.train_prompts), self.config.run.seed
@@ -62,7 +62,7 @@ class Plan:
         return list(dict.fromkeys(self.train_prompts[row] for row in rows))
 
     def some_train_prompts(self, number: int, purpose: str) -> list[str]:
-        """At most so many of those prompts, drawn at random: in files the similar ones are neighbours."""
+        """Return at most `number` of these prompts, at random: in files the similar ones are neighbours."""
         prompts = self.used_train_prompts()
         if len(prompts) <= number:
             return prompts
@@ -70,7 +70,7 @@ class Plan:
         return [prompts[row] for row in order[:number].tolist()]
 
     def describe(self) -> str:
-        """The resolved config as YAML, and what follows from it as comments."""
+        """Return the resolved config as YAML, with what follows from it as comments."""
         optimizer, evaluation = self.config.optimizer, self.config.evaluation
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
@@ -98,7 +98,7 @@ class Plan:
         )
 
     def _base_pictures(self) -> list[str]:
-        """What the normalisers of a divergence cost before the first iteration."""
+        """Return a line on the base images that a divergence needs before the first iteration."""
         options = self.config.shared
         if options.divergence == "kl":
             return []
@@ -145,13 +145,13 @@ def make_plan(config: Config, num_processes: int) -> Plan:
 
 
 def _resolve(config: Config) -> Config:
-    """Released weights and held-out rewards where the config leaves them out."""
+    """Fill in released weights and held-out rewards where the config leaves them out."""
     evaluation = config.evaluation
     trained = [resolve_reward(reward) for reward in config.method.rewards]
     held_out = evaluation.eval_rewards
     if evaluation.eval_prompts is None:
         if held_out:
-            raise ValueError("--eval_rewards without --eval_prompts: nothing would be evaluated")
+            raise ValueError("--eval_rewards needs --eval_prompts: add held-out prompts, or leave it out")
         held_out = []
     elif held_out is None:
         held_out = [RewardConfig(_other_reward([reward.name for reward in trained]))]
@@ -177,7 +177,7 @@ def _other_reward(trained: Collection[str]) -> str:
 
 
 def resolve_reward(reward: RewardConfig) -> RewardConfig:
-    """The reward with its weights named, once they can be there; nothing is loaded.
+    """Fill in the weights of a reward, and check that they can exist; nothing is loaded.
 
     Raises:
         ValueError: unknown name (with the nearest known one), numbers that make no sense, or no such file.
@@ -188,7 +188,7 @@ def resolve_reward(reward: RewardConfig) -> RewardConfig:
         raise ValueError(f"rewards: unknown reward {suggest(reward.name, REWARDS)}")
     if not issubclass(kind, LearnedReward):
         if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
-            raise ValueError(f"rewards: {reward.name} has no weights: it takes weight, mean and std alone")
+            raise ValueError(f"rewards: {reward.name} has no weights: it takes only weight, mean and std")
         return reward
     model = reward.model or kind.released
     if model in PACKAGED:
@@ -229,7 +229,7 @@ def _check_gradients(config: Config) -> None:
 
 
 def _prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Training and evaluation prompts."""
+    """Read training and evaluation prompts."""
     train, evaluation = config.prompts, config.evaluation
     training = load_prompts(
         asset_path(train.train_prompts),

@@ -28,7 +28,7 @@ from evaluating.tables.tables import comparison_table, write_tables
 
 
 def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
-    """Do this process's share, then on the main process what can be concluded; yields lines to print.
+    """Do this process's share, then on the main process what can be concluded; yield lines to print.
 
     Raises:
         ValueError: what is wrong and what to do about it; everything written before is kept.
@@ -52,8 +52,8 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
     missing = missing_units(plan, store)
     if missing:
         yield (
-            f"this share is done; of others {missing} chunks are missing: the last one to finish writes the "
-            "results, or this command without --shard"
+            f"this share is done; {missing} chunks of others are missing: the last share to finish writes the "
+            "results, or run this command without --shard"
         )
         return
     yield from conclude(plan, store, notes, processes)
@@ -61,12 +61,12 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
 
 def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
     """Make the pictures of these chunks that are missing; no model is loaded if there are none."""
-    # What was measured was sound, and is still there if it has the same checksum.
+    # Values that were measured are kept if the picture made again has the same checksum.
     units = unmeasured(store, plan.measures[0], units_of(plan.measures[0], plan.candidates, chunks))
     batches = missing_batches(store, units, plan.options.batch_size)
     if not batches:
         return
-    # What would fail after hours of pictures shall fail now.
+    # What would fail after hours must fail now.
     for measure in plan.measures:
         measure.load(processes.accelerator.device, plan.options.batch_size, plan.prompts.prompts)
     model = load_model(plan, batches, processes.accelerator.device)
@@ -123,7 +123,7 @@ def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processe
 
 
 def references(plan: Plan, store: Store, processes: Processes) -> dict[str, Array]:
-    """Features of the reference pictures by name, if there are any."""
+    """Return the features of the reference pictures by name, if there are any."""
     folder = plan.options.reference_pictures
     if folder is None:
         return {}

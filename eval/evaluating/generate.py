@@ -29,7 +29,7 @@ Batches = list[tuple[Candidate, tuple[Picture, ...]]]
 
 
 def missing_batches(store: Store, units: Sequence[tuple[Candidate, int]], batch_size: int) -> Batches:
-    """Batches of chunks with a picture that isn't there or is damaged, in the order of the chunks.
+    """Find batches of chunks with a missing or damaged picture, in the order of the chunks.
 
     Chunks are always cut into the same batches: which pictures share a network pass changes their last bits.
     """
@@ -53,8 +53,8 @@ class Generator:
 
     Attributes:
         plan: what to make.
-        store: where to put it.
-        model: without a LoRA before and after.
+        store: folder of the pictures.
+        model: the model, without a LoRA before and after.
     """
 
     plan: Plan
@@ -103,7 +103,7 @@ class Generator:
             before = None
         if candidate.lora is None:
             return
-        self.store.check_lora(candidate)  # a training may have written it anew since
+        self.store.check_lora(candidate)  # a training run may have written it anew since
         if before is None or before.lora != candidate.lora:
             self.model.load_lora(candidate.lora)
         self.model.set_lora_scale(candidate.lora_scale)
@@ -129,7 +129,7 @@ class Generator:
             )
 
     def sampler(self, candidate: Candidate) -> Sampler:
-        """What makes a candidate's pictures; the noise is the same for all candidates."""
+        """Make the sampler of a candidate's pictures; the noise is the same for all candidates."""
         side = self.plan.side
         return Sampler(
             solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps),
@@ -149,7 +149,7 @@ class Generator:
 
 
 def load_model(plan: Plan, batches: Batches, device: torch.device) -> SD3:
-    """The base model with the prompts of `batches` encoded and the text encoders freed."""
+    """Load the base model, encode the prompts of `batches` and free the text encoders."""
     model = SD3.from_pretrained(
         plan.source.path,
         weight_dtype=DTYPES[plan.options.mixed_precision],

@@ -25,7 +25,7 @@ from am_diffusers.system.files import write_whole
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS_A_STYLE = 800
 Plan = dict[Path, Callable[[Path], object]]
-"""By path inside the layout: what writes the file at the path it gets."""
+"""Functions that write a file at a given place, by path inside the layout."""
 
 
 def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> None:
@@ -33,7 +33,7 @@ def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Seque
 
     Args:
         layout: one of `LAYOUTS`.
-        folder: of the layout and nothing else; made if needed.
+        folder: folder of the layout and nothing else; made if needed.
         prompts: P prompts. For geneval with `rows` as in its evaluation_metadata.jsonl; for hpsv2 the whole
             benchmark, each style in the order of its file, with a category column of styles.
         pictures: (P, S) picture files, 8-bit RGB PNG; for hpsv2 S is 1.
@@ -68,7 +68,7 @@ def check_layout(layout: str, prompts: PromptSet, images_per_prompt: int) -> Non
 
 
 def _geneval(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
-    """What evaluate_images.py reads: the prompt's line of metadata, and `samples` in any number."""
+    """Lay out what evaluate_images.py reads: the prompt's line of metadata, and `samples` in any number."""
     plan: Plan = {}
     rows = prompts.rows or ({},) * len(prompts)
     for index, (prompt, row, files) in enumerate(zip(prompts.prompts, rows, pictures, strict=True)):
@@ -82,7 +82,7 @@ def _geneval(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
 
 
 def _without_none(value: object) -> object:
-    """Without the keys that tables fill with None: to the judge a key is a demand, whatever its value."""
+    """Remove the keys that tables fill with None: to the judge a key is a demand, whatever its value."""
     if isinstance(value, Mapping):
         return {key: _without_none(part) for key, part in value.items() if part is not None}
     return [_without_none(part) for part in value] if isinstance(value, (list, tuple)) else value
@@ -105,7 +105,7 @@ def _check_metadata(index: int, prompt: str, metadata: object) -> None:
 
 
 def _hpsv2(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
-    """What hpsv2.evaluate reads: every folder is a style, whose pictures have the numbers of its prompts."""
+    """Lay out what hpsv2.evaluate reads: every folder is a style, its pictures numbered like its prompts."""
     if any(len(files) != 1 for files in pictures):
         raise ValueError(
             "hpsv2: its judge takes one picture a prompt: evaluate with --num_images_per_prompt 1"
@@ -133,7 +133,7 @@ LAYOUTS: dict[str, Callable[[PromptSet, Sequence[Sequence[Path]]], Plan]] = {
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files in a folder, without hidden ones: those are parts that a killed export left."""
+    """Yield files in a folder, without hidden ones: those are parts that a killed export left."""
     return (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
@@ -152,7 +152,7 @@ def _link(file: Path, source: Path) -> None:
 
 
 def _convert(file: Path, source: Path) -> None:
-    """JPEG with PIL's defaults, as the judge's own example writes."""
+    """Write a JPEG with PIL's defaults, as the judge's own example does."""
     buffer = io.BytesIO()
     with Image.open(source) as image:
         image.save(buffer, format="JPEG")

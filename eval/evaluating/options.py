@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; `parser` explains each.
+    """Options of the command line; `parser` explains each.
 
     Lists are never empty where one is needed, counts are positive, and `shard` is (which, of how many),
     counted from 0.
@@ -47,7 +47,7 @@ class Options:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Options of a command line.
+    """Parse a command line.
 
     Raises:
         ValueError: an unknown flag (with the nearest known one) or a value that makes no sense.
@@ -62,10 +62,10 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags, in the order of `--help`."""
+    """Make the parser, with flags in the order of `--help`."""
     known = argparse.ArgumentParser(
         description="Compare LoRAs with their base: the same prompts and noise, real rewards, intervals. "
-        "The same command again goes on where it was stopped.",
+        "The same command again resumes where it was stopped.",
         allow_abbrev=False,
     )
     _model_flags(known.add_argument_group("models"))
@@ -137,10 +137,10 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--category_columns", nargs="*", help="columns to break results down by; default: the usual names"
     )
     group.add_argument("--prompts_split", help="split of a data set")
-    group.add_argument("--max_prompts", type=positive, help="only the first so many")
+    group.add_argument("--max_prompts", type=positive, help="number of prompts to use, the first ones")
     group.add_argument(
         "--train_prompts",
-        help="training list to look for leaks in; default: that of the LoRA's run, if known",
+        help="training list to look for leaks in; default: the list of the LoRA's run, if known",
     )
 
 
@@ -163,7 +163,7 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--reference_pictures", type=Path, help="folder of pictures to take Frechet distances to as well"
     )
-    group.add_argument("--lpips", action="store_true", help="how far each picture moved (package lpips)")
+    group.add_argument("--lpips", action="store_true", help="measure how far each image moved (package lpips)")
 
 
 def _output_flags(group: argparse._ArgumentGroup) -> None:
@@ -176,15 +176,15 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         choices=("geneval", "hpsv2"),
         default=[],
-        help="the pictures also in the folders of these judges",
+        help="write the images also in the folders of these judges",
     )
     group.add_argument(
-        "--report_prompts", type=positive, default=100, help="at most so many prompts' pictures in the report"
+        "--report_prompts", type=positive, default=100, help="number of prompts with images in the report"
     )
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
@@ -192,7 +192,7 @@ def positive(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
@@ -200,7 +200,7 @@ def positive_float(text: str) -> float:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """`I/N`: shard I, from 0, of N."""
+    """Parse `I/N`: shard I, from 0, of N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, e.g. 0/4, got {text}")
@@ -208,6 +208,6 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def named(text: str) -> tuple[str, str | None]:
-    """`NAME=VALUE` as a pair; `NAME` alone has no value."""
+    """Split `NAME=VALUE` into a pair; `NAME` alone has no value."""
     name, _, value = text.partition("=")
     return name, value or None

@@ -7,7 +7,7 @@
     features/..., changes/...              image features, and distances to the base's pictures, likewise
 
 Every file is whole or not there and says what it was made from, so any number of machines may work on one
-folder, be killed at any moment and go on. A chunk is the unit of sharing: CHUNK pictures of one candidate,
+folder, be killed at any moment and resume. A chunk is the unit of sharing: CHUNK pictures of one candidate,
 the same whatever the batch size and the number of machines.
 """
 
@@ -47,7 +47,7 @@ class Store:
         folder: where it is.
         settings: plain JSON values that all pictures depend on.
         prompts: P texts.
-        images_per_prompt: S.
+        images_per_prompt: S, number of pictures per prompt.
         side: pictures are side x side pixels.
     """
 
@@ -65,7 +65,7 @@ class Store:
         return tuple(tuple(which[start : start + CHUNK]) for start in range(0, len(which), CHUNK))
 
     def open(self, candidates: Sequence[Candidate]) -> None:
-        """Start the folder, or go on in it.
+        """Start the folder, or continue in it.
 
         Raises:
             ValueError: it holds pictures made with other settings or another LoRA; says which.
@@ -86,12 +86,12 @@ class Store:
         self._agree(self.folder / "pictures" / candidate.key / "candidate.json", made_from)
 
     def picture(self, candidate: Candidate, picture: Picture) -> Path:
-        """File of a picture."""
+        """Return the file of a picture."""
         name = f"{picture.prompt:05d}-{picture.image:03d}.png"
         return self.folder / "pictures" / candidate.key / name
 
     def about(self, candidate: Candidate, picture: Picture) -> dict[str, object]:
-        """What a picture is of: prompt, candidate, and the seed of its starting noise."""
+        """Describe a picture: prompt, candidate, and the seed of its starting noise."""
         generator = generator_for(self.settings["seed"], PURPOSE, *picture)
         return {
             "prompt": self.prompts[picture.prompt],
@@ -113,7 +113,7 @@ class Store:
         write_whole(self.picture(candidate, picture), write)
 
     def damage(self, candidate: Candidate, picture: Picture) -> str | None:
-        """What is wrong with a picture's file: None = nothing, "" = it isn't there."""
+        """Return what is wrong with a picture's file: None = nothing, "" = it isn't there."""
         file = self.picture(candidate, picture)
         if not file.exists():
             return ""
@@ -135,17 +135,17 @@ class Store:
         return None
 
     def has_path_kl(self, candidate: Candidate) -> bool:
-        """Whether its pictures come with their path KL."""
+        """Return whether a candidate's pictures come with their path KL."""
         sampler = self.settings["sampler"]
         return not candidate.is_base and sampler in TRANSITIONS and sampler != "ode_euler"
 
     def path_kl(self, candidate: Candidate, picture: Picture) -> float:
-        """Path KL of a picture in nats, from its text."""
+        """Return the path KL of a picture in nats, from its text."""
         with Image.open(self.picture(candidate, picture)) as image:
             return read_about(image)["path_kl"]
 
     def values_file(self, kind: str, candidate: Candidate, name: str, chunk: int) -> Path:
-        """File of what was measured on a chunk: `kind` rewards, features or changes, by `name`."""
+        """Return the file of what was measured on a chunk: `kind` rewards, features or changes, by `name`."""
         return self.folder / kind / candidate.key / name / f"{chunk:05d}.safetensors"
 
     def save_values(self, file: Path, values: np.ndarray, made_from: Mapping[str, object]) -> None:
@@ -155,7 +155,7 @@ class Store:
         write_whole(file, lambda part: save_file(array, part, metadata=header))
 
     def load_values(self, file: Path, made_from: Mapping[str, object]) -> np.ndarray | None:
-        """Values (n, ...), or None if they aren't there, are damaged, or were made from something else."""
+        """Load values (n, ...); None if they are missing, damaged, or made from something else."""
         try:
             with safe_open(file, framework="numpy") as opened:
                 header = opened.metadata() or {}
@@ -166,14 +166,14 @@ class Store:
             return None
 
     def shas(self, candidate: Candidate, chunk: int) -> dict[str, str] | None:
-        """SHA-256 of the files of a chunk by name; None if one isn't there."""
+        """Return the SHA-256 of the files of a chunk by name; None if one isn't there."""
         files = [self.picture(candidate, picture) for picture in self.chunks[chunk]]
         if not all(file.exists() for file in files):
             return None
         return {file.name: self._sha(file) for file in files}
 
     def _sha(self, file: Path) -> str:
-        """SHA-256 of a file, read once unless it changes: every measure asks for it again."""
+        """Return the SHA-256 of a file, read once unless it changes: every measure asks for it again."""
         stat = file.stat()
         state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if file not in self._hashed or self._hashed[file][0] != state:
@@ -197,7 +197,7 @@ class Store:
 
 
 def read_about(image: Image.Image) -> dict[str, Any]:
-    """What `Store.save_picture` wrote about a picture.
+    """Read what `Store.save_picture` wrote about a picture.
 
     Raises:
         ValueError: if there is no such text.
@@ -209,7 +209,7 @@ def read_about(image: Image.Image) -> dict[str, Any]:
 
 
 def read_picture(file: Path) -> Tensor:
-    """A picture file as RGB (3, H, W) in [0, 1].
+    """Read a picture file as RGB (3, H, W) in [0, 1].
 
     Raises:
         ValueError: if it can't be read.
@@ -223,5 +223,5 @@ def read_picture(file: Path) -> Tensor:
 
 
 def digest(values: object) -> str:
-    """Short fingerprint of plain JSON values, 16 hexadecimal digits."""
+    """Return a short fingerprint of plain JSON values, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

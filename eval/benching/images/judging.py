@@ -9,7 +9,7 @@ with real ones of the same captions, by the features of a classifier that was tr
 - the squared Frechet distance of all pictures from all real ones, a number without an interval.
 
 Half of the real pictures judge. As many of the other half as there are generated ones are judged, too. Those
-of the embedded set are one drawing a caption, placed and mirrored at random: no model will be as like.
+of the embedded set are one drawing per caption, placed and mirrored at random: no model will be as similar.
 """
 
 import re
@@ -42,7 +42,7 @@ class Judge:
         base: folder of the base's pictures, (P, S).
 
     Attributes:
-        identity: what a judgement depends on beside the pictures that are judged.
+        identity: fingerprints of all that a judgement depends on beside the judged pictures.
         base: the base's pictures, judged.
         real: other real pictures, judged.
 
@@ -61,7 +61,7 @@ class Judge:
             )
         for shown, expected in zip(_prompts(real), _prompts(base), strict=True):
             if shown != expected:
-                raise ValueError(f"--real_pictures {real}: pictures of {shown!r} for {expected!r}")
+                raise ValueError(f"--real_pictures {real}: expected images of {expected!r}, found {shown!r}")
         half = every.shape[1] // 2
         self._real = every[:, :half]
         self.identity = {
@@ -72,10 +72,10 @@ class Judge:
         self.base, self.real = self._judge(self._base), self._judge(every[:, half : half + images])
 
     def judge(self, folder: Path) -> Judged:
-        """Of the pictures in a folder, made from the same prompts and noise as the base's.
+        """Judge the pictures in a folder, made from the same prompts and noise as the base's.
 
         Raises:
-            ValueError: there are others than of the base.
+            ValueError: if their number isn't the base's.
         """
         features = self._features(folder)
         if features.shape != self._base.shape:
@@ -91,12 +91,12 @@ class Judge:
         return Judged(found.gain, by_prompt.tolist(), frechet_distance(*flat))
 
     def _likeness(self, features: Array) -> Array:
-        """Mean cosine with the caption's real pictures, (P, S)."""
+        """Return the mean cosine with the caption's real pictures, (P, S)."""
         return np.einsum("psd,pd->ps", _unit(features), _unit(self._real).mean(axis=1))
 
     @torch.no_grad()
     def _features(self, folder: Path) -> Array:
-        """Of the pictures of a folder, (P, S, D)."""
+        """Return the features of the pictures of a folder, (P, S, D)."""
         files = picture_files(folder)
         rows = []
         for start in range(0, len(files), BATCH):
@@ -117,7 +117,7 @@ def _digest(folder: Path) -> str:
 
 
 def _prompts(folder: Path) -> list[str]:
-    """What the pictures of each prompt are of.
+    """Return the prompts that the pictures of a folder show, in order.
 
     Raises:
         ValueError: one doesn't say, or pictures of one prompt say different things.
@@ -137,7 +137,7 @@ def _prompts(folder: Path) -> list[str]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Pictures 00012-003.png (prompt 12, picture 3) of a folder, prompt by prompt.
+    """Return pictures 00012-003.png (prompt 12, picture 3) of a folder, prompt by prompt.
 
     Raises:
         ValueError: there are none, or prompts have different numbers of them.
@@ -154,7 +154,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def judge_pictures(work: Work, real: Path) -> Iterator[str]:
-    """Judge the pictures of the runs that are compared by these real ones; yields what was done, run by run.
+    """Judge the pictures of the runs that are compared by these real ones; yield what was done, run by run.
 
     Runs whose pictures aren't on this disk are left as they are.
 

@@ -26,15 +26,15 @@ from evaluating.summary.summary import CandidateSummary
 def measure(
     study: Study, run: str, reached: Sequence[Reached], folder: Path, evaluations: Path
 ) -> list[Snapshot]:
-    """Pictures and measures of every LoRA of a run; those of the base are made once for a study.
+    """Make and measure the pictures of every LoRA of a run; those of the base are made once per study.
 
-    What an earlier attempt at the run left is removed: its LoRAs were others, as its clock was.
+    Results of an earlier attempt at the run are removed: its LoRAs and its clock were different.
 
     Args:
-        study: says how.
+        study: study that says how to evaluate.
         run: name of the run.
-        reached: its marks.
-        folder: of the run.
+        reached: marks of the run.
+        folder: folder of the run.
         evaluations: folder of the pictures of all runs.
     """
     for done in reached:
@@ -56,7 +56,7 @@ def _forget(evaluations: Path, name: str) -> None:
 
 
 def _arguments(study: Study) -> list[str]:
-    """Flags of evaluate.py that are the same for all runs; the model's are those of training."""
+    """Return the flags of evaluate.py that are the same for all runs; the model's are those of training."""
     options = study.evaluation
     steps, images = options.num_inference_steps, options.num_images_per_prompt
     model = ("pretrained_model_name_or_path", "resolution", "max_sequence_length")
@@ -69,7 +69,7 @@ def _arguments(study: Study) -> list[str]:
 
 
 def snapshots(plan: Plan, results: Results, reached: Sequence[Reached]) -> list[Snapshot]:
-    """What the evaluation says of each mark."""
+    """Return the results of the evaluation at each mark."""
     known = replace(results, trained=trained_rewards(plan.candidates))
     summary = summarise(known)
     tuned = [candidate for candidate in summary.candidates if candidate.against_base is not None]

@@ -19,17 +19,17 @@ PAGE = "methods.md"
 
 
 def curves_of(work: Work) -> list[Curve]:
-    """Of all settings that are compared, the first method's first."""
+    """Return the curves of all settings that are compared, the first method's first."""
     return [curve_of(work, records) for records in work.compared().values()]
 
 
 def curve_of(work: Work, records: Sequence[Record]) -> Curve:
-    """The way of the records of a setting, with what is known of their likeness."""
+    """Make the curve of a setting from its records, with their likeness where it is known."""
     return make_curve(records, [work.likeness(record.setting, record.seed) for record in records])
 
 
 def reference_of(work: Work) -> list[Curve]:
-    """The study's reference from elsewhere; empty if there is none, or none has been run.
+    """Return the study's reference from elsewhere; empty if there is none, or none has been run.
 
     Raises:
         ValueError: there is no such setting, it was evaluated otherwise, or on another machine.
@@ -52,7 +52,7 @@ def reference_of(work: Work) -> list[Curve]:
 
 
 def likeness_of(work: Work) -> RunLikeness | None:
-    """The likeness of one of the runs that are compared, for base and real pictures; None if none is known.
+    """Return the likeness of one of the compared runs, for base and real pictures; None if none is known.
 
     The reference from elsewhere is among those that are compared.
 
@@ -72,7 +72,7 @@ def likeness_of(work: Work) -> RunLikeness | None:
 
 
 def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
-    """What is known of the likeness of the runs of some settings, by the name of the run."""
+    """Return the likeness of the runs of some settings, where it is known, by the name of the run."""
     return {
         f"{record.setting}-seed{record.seed}": found
         for setting in settings
@@ -82,7 +82,7 @@ def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
 
 
 def tables(name: str, work: Work) -> dict[str, str]:
-    """The tables of a study by their marks; none before a setting can be compared."""
+    """Return the tables of a study by their marks; none before a setting can be compared."""
     curves, study = curves_of(work), work.study
     timed = study.timed
     if not curves:

@@ -1,4 +1,4 @@
-"""What every method makes of the same noise: a row a setting, a column a prompt."""
+"""Sheet of the images of all methods from the same noise: a row per setting, a column per prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ CELL, NAME, TEXT, GAP, LINE = 112, 190, 15, 4, 20
 
 
 def pictures_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
-    """Pictures of the first seed at the budget, the base's first, the same prompts and noise for all.
+    """Return pictures of the first seed at the budget, the base's first, the same prompts and noise for all.
 
-    Only of settings whose pictures are on this disk: they aren't kept with the records.
+    Settings whose pictures aren't on this disk are left out: pictures aren't kept with the records.
     """
     seed, mark = work.study.seeds[0], work.study.budget
     folders = {setting: work.pictures(setting, seed, mark) for setting in settings}
@@ -33,9 +33,9 @@ def draw_sheet(pictures: Mapping[str, Sequence[Path]], prompts: Sequence[str], f
     """Draw the sheet as PNG.
 
     Args:
-        pictures: files by the name of their row.
-        prompts: of the columns.
-        file: where it goes.
+        pictures: picture files by the name of their row.
+        prompts: prompts of the columns.
+        file: file to write.
     """
     font = ImageFont.load_default(size=TEXT)
     top = 4 * LINE
@@ -56,7 +56,7 @@ def draw_sheet(pictures: Mapping[str, Sequence[Path]], prompts: Sequence[str], f
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """At most four lines that fit a column."""
+    """Wrap a text into at most four lines that fit a column."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -26,11 +26,11 @@ class Variant:
     """A row of the comparison.
 
     Attributes:
-        title: for the page.
+        title: title on the page.
         method: key of `METHODS`.
         shared: flags of `SharedSettings` that aren't the defaults.
         own: the method's own flags that aren't the defaults.
-        schedule: of the training.
+        schedule: schedule of the training.
     """
 
     title: str
@@ -60,7 +60,7 @@ class Variant:
 
     @property
     def aims_at_tilt(self) -> bool:
-        """Whether the method aims at the tilt, so that its velocity has a memoryless SDE to be sampled by."""
+        """True if the method aims at the tilt, so that its velocity has a memoryless SDE to be sampled by."""
         return METHODS[self.method].aims_at_tilt
 
     def _settings(self) -> tuple[SharedSettings, Any]:
@@ -69,7 +69,7 @@ class Variant:
 
 
 def _steps(number: int, transitions: str = "memoryless_local_linear", **more: Any) -> dict[str, Any]:
-    """Return flags of a rollout of so many steps, without a mask unless one is asked for."""
+    """Return flags of a rollout of `number` steps, without a mask unless one is asked for."""
     return {"num_inference_steps": number, "transitions": transitions, "mask_quantile": None} | more
 
 

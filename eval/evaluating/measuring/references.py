@@ -1,4 +1,4 @@
-"""Pictures that others are compared with as a set: photographs, for instance."""
+"""Reference images that others are compared with as a set: photographs, for instance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def find_references(folder: Path, features: Sequence[Measure]) -> list[Path]:
-    """The picture files in a folder and those below it.
+    """Find the picture files in a folder and below it.
 
     Raises:
         ValueError: fewer than 2, or no features that could be compared.
@@ -31,7 +31,7 @@ def find_references(folder: Path, features: Sequence[Measure]) -> list[Path]:
 
 @torch.no_grad()
 def reference_features(store: Store, measure: Measure, files: Sequence[Path], processes: Processes) -> Array:
-    """Features (N, D) of picture files of any sizes; kept for the next time.
+    """Compute the features (N, D) of picture files of any sizes; they are kept for the next time.
 
     Raises:
         ValueError: one can't be read.

@@ -17,13 +17,13 @@ Units = list[tuple[Candidate, int]]
 
 
 def units_of(measure: Measure, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Units:
-    """What `measure` is taken of: all pictures, or for changes those of tuned candidates."""
+    """Return the chunks that `measure` is taken of: all, or for changes those of tuned candidates."""
     wanted = [each for each in candidates if measure.kind != "changes" or not each.is_base]
     return [(candidate, chunk) for candidate in wanted for chunk in chunks]
 
 
 def made_from(store: Store, measure: Measure, candidate: Candidate, chunk: int) -> dict[str, object] | None:
-    """What values of a chunk depend on; None while pictures are missing."""
+    """Return what values of a chunk depend on; None while pictures are missing."""
     pictures = store.shas(candidate, chunk)
     base = store.shas(candidate.base, chunk) if measure.kind == "changes" else {}
     if pictures is None or base is None:
@@ -32,7 +32,7 @@ def made_from(store: Store, measure: Measure, candidate: Candidate, chunk: int) 
 
 
 def find_values(store: Store, measure: Measure, candidate: Candidate, chunk: int) -> Array | None:
-    """Values (n, ...) of a chunk; None if they aren't there or belong to other pictures."""
+    """Return values (n, ...) of a chunk; None if they aren't there or belong to other pictures."""
     depends_on = made_from(store, measure, candidate, chunk)
     if depends_on is None:
         return None
@@ -40,7 +40,7 @@ def find_values(store: Store, measure: Measure, candidate: Candidate, chunk: int
 
 
 def unmeasured(store: Store, measure: Measure, units: Units) -> Units:
-    """Those of the units that `measure` has no values of."""
+    """Return the units that `measure` has no values of."""
     return [unit for unit in units if find_values(store, measure, *unit) is None]
 
 
@@ -75,5 +75,5 @@ def measure_units(store: Store, measure: Measure, units: Units, plan: Plan, proc
 
 
 def read_pictures(store: Store, candidate: Candidate, chunk: int) -> Tensor:
-    """Pictures (n, 3, H, W) in [0, 1] of a chunk."""
+    """Read pictures (n, 3, H, W) in [0, 1] of a chunk."""
     return torch.stack([read_picture(store.picture(candidate, picture)) for picture in store.chunks[chunk]])

@@ -1,4 +1,4 @@
-"""Pictures of the report: of which prompts, and as text that stands in the page itself."""
+"""Images of the report: which prompts it shows, and the images as text in the page itself."""
 
 import base64
 import io
@@ -15,14 +15,14 @@ from evaluating.summary.results import Results
 # Up to this side the PNG itself is embedded: pixels that can be counted shouldn't be smeared.
 EXACT_SIDE = 128
 QUALITY = 85
-# Of all embedded pictures together; a browser opens such a page within seconds.
+# Characters of all embedded pictures together; a browser opens such a page within seconds.
 MAX_CHARACTERS = 100_000_000
 
 Embedded = dict[str, list[str]]
 
 
 def gain_order(base: Array, tuned: Array) -> list[tuple[int, int]]:
-    """All (prompt, picture) by the gain of the tuned over the base picture, largest first.
+    """Return all (prompt, picture) by the gain of the tuned over the base picture, largest first.
 
     Args:
         base: scores (P, S).
@@ -33,14 +33,14 @@ def gain_order(base: Array, tuned: Array) -> list[tuple[int, int]]:
 
 
 def prompts_to_show(results: Results, number: int) -> list[int]:
-    """Prompts whose pictures are embedded, most wanted first.
+    """Return the prompts whose pictures are embedded, most wanted first.
 
     Two thirds are those of the largest gains and losses of every candidate by every reward, the rest is
     spread evenly over the others.
 
     Args:
-        results: of the evaluation.
-        number: of prompts, at most.
+        results: results of the evaluation.
+        number: largest number of prompts.
     """
     extreme = dict.fromkeys(islice(dict.fromkeys(_extremes(results)), -(-2 * number // 3)))
     others = [prompt for prompt in range(len(results.prompts)) if prompt not in extreme]
@@ -50,7 +50,7 @@ def prompts_to_show(results: Results, number: int) -> list[int]:
 
 
 def _extremes(results: Results) -> Iterator[int]:
-    """Prompts of the largest gain and loss by every reward, then of the second largest, and so on."""
+    """Yield prompts of the largest gain and loss by every reward, then of the second largest, and so on."""
     orders = [
         gain_order(results.scores[candidate.base.key][reward], results.scores[candidate.key][reward])
         for candidate in results.tuned
@@ -63,12 +63,12 @@ def _extremes(results: Results) -> Iterator[int]:
 
 
 def embed_pictures(results: Results, number: int, side: int) -> dict[int, Embedded]:
-    """Pictures of the most wanted prompts as `data:` addresses, by prompt and candidate key.
+    """Embed pictures of the most wanted prompts as `data:` addresses, by prompt and candidate key.
 
     Args:
-        results: of the evaluation.
-        number: of prompts, at most; fewer where their pictures would exceed `MAX_CHARACTERS`.
-        side: of pictures larger than `EXACT_SIDE`, in pixels.
+        results: results of the evaluation.
+        number: largest number of prompts; fewer where their pictures would exceed `MAX_CHARACTERS`.
+        side: side in pixels of pictures larger than `EXACT_SIDE`.
 
     Raises:
         ValueError: if a picture is missing or can't be read.
@@ -89,7 +89,7 @@ def embed_pictures(results: Results, number: int, side: int) -> dict[int, Embedd
 
 
 def data_address(file: Path, side: int) -> str:
-    """A picture as a `data:` address: small ones as they are, larger ones as WebP of `side` pixels.
+    """Return a picture as a `data:` address: small ones as they are, others as WebP of `side` pixels.
 
     Args:
         file: PNG.

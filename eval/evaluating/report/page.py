@@ -1,4 +1,4 @@
-"""report.html: everything a reader needs to believe or doubt a difference, in one page that asks no network.
+"""report.html: everything a reader needs to believe or doubt a difference, in one page that loads nothing.
 
 The page is readable without its script, which adds the slider, menus, search and sorting. Nothing of it may
 come from elsewhere: its Content-Security-Policy allows inline style, the one script by its hash, and `data:`
@@ -31,8 +31,8 @@ def write_report(
 
     Args:
         results: complete results, with at least one tuned candidate.
-        summary: of the same results.
-        file: of the page.
+        summary: summary of the same results.
+        file: file of the page.
         max_prompts: prompts whose pictures are embedded: largest gains, largest losses, then evenly.
         picture_side: embedded pictures larger than 128 pixels are made this large.
 

@@ -1,4 +1,4 @@
-"""When everything is there: results from the files, and what is written from them."""
+"""Collects a complete evaluation: results from the files, and what is written from them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from evaluating.summary.results import Results
 
 
 def missing_units(plan: Plan, store: Store) -> int:
-    """How many chunks of pictures still lack a value of some measure.
+    """Count the chunks of pictures that still lack a value of some measure.
 
     Only once all files are there are they read: while others work, this is a look at names.
     """
@@ -33,7 +33,7 @@ def missing_units(plan: Plan, store: Store) -> int:
 
 
 def collect(plan: Plan, store: Store) -> Results:
-    """Results of a complete evaluation."""
+    """Collect the results of a complete evaluation."""
     shape = (len(store.prompts), store.images_per_prompt)
 
     def values(kind: str) -> dict[str, dict[str, Array]]:
@@ -57,7 +57,7 @@ def collect(plan: Plan, store: Store) -> Results:
 
 
 def write_scores(results: Results, store: Store) -> Path:
-    """scores.jsonl: a line a picture, with its prompt, categories, seed, file and scores."""
+    """Write scores.jsonl: a line per picture, with its prompt, categories, seed, file and scores."""
     file = results.folder / "scores.jsonl"
 
     def write(part: Path) -> None:
@@ -105,7 +105,7 @@ def _whole(store: Store, measure: Measure, candidate: Candidate, shape: Sequence
 
 
 def _path_kl(store: Store, candidates: Sequence[Candidate]) -> dict[str, Array]:
-    """From the texts of the pictures, where the sampler was a stochastic table."""
+    """Read path KL from the texts of the pictures, where the sampler was a stochastic table."""
     pictures = [picture for chunk in store.chunks for picture in chunk]
     shape = (len(store.prompts), store.images_per_prompt)
     return {

@@ -5,7 +5,7 @@
 It is that of two normal laws with the moments of the sets; with Inception features it is known as FID. Here
 it is taken of whatever features pictures have: numbers of different features, and FIDs, can't be compared.
 
-It is biased upwards, the more the fewer pictures: two small sets of one law are apart as if they differed. So
+It is biased upwards, the more the fewer pictures: two small sets of one law seem to differ. So
 it says something only beside a distance of sets of the same size, and that is what `FrechetFromBase` has.
 """
 
@@ -21,7 +21,7 @@ SPLITS = 4
 
 @dataclass(frozen=True)
 class FrechetFromBase:
-    """How far the tuned pictures as a set are from the base pictures.
+    """Distance of the tuned pictures as a set from the base pictures.
 
     Attributes:
         distance: squared distance of all tuned from all base pictures. Both are made from the same noise, so
@@ -30,7 +30,7 @@ class FrechetFromBase:
             for two or more pictures a prompt the same prompts. Mean of several splits.
         floor: the same with the base in the tuned model's place: what chance and bias make of no difference.
             `halves - floor` is 0 on average for an unchanged model, and how far it moved otherwise.
-        pictures_per_half: in each of the sets that `halves` and `floor` compare.
+        pictures_per_half: pictures in each of the sets that `halves` and `floor` compare.
     """
 
     distance: float
@@ -40,7 +40,7 @@ class FrechetFromBase:
 
 
 def frechet_distance(first: Array, second: Array) -> float:
-    """Squared Frechet distance of features (N, D) and (M, D), in squared units of the features.
+    """Return the squared Frechet distance of features (N, D) and (M, D), in squared units of the features.
 
     With C = F^T F the trace of (C_1 C_2)^(1/2) is the sum of the singular values of F_1 F_2^T. That takes no
     root of a matrix which, for fewer pictures than D, is singular, and can't come out complex.
@@ -63,7 +63,7 @@ def frechet_distance(first: Array, second: Array) -> float:
 
 
 def _factor(features: Array) -> Array:
-    """F (min(N, D), D) whose F^T F is the covariance."""
+    """Return F (min(N, D), D) whose F^T F is the covariance."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
     if centred.shape[0] <= centred.shape[1]:
         return centred
@@ -71,12 +71,12 @@ def _factor(features: Array) -> Array:
 
 
 def frechet_from_base(base: Array, tuned: Array, *, seed: int = 0) -> FrechetFromBase | None:
-    """Frechet distance of tuned from base pictures, with its floor.
+    """Return the Frechet distance of tuned from base pictures, with its floor.
 
     Args:
         base: features of the base pictures, (P prompts, S pictures, D).
         tuned: features of the tuned pictures of the same noise, (P, S, D).
-        seed: of the splits into halves.
+        seed: seed of the splits into halves.
 
     Returns:
         None if half of the pictures is less than two.
@@ -95,7 +95,7 @@ def frechet_from_base(base: Array, tuned: Array, *, seed: int = 0) -> FrechetFro
 
 
 def _halves(prompts: int, images: int, rng: np.random.Generator) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows of two disjoint halves of the pictures of each prompt, or of the prompts where they have one."""
+    """Return rows of two disjoint halves of each prompt's pictures, or of prompts with one each."""
     if images == 1:
         order = rng.permutation(prompts)
         return order[: prompts // 2], order[prompts // 2 : prompts // 2 * 2]

@@ -1,4 +1,4 @@
-"""Everything that was measured, in memory: what the summary, the tables and the report are made from."""
+"""Measured results in memory: the source of the summary, the tables and the report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,12 +48,12 @@ class Results:
         return tuple(candidate for candidate in self.candidates if not candidate.is_base)
 
     def role(self, candidate: Candidate, reward: str) -> str:
-        """`trained` or `held-out`: whether a reward is one the candidate was trained on; "" if unknown."""
+        """Return `trained` or `held-out`, by the rewards the candidate was trained on; "" if unknown."""
         trained = self.trained.get(candidate.name)
         if trained is None:
             return ""
         return "trained" if reward in trained else "held-out"
 
     def picture(self, candidate: Candidate, prompt: int, image: int) -> Path:
-        """File of a picture: an 8-bit RGB PNG."""
+        """Return the file of a picture: an 8-bit RGB PNG."""
         return self.folder / "pictures" / candidate.key / f"{prompt:05d}-{image:03d}.png"

@@ -30,8 +30,8 @@ class RewardComparison:
 
     Attributes:
         role: `trained` or `held-out`; "" if it isn't known what the model was trained on.
-        overall: for all prompts.
-        categories: for the prompts of each value of each category column; gains in the unit of `overall`.
+        overall: comparison over all prompts.
+        categories: comparison by value of each category column; gains in the unit of `overall`.
     """
 
     role: str
@@ -45,7 +45,7 @@ class AgainstBase:
 
     Attributes:
         base: key of that base.
-        rewards: by reward name.
+        rewards: comparisons by reward name.
         diversity_kept: by name of the features, diversity tuned / base, >= 0; left out where all base
             pictures of a prompt are alike.
         frechet: by name of the features, squared distance of the pictures as a set, in squared features.
@@ -63,21 +63,21 @@ class AgainstBase:
 
 @dataclass(frozen=True)
 class CandidateSummary:
-    """One model that made pictures.
+    """Summary of one model that made pictures.
 
     Attributes:
-        key: unique in the evaluation.
-        name: `base`, or that of the LoRA.
-        num_inference_steps: of the sampler.
+        key: key of the candidate, unique in the evaluation.
+        name: `base`, or the name of the LoRA.
+        num_inference_steps: steps of the sampler.
         guidance_scale: classifier-free guidance, 1.0 = off.
-        lora: where the LoRA was; None = the base.
+        lora: path of the LoRA; None = the base.
         lora_scale: strength of the LoRA.
         scores: mean score by reward name, in the reward's units, higher is better.
         diversity: by name of the features, mean pairwise 1 - cos of the pictures of a prompt, in [0, 2]; left
             out with one picture a prompt.
         reference: by name of the features, squared Frechet distance of all pictures to the reference ones.
             Biased upwards alike for all candidates of an evaluation: compare them, don't read the size.
-        against_base: None for a base.
+        against_base: comparison with the base; None for a base.
     """
 
     key: str
@@ -94,17 +94,17 @@ class CandidateSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What an evaluation found.
+    """Findings of an evaluation.
 
     Attributes:
         format: version of the file.
-        fingerprint: of settings, prompts and pictures a prompt: evaluations with the same one are comparable
-            in the rewards that they have from the same weights.
+        fingerprint: fingerprint of settings, prompts and pictures per prompt: if it agrees, evaluations are
+            comparable in the rewards that they have from the same weights.
         settings: what the pictures depend on beside prompts and candidates.
         num_prompts: P.
         images_per_prompt: S, of each candidate.
-        prompts_sha256: of the prompts in their order.
-        categories: by category column, number of prompts of each value.
+        prompts_sha256: SHA-256 of the prompts in their order.
+        categories: number of prompts of each value, by category column.
         candidates: bases first.
         reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
@@ -128,7 +128,7 @@ class Summary:
                 raise ValueError(f"{candidate.key} is compared with {candidate.against_base.base}: not there")
 
     def base_of(self, candidate: CandidateSummary) -> CandidateSummary:
-        """What a candidate is compared with; itself for a base."""
+        """Return the candidate that a candidate is compared with; itself for a base."""
         base = candidate.key if candidate.against_base is None else candidate.against_base.base
         return next(other for other in self.candidates if other.key == base)
 
@@ -142,14 +142,14 @@ _READER = TypeAdapter(Summary)
 
 
 def fingerprint_of(settings: Mapping[str, object], prompts: PromptSet, images_per_prompt: int) -> str:
-    """16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
+    """Return 16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
     # The same prompts may come from two places.
     drawn = {name: value for name, value in settings.items() if name != "prompt_source"}
     return _sha256([drawn, prompts.prompts, images_per_prompt])[:16]
 
 
 def prompts_sha256(prompts: PromptSet) -> str:
-    """Which prompts, in which order."""
+    """Return the SHA-256 of the prompts in their order."""
     return _sha256(prompts.prompts)
 
 
@@ -170,7 +170,7 @@ def write_summary(summary: Summary, file: Path) -> None:
 
 
 def read_summary(file: Path) -> Summary:
-    """What `write_summary` wrote.
+    """Read what `write_summary` wrote.
 
     Raises:
         ValueError: if the file can't be read or isn't a summary; says where it is wrong first.

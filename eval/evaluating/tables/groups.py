@@ -1,4 +1,4 @@
-"""Which evaluations can stand in one table, and in words what tells those apart that can't.
+"""Groups of evaluations that fit in one table, and in words what distinguishes the groups.
 
 Pictures of other prompts, seeds, samplers or bases give other numbers for the same model, and so do other
 weights of the same reward.
@@ -31,7 +31,7 @@ class Evaluated:
 
 
 def group(evaluations: Sequence[Evaluated]) -> list[list[Evaluated]]:
-    """Evaluations whose numbers can be compared, together.
+    """Group evaluations whose numbers can be compared.
 
     One without a reward that others have by two weights fits either; it goes to the first.
     """
@@ -51,19 +51,19 @@ def _alike(one: Summary, other: Summary) -> bool:
 
 
 def _other_weights(one: dict[str, str | None], other: dict[str, str | None]) -> list[str]:
-    """Rewards that both have, by different weights."""
+    """Name rewards that both have, by different weights."""
     return [name for name in one if name in other and one[name] != other[name]]
 
 
 def describe(members: Sequence[Evaluated]) -> str:
-    """What the evaluations of one group were made and scored with."""
+    """Describe what the evaluations of one group were made and scored with."""
     settings = {name: value for name, value in _made_with(members[0].summary).items() if value is not None}
     weights = {f"{name} weights": model for name, model in _weights(members).items() if model}
     return ", ".join(f"{name} {value}" for name, value in (settings | weights).items())
 
 
 def differences(groups: Sequence[Sequence[Evaluated]]) -> list[str]:
-    """What isn't the same for all groups."""
+    """Name what isn't the same for all groups."""
     found: dict[str, None] = {}
     for pair in combinations(groups, 2):
         one, other = (_made_with(members[0].summary) for members in pair)
@@ -83,12 +83,12 @@ def _made_with(summary: Summary) -> dict[str, object]:
 
 
 def _weights(members: Sequence[Evaluated]) -> dict[str, str | None]:
-    """By reward; members of one group have the same ones."""
+    """Return the weights by reward; members of one group have the same ones."""
     return {name: model for each in members for name, model in each.summary.reward_models.items()}
 
 
 def disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Sentences about base pictures that are the same and scored otherwise."""
+    """Return sentences about base pictures that are the same and scored otherwise."""
     compared = [
         (each.name, reward, against.base, result.overall)
         for each in evaluations

@@ -18,7 +18,7 @@ from .cases import INPUT_FILE, SMALL_HPSV2, SMALL_IMAGE_REWARD, WEIGHT_FILE, Cas
 
 
 def load_hpsv2(case: Case, folder: Path) -> HPSv2:
-    """The released checkpoint's loader at full size, the folder's for the small model."""
+    """Load by the released checkpoint's loader at full size, by the folder's for the small model."""
     if case.size == "full":
         return HPSv2.from_pretrained(folder / WEIGHT_FILE)
     weights = torch.load(folder / WEIGHT_FILE, weights_only=True)["state_dict"]
@@ -34,7 +34,7 @@ def load_hpsv2(case: Case, folder: Path) -> HPSv2:
 
 
 def load_image_reward(case: Case, folder: Path) -> ImageReward:
-    """The released checkpoint's loader at full size, the folder's after its key map for the small model."""
+    """Load by the released checkpoint's loader at full size, by the folder's after its key map otherwise."""
     vocabulary = folder / "vocab.txt"
     if case.size == "full":
         return ImageReward.from_pretrained(folder / WEIGHT_FILE, vocabulary=vocabulary)
@@ -65,7 +65,7 @@ def _write_folder(
 
 
 def token_ids(reward: HPSv2 | ImageReward, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, context length), filled up with 0 as both packages do."""
+    """Return the token ids (B, context length), filled up with 0 as both packages do."""
     if isinstance(reward, HPSv2):
         return reward._tokenizer(list(prompts))
     ids = reward._token_batch(prompts)[0]
@@ -73,7 +73,7 @@ def token_ids(reward: HPSv2 | ImageReward, prompts: Sequence[str]) -> Tensor:
 
 
 def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
-    """Everything that is compared, as arrays by name."""
+    """Return everything that is compared, as arrays by name."""
     load = load_hpsv2 if case.reward == "hpsv2" else load_image_reward
     reward: Any = load(case, folder)
     with np.load(folder / INPUT_FILE) as inputs:
@@ -101,7 +101,7 @@ def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
 
 
 def _with_gradient(function: Any, images: Tensor, prompt: str) -> tuple[Tensor, Tensor]:
-    """Scores of pictures and their gradient."""
+    """Return scores of pictures and their gradient."""
     images = images.clone().requires_grad_()
     scores = function(images, [prompt])
     return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]

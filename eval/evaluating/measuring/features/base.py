@@ -1,4 +1,4 @@
-"""What features of pictures are: frozen networks that say how different pictures look, a batch at a time."""
+"""Features of images: frozen networks that say how different images look, a batch at a time."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -60,7 +60,7 @@ class Features(ABC):
         """
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features (B, D) of `images` (B, 3, H, W) in [0, 1], float32 on the CPU.
+        """Return the features (B, D) of `images` (B, 3, H, W) in [0, 1], float32 on the CPU.
 
         Raises:
             ValueError: if images have the wrong shape or values.
@@ -71,8 +71,8 @@ class Features(ABC):
 
     @abstractmethod
     def _pixels(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the network reads them, (B, 3, size, size)."""
+        """Return images in [0, 1] as the network reads them, (B, 3, size, size)."""
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of prepared pictures."""
+        """Return the features (B, D) of prepared pictures."""

@@ -48,7 +48,7 @@ class CLIP(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "CLIP":
-        """A folder or hub id of a `CLIPModel` with its preprocessor_config.json, see `Features`."""
+        """Load a folder or hub id of a `CLIPModel` with its preprocessor_config.json, see `Features`."""
         place, remedy = str(path), download_remedy(cls.released)
         check_is_clip(place, revision, cls.name, remedy)
         try:

@@ -50,7 +50,7 @@ class DINOv2(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "DINOv2":
-        """A folder or hub id of a `Dinov2Model` with its preprocessor_config.json, see `Features`."""
+        """Load a folder or hub id of a `Dinov2Model` with its preprocessor_config.json, see `Features`."""
         place, remedy = str(path), download_remedy(cls.released)
         check_model_type("DINOv2", place, revision, cls.name, remedy)
         try:

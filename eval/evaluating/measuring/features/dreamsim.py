@@ -54,7 +54,7 @@ class DreamSim(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "DreamSim":
-        """The ensemble of the package, see `Features`.
+        """Load the ensemble of the package, see `Features`.
 
         Args:
             path: folder of its weights, downloaded if they aren't there; by default `dreamsim` in the folder

@@ -16,7 +16,7 @@ class LPIPS:
 
     Args:
         model: the package's network; frozen, set to evaluation and moved in place.
-        device: where it runs.
+        device: device it runs on.
     """
 
     name = NAME
@@ -27,7 +27,7 @@ class LPIPS:
 
     @classmethod
     def from_pretrained(cls, *, device: torch.device | str = "cpu") -> "LPIPS":
-        """Version 0.1 on AlexNet, the package's default, which torchvision downloads once (233 MB).
+        """Load version 0.1 on AlexNet, the package's default, which torchvision downloads once (233 MB).
 
         Raises:
             ValueError: if the package or AlexNet's weights are missing (with the command that gets them).
@@ -43,7 +43,7 @@ class LPIPS:
 
     @torch.no_grad()
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (B,) of `first` and `second`, both (B, 3, H, W) in [0, 1], float32 on the CPU.
+        """Return distances (B,) of `first` and `second`, both (B, 3, H, W) in [0, 1], float32 on the CPU.
 
         Raises:
             ValueError: if they have different shapes, or the wrong shape or values.

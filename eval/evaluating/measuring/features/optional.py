@@ -5,10 +5,10 @@ from typing import Any
 
 
 def optional_module(name: str, remedy: str) -> Any:
-    """A module, imported.
+    """Import and return a module.
 
     Raises:
-        ValueError: if it can't be; ends with `remedy`.
+        ValueError: if it can't be imported; ends with `remedy`.
     """
     try:
         return importlib.import_module(name)
