@@ -77,9 +77,9 @@ class CardFacts:
     Attributes:
         title: heading.
         base_model: the base model as the user named it.
-        hub_base: its hub id; None for a folder, which the metadata of a card can't name.
-        rewards: what was trained, one text each.
         hub_base: hub id of the base model; None for a folder, which the metadata of a card can't name.
+        rewards: what was trained, one text each.
+        method: name of the fine-tuning method; also a tag.
         paper: arXiv number of the method's paper.
         law: sentence on what the training aims at.
         source: where the training prompts come from.

@@ -125,7 +125,7 @@ class Study:
 
     @property
     def timed(self) -> bool:
-        """Whether runs are compared by the time they take, so that their seconds mean something."""
+        """True if runs are compared by the time they take, so that their seconds mean something."""
         return any(mark.seconds is not None for mark in self.marks)
 
     def flags(self, setting: str) -> dict[str, Flag]:

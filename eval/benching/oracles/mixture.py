@@ -1,8 +1,8 @@
 """Mixtures of Gaussians as data laws: their velocities and tilts are known in closed form.
 
 In the sigma convention, with t = 1 - sigma, the noisy law of component i is N(t m_i, d_i I) with
-d_i = t^2 V_i + sigma^2, and its velocity E[noise - clean | x] is linear in x. That of the mixture is the mean
-over the components that x may come from.
+d_i = t^2 V_i + sigma^2, and its velocity E[noise - clean | x] is linear in x. The mixture's velocity is the
+mean over the components that x may come from.
 """
 
 import math
