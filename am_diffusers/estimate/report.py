@@ -1,7 +1,7 @@
 """The estimate of a run: what it holds all the time, and an iteration without data on top."""
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pic
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
-from am_diffusers.methods.base import KeptBytes
+from am_diffusers.methods.parts.kept import KeptBytes
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.run.counting import Counted, count
 from am_diffusers.run.fields import micro_batch
@@ -91,7 +91,7 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         main_memory = pretence.prompt_bytes * _num_texts(plan)
         if not on_gpu:
             resident["encoded prompts"] = main_memory
-            if counted.method.keeps_in_memory:  # the iteration itself makes the rows that are drawn
+            if buffer.in_memory:  # the iteration itself makes the rows that are drawn
                 resident["buffer"] = buffer.stored + buffer.falling_out
         extra = sum(resident.values()) - tracker.live
         extra += (samples - in_memory) * pretence.prompt_bytes
@@ -158,7 +158,7 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     model = plan.config.model
     source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
     kept = counted.method.kept_bytes(counted.rows, latent_spec(source, model.resolution))
-    return KeptBytes(*(size // plan.num_processes for size in astuple(kept)))
+    return kept.of_one(plan.num_processes)
 
 
 def _num_texts(plan: Plan) -> int:

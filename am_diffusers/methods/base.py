@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from am_diffusers.methods.parts.kept import KeptBytes, PartShare
 from am_diffusers.methods.parts.settings import NoSettings, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
@@ -59,66 +60,6 @@ class Collected(Generic[E]):
     rewards: Tensor
     metrics: dict[str, float]
     warnings: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class PartShare:
-    """Which of the samples that ranks saved in parts are this rank's, however many ranks there are now.
-
-    All ranks had as many samples, and all have, in rank order: rank r of R has the r-th of R equal shares.
-
-    Attributes:
-        rank: this one, from 0.
-        ranks: how many there are now.
-        parts: how many there were.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    parts: int = 1
-
-    @property
-    def needed(self) -> range:
-        """The parts that this rank's samples are in: with as many ranks as before, its own alone."""
-        return range(self.rank * self.parts // self.ranks, -(-(self.rank + 1) * self.parts // self.ranks))
-
-    def rows(self, samples: int) -> slice:
-        """This rank's samples among the `samples` that the needed parts hold together.
-
-        Raises:
-            ValueError: if they can't be shared evenly.
-        """
-        of_a_part, rest = divmod(samples, len(self.needed))
-        total = of_a_part * self.parts
-        if rest or total % self.ranks:
-            raise ValueError(
-                f"{total} samples saved by {self.parts} processes can't be shared by {self.ranks}: go on "
-                "with a number of processes that divides them"
-            )
-        first = self.rank * total // self.ranks - self.needed.start * of_a_part
-        return slice(first, first + total // self.ranks)
-
-
-@dataclass(frozen=True)
-class KeptBytes:
-    """Bytes of latents and targets that a method keeps, over all ranks.
-
-    Attributes:
-        stored: bytes that are kept from iteration to iteration, also in a checkpoint.
-        falling_out: the oldest rows, kept where they lie until the iteration that replaced them has
-            succeeded.
-        drawn: in main memory, rows as they are drawn and the copy of those to train on (then in its place,
-            for a GPU, a pinned one).
-    """
-
-    stored: int = 0
-    falling_out: int = 0
-    drawn: int = 0
-
-    @property
-    def peak(self) -> int:
-        """Most that is held at a time, in an iteration that collects."""
-        return self.stored + self.falling_out + self.drawn
 
 
 class Method(ABC, Generic[E]):
@@ -182,11 +123,6 @@ class Method(ABC, Generic[E]):
     def period(self) -> int:
         """Iterations from one rollout to the next."""
         return 1
-
-    @property
-    def keeps_in_memory(self) -> bool:
-        """Whether what is kept from iteration to iteration lies in main memory."""
-        return True
 
     @property
     def collector(self) -> "Method":

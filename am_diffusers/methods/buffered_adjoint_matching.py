@@ -21,8 +21,9 @@ from torch import Tensor
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.adjoint_matching import AdjointMatching
-from am_diffusers.methods.base import Collected, KeptBytes, Method, PartShare
+from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.kept import KeptBytes, PartShare
 from am_diffusers.methods.parts.replay import DiskTensors, Drawn, Replay, in_memory
 from am_diffusers.methods.parts.rows import kept_batch
 from am_diffusers.methods.parts.settings import SharedSettings, require
@@ -111,11 +112,6 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         return self.own.buffer_refresh
 
     @property
-    def keeps_in_memory(self) -> bool:
-        """Whether the buffer lies in main memory."""
-        return self.own.buffer_storage == "cpu"
-
-    @property
     def collector(self) -> Method:
         """The Adjoint Matching that makes the rows."""
         return self.inner
@@ -124,7 +120,7 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         """Return the size of a full buffer of latents and targets with `rows` rows a sample."""
         assert self.sizes.batch is not None
         one = self.sizes.batch * rows * 2 * torch.Size(latents.shape).numel() * latents.dtype.itemsize
-        return KeptBytes(self.generations * one, one, 2 * one)
+        return KeptBytes(self.generations * one, one, 2 * one, self.own.buffer_storage == "cpu")
 
     def check_size(self, rows: int, latents: LatentSpec) -> None:
         """Refuse a buffer beyond `buffer_max_gb`, see `Method.check_size`."""

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_diffusers.methods.base import Collected, Method, PartShare
+from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.advantages import Advantages, few_for_normalised, reward_values
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.methods.parts.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.parts.settings import AdvantageSettings, SharedSettings, require
 from am_diffusers.methods.parts.step_selection import draw_steps

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from am_diffusers.methods import Method
-from am_diffusers.methods.base import PartShare
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.system.processes import PeerError, Processes
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.training.state import Progress, TrainState

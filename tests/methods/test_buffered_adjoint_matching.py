@@ -9,12 +9,12 @@ from test_adjoint_matching import Ranks, collect, make, total_loss
 from test_adjoint_matching_training import end_moments, linear_policy, train
 
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.methods.base import PartShare
 from am_diffusers.methods.buffered_adjoint_matching import (
     BufferedAdjointMatching,
     BufferSettings,
     buffer_bytes,
 )
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.methods.parts.replay import DiskTensors, Replay, in_memory
 from am_diffusers.methods.parts.rows import SampleRows, Swept
 from am_diffusers.noise import LatentSpec, generators_for

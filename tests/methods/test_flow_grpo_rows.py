@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from am_diffusers.methods.base import PartShare
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.system.processes import Interrupted, PeerNotFiniteError
 from am_diffusers.training.state_files import load_state, save_state

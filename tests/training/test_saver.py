@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_processes import run_both
 
-from am_diffusers.methods.base import PartShare
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.system.processes import is_secondhand
 from am_diffusers.training import checkpoint as saver
 from am_diffusers.training.checkpoint import Outdated, Saver

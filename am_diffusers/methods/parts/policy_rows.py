@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_diffusers.methods.base import PartShare
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.methods.base import PartShare
+from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.methods.parts.rows import Rows
 
 Store = Callable[[Tensor], Tensor]
