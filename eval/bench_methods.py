@@ -10,7 +10,7 @@ work, each with one thread; every run is done by one of them.
     python scripts/assets/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
     python eval/bench_methods.py --tables_only --real_pictures outputs/real
 
-judges the pictures of the runs that are on this disk by their likeness to real ones, see
+judges the images of the runs that are on this disk by their likeness to real ones, see
 eval/benching/images/judging.py; needs pip install "am_diffusers[imagenet]".
 """
 
@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.system.text import suggest
-from benching.images.judging import judge_pictures, picture_files
+from benching.images.judging import image_files, judge_images
 from benching.images.page import write_page
 from benching.images.work import Work
 
@@ -52,12 +52,12 @@ def main() -> None:
             if name not in STUDIES:
                 raise ValueError(f"no study {suggest(name, STUDIES)}")
         if options.real_pictures is not None:
-            picture_files(options.real_pictures)  # not after hours of training
+            image_files(options.real_pictures)  # not after hours of training
         for name in options.studies or STUDIES:
             work = Work.of(name, options.output_dir)
             while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)
-            for found in judge_pictures(work, options.real_pictures) if options.real_pictures else ():
+            for found in judge_images(work, options.real_pictures) if options.real_pictures else ():
                 print(f"{name}: {found}", flush=True)
         for name in STUDIES:  # one may refer to another
             write_page(name, Work.of(name, options.output_dir), DOCS)

@@ -2,7 +2,7 @@
 
     python eval/leaderboard.py outputs --sort_by hpsv2 --html leaderboard.html
 
-It takes every summary.json below the folder. Evaluations with other prompts, pictures a prompt, base,
+It takes every summary.json below the folder. Evaluations with other prompts, images per prompt, base,
 sampler, seed or reward weights come in tables of their own: their numbers can't be compared.
 """
 

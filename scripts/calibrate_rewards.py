@@ -3,7 +3,7 @@
     accelerate launch scripts/calibrate_rewards.py --config configs/X.yaml --output rewards.yaml
     accelerate launch scripts/finetune.py --config configs/X.yaml --config rewards.yaml
 
-A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; pictures
+A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; images
 are those of its evaluation: the ODE sampler and `eval_guidance_scale`, on training prompts.
 """
 

@@ -66,7 +66,7 @@ def main() -> None:
         except OSError:  # the disk may be what is wrong
             sys.exit(redact(f"{details}\nerror: {error}"))
         sys.exit(redact(f"error: {error}\n(details: {folder / 'error.txt'})"))
-    accelerator.print(redact(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}"))
+    accelerator.print(redact(f"\nfinished: LoRA, metrics and images are in {folder.resolve()}"))
     for line in evaluation.headline() if evaluation else []:
         accelerator.print(line)
 

@@ -27,7 +27,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for row, prompt in enumerate(prompts):
         seeds = range(options.seed, options.seed + options.num_images)
         made = pipe(
@@ -40,11 +40,11 @@ def main() -> None:
             width=options.resolution,
             max_sequence_length=options.max_sequence_length,
         ).images
-        for seed, picture in zip(seeds, made, strict=True):
-            picture.save(options.output / f"{row:04d}-seed{seed}.png")
-        pictures.extend(made)
-    make_image_grid(pictures, len(prompts), options.num_images).save(options.output / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png: {options.output.resolve()}")
+        for seed, image in zip(seeds, made, strict=True):
+            image.save(options.output / f"{row:04d}-seed{seed}.png")
+        images.extend(made)
+    make_image_grid(images, len(prompts), options.num_images).save(options.output / "grid.png")
+    print(f"{len(images)} images and grid.png: {options.output.resolve()}")
 
 
 def parse() -> argparse.Namespace:
@@ -62,9 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image; then seed + 1")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="guidance; 1.0 = off")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--max_sequence_length", type=int, default=256, help="T5 tokens, as in training")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all weights but the VAE's")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     return parser.parse_args()
 
 

@@ -22,24 +22,24 @@ from am_diffusers.system.text import redact_values
 REWARD_LISTS = ("rewards", "eval_rewards")
 
 # Flags of the Diffusers training scripts and of accelerate, and what does the same here.
-TRAINING_PICTURES = "no training images are used: rewards score what the model generates for train_prompts"
+TRAINING_IMAGES = "no training images are used: rewards score what the model generates for train_prompts"
 TOKEN = "log in once with `hf auth login` or set HF_TOKEN: command lines end up in logs"
 BEFORE_THE_SCRIPT = (
     "it belongs to accelerate, before the script: accelerate launch --{name} ... scripts/finetune.py"
 )
 HINTS = {
-    "instance_data_dir": TRAINING_PICTURES,
-    "instance_prompt": TRAINING_PICTURES,
-    "class_data_dir": TRAINING_PICTURES,
-    "class_prompt": TRAINING_PICTURES,
-    "with_prior_preservation": TRAINING_PICTURES,
-    "prior_loss_weight": TRAINING_PICTURES,
-    "num_class_images": TRAINING_PICTURES,
-    "train_data_dir": TRAINING_PICTURES,
-    "image_column": TRAINING_PICTURES,
-    "center_crop": TRAINING_PICTURES,
-    "random_flip": TRAINING_PICTURES,
-    "dataloader_num_workers": TRAINING_PICTURES,
+    "instance_data_dir": TRAINING_IMAGES,
+    "instance_prompt": TRAINING_IMAGES,
+    "class_data_dir": TRAINING_IMAGES,
+    "class_prompt": TRAINING_IMAGES,
+    "with_prior_preservation": TRAINING_IMAGES,
+    "prior_loss_weight": TRAINING_IMAGES,
+    "num_class_images": TRAINING_IMAGES,
+    "train_data_dir": TRAINING_IMAGES,
+    "image_column": TRAINING_IMAGES,
+    "center_crop": TRAINING_IMAGES,
+    "random_flip": TRAINING_IMAGES,
+    "dataloader_num_workers": TRAINING_IMAGES,
     "token": TOKEN,
     "hub_token": TOKEN,
     "use_auth_token": TOKEN,

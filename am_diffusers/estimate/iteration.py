@@ -105,7 +105,7 @@ def estimable(plan: Plan) -> Plan:
     return replace(plan, config=changed)
 
 
-def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
+def sample_images(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     """Sample and score one batch of grids or evaluation, after `run_iteration`; return its size."""
     config, model = plan.config, pretence.model
     evaluation, prompts = config.evaluation, plan.eval_prompts or plan.validation_prompts
@@ -116,7 +116,7 @@ def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     with tracker.phase(SAMPLING), torch.no_grad():
         field = guided(Field(model.policy, tracker, Costs()), evaluation.eval_guidance_scale)
         images = sampler.pictures(field, prompts, which)
-        texts = [prompts[picture.prompt] for picture in which]
+        texts = [prompts[image.prompt] for image in which]
         if plan.eval_prompts:  # base and tuned together
             for reward in [*pretence.rewards, *pretence.held_out]:
                 if isinstance(reward, Skeleton):

@@ -84,10 +84,10 @@ def _hours(plan: Plan, found: Estimate) -> list[str]:
         return [f"hours: name a card with --gpu ({', '.join(GPUS)})"]
     gpu, steps = find_gpu(name), plan.config.optimizer.max_train_steps
     training = found.seconds(name, steps, allow_tf32=tf32) / 3600
-    pictures = gpu.seconds(found.picture_flops, utilisation=UTILISATION, allow_tf32=tf32)
+    images = gpu.seconds(found.image_flops, utilisation=UTILISATION, allow_tf32=tf32)
     return [
         f"on {name}: {training:.3g} hours for {steps} iterations and "
-        f"{pictures * found.num_pictures / 3600:.2g} for pictures, at an assumed {UTILISATION:.0%} of its "
+        f"{images * found.num_images / 3600:.2g} for images, at an assumed {UTILISATION:.0%} of its "
         "published peak (never measured)",
         f"memory of {name}: {gpu.memory} GiB, of which {USABLE:.0%} are counted on: "
         + ("it fits" if fits(found, gpu.memory) else f"it does NOT fit; lower {KNOBS[found.highest]}"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pictures
+from am_diffusers.estimate.iteration import estimable, run_iteration, sample_images
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
@@ -38,16 +38,16 @@ class Estimate:
         phases: needs of each phase; `peak` and `before` include all that is resident.
         main_memory: bytes of encoded prompts, on the CPU.
         buffer: this process's share of a buffer of trajectories, on the CPU or a disk; 0 for most methods.
-        picture_flops: FLOPs of one image of grids and evaluation, scores included.
-        num_pictures: number of images of all grids and the evaluation, on this process.
+        image_flops: FLOPs of one image of grids and evaluation, scores included.
+        num_images: number of images of all grids and the evaluation, on this process.
     """
 
     resident: dict[str, int]
     phases: dict[str, Usage]
     main_memory: int
     buffer: KeptBytes
-    picture_flops: Flops
-    num_pictures: float
+    image_flops: Flops
+    num_images: float
 
     @property
     def highest(self) -> str:
@@ -97,7 +97,7 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         extra += (samples - in_memory) * pretence.prompt_bytes
         with tracker.holding(extra):
             state = run_iteration(plan, pretence, tracker, samples=in_memory)
-            pictures = sample_pictures(plan, pretence, tracker)
+            images = sample_images(plan, pretence, tracker)
     for name in set(tracker.phases) - {SAMPLING}:
         usage, share = tracker.phases[name], in_memory * (counted.period if name in COLLECTING else 1)
         usage.flops = Counter({dtype: n * samples // share for dtype, n in usage.flops.items()})
@@ -110,8 +110,8 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         phases={ENCODING: encoding} | tracker.phases,
         main_memory=main_memory,
         buffer=buffer,
-        picture_flops=Counter({dtype: round(number / pictures) for dtype, number in flops.items()}),
-        num_pictures=_num_pictures(plan),
+        image_flops=Counter({dtype: round(number / images) for dtype, number in flops.items()}),
+        num_images=_num_images(plan),
     )
 
 
@@ -166,8 +166,8 @@ def _num_texts(plan: Plan) -> int:
     return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, ""})
 
 
-def _num_pictures(plan: Plan) -> float:
-    """Count the pictures of the main process: base and tuned, all grids and its share of the evaluation."""
+def _num_images(plan: Plan) -> float:
+    """Count the images of the main process: base and tuned, all grids and its share of the evaluation."""
     options, steps = plan.config.evaluation, plan.config.optimizer.max_train_steps
     grids = 2 + -(-steps // options.validation_steps)
     in_grids = grids * len(plan.validation_prompts) * options.num_validation_images

@@ -51,7 +51,7 @@ class Loading:
     call: dict[str, float]
 
     def snippet(self) -> str:
-        """Return Python source that renders one picture."""
+        """Return Python source that renders one image."""
         options = "".join(f", {name}={value}" for name, value in self.base_options.items())
         inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
         return "\n".join(
@@ -85,7 +85,7 @@ class CardFacts:
         source: where the training prompts come from.
         prompts: the training prompts.
         settings: the resolved config as YAML.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         loading: code that makes an image.
     """
 

@@ -91,7 +91,7 @@ class Run:
         features = held_out.scorer.features
         name = features.name if features is not None else None
         found = {(pair.prompt, pair.image): pair for pair in gather_object(pairs)}
-        evaluation = summarise([found[picture] for picture in which], held_out.roles, name)
+        evaluation = summarise([found[image] for image in which], held_out.roles, name)
         text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False) + "\n"
         self.processes.on_main(lambda: (self.folder / "evaluation.json").write_text(text, "utf-8"))
         return evaluation

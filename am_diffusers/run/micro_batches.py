@@ -160,9 +160,9 @@ def _search(
             return largest_fitting(name, largest, run, everywhere)
         return min(given or largest, largest)
 
-    # While the reward's size is open, one picture at a time: the transformer takes most of the time.
-    pictures = 1 if options.reward_micro_batch_size == "auto" else options.reward_micro_batch_size
-    rollout = size_of(SETTINGS[0], share, lambda size: passes.sweep(size, pictures))
+    # While the reward's size is open, one image at a time: the transformer takes most of the time.
+    images = 1 if options.reward_micro_batch_size == "auto" else options.reward_micro_batch_size
+    rollout = size_of(SETTINGS[0], share, lambda size: passes.sweep(size, images))
     reward = size_of(SETTINGS[1], rollout, lambda size: passes.sweep(rollout, size))
     loss = size_of(SETTINGS[2], passes.num_rows, passes.loss)
     return dict(zip(SETTINGS, (rollout, reward, loss), strict=True))

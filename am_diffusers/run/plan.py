@@ -82,7 +82,7 @@ class Plan:
             f"iterations: {optimizer.max_train_steps}",
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
             *(f"transformer calls a sample, {name}: {number:.3g}" for name, number in calls.items()),
-            *self._base_pictures(),
+            *self._base_images(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
             *(f"caution: {text}" for text in cautions(self.config)),
@@ -93,18 +93,18 @@ class Plan:
         options = self.config.evaluation
         prompts, images = len(self.validation_prompts), options.num_validation_images
         return (
-            f"validation every {options.validation_steps} iterations: {prompts * images} pictures ({prompts} "
+            f"validation every {options.validation_steps} iterations: {prompts * images} images ({prompts} "
             f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), and once of the base"
         )
 
-    def _base_pictures(self) -> list[str]:
+    def _base_images(self) -> list[str]:
         """Return a line on the base images that a divergence needs before the first iteration."""
         options = self.config.shared
         if options.divergence == "kl":
             return []
         num_prompts = min(options.divergence_prompts, len(self.used_train_prompts()))
         return [
-            f"base pictures for divergence {options.divergence}: {num_prompts * options.divergence_samples}"
+            f"base images for divergence {options.divergence}: {num_prompts * options.divergence_samples}"
         ]
 
 

@@ -75,7 +75,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
     free = FREE - DECISIVE_IN_RUN
     # A longer run begins like a shorter one, unless its length is in the schedule or in the choice of base
-    # pictures.
+    # images.
     if flat["lr_scheduler"].startswith("constant") and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]

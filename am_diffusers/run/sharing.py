@@ -78,7 +78,7 @@ def check_hub(model_id: str, *, private: bool) -> HubTarget:
 
 
 def upload(target: HubTarget, folder: Path) -> str | None:
-    """Upload the LoRA, its card, its pictures and its settings, and nothing else in `folder`.
+    """Upload the LoRA, its card, its images and its settings, and nothing else in `folder`.
 
     Returns:
         The address of the repository; None if it failed: a line in the log says how to upload later.

@@ -69,7 +69,7 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
 def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
     """Return the mean score of each reward in its own units since the last call, over all processes."""
     means = {name: scores.mean() for name, scores in reward.drain().items()}
-    if not means:  # on all processes alike: an iteration that scores no pictures
+    if not means:  # on all processes alike: an iteration that scores no images
         return {}
     if processes.number == 1:
         return {f"reward/{name}": mean.item() for name, mean in means.items()}

@@ -8,7 +8,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model that makes pictures.
+    """One model that makes images.
 
     Attributes:
         name: `base`, or a LoRA's name, unique in an evaluation; letters, digits, `.`, `_`, `-`.

@@ -121,8 +121,8 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="T5 tokens, as in training; default: what the model's folder declares, else 256",
     )
     group.add_argument("--seed", type=int, default=0, help="all noise is a function of it")
-    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="pictures a prompt")
-    group.add_argument("--batch_size", type=positive, default=16, help="pictures at a time, at most 16")
+    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="images per prompt")
+    group.add_argument("--batch_size", type=positive, default=16, help="images at a time, at most 16")
 
 
 def _prompt_flags(group: argparse._ArgumentGroup) -> None:
@@ -161,9 +161,9 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
         "reward with image features; default: the last such reward",
     )
     group.add_argument(
-        "--reference_pictures", type=Path, help="folder of pictures to take Frechet distances to as well"
+        "--reference_pictures", type=Path, help="folder of images to take Frechet distances to as well"
     )
-    group.add_argument("--lpips", action="store_true", help="measure how far each image moved (package lpips)")
+    group.add_argument("--lpips", action="store_true", help="measure each image's change (package lpips)")
 
 
 def _output_flags(group: argparse._ArgumentGroup) -> None:

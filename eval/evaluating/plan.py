@@ -33,9 +33,9 @@ class Plan:
 
     Attributes:
         options: the command line.
-        settings: settings that all pictures depend on, plain JSON values.
+        settings: settings that all images depend on, plain JSON values.
         source: the base model.
-        side: pictures are side x side pixels.
+        side: images are side x side pixels.
         max_sequence_length: T5 tokens.
         prompts: prompts to render.
         candidates: the base at each sampler setting, then the LoRAs.
@@ -60,7 +60,7 @@ def make_plan(options: Options) -> Plan:
     """
     if options.batch_size > CHUNK:
         raise ValueError(
-            f"--batch_size {options.batch_size}: pictures are shared out by {CHUNK}, use at most that"
+            f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
     check_solver(options.sampler)
     path = asset_path(options.pretrained_model_name_or_path)

@@ -3,8 +3,8 @@
     python scripts/docs/preprocessing_error.py --output docs/preprocessing_error.json
 
 For every embedded reward model and every reward whose weights a package ships: root mean square of
-`score(mode) - score("official")` over the standard deviation of the official score between pictures. Each
-picture is scored for its own prompt. Pictures are those of the embedded pipeline for its held-out prompts, as
+`score(mode) - score("official")` over the standard deviation of the official score between images. Each
+image is scored for its own prompt. Images are those of the embedded pipeline for its held-out prompts, as
 decoded and enlarged, so that towers for 64 pixels have to resize; for the OCR reward they are drawn words.
 """
 
@@ -53,13 +53,13 @@ def decoded(seed: int) -> tuple[Tensor, list[str]]:
     return sampler.pictures(model.base, prompts, pictures_of(len(prompts), 1)), prompts
 
 
-def enlarged(pictures: Tensor) -> dict[str, Tensor]:
+def enlarged(images: Tensor) -> dict[str, Tensor]:
     """Enlarge images to several sizes; the last with the hard edges that bicubic resizing overshoots at."""
     return {
-        "64 px, as decoded": pictures,
-        "128 px, bicubic": bicubic(pictures, 128, 128).clamp(0, 1),
-        "160 px, bicubic": bicubic(pictures, 160, 160).clamp(0, 1),
-        "160 px, nearest": interpolate(pictures, (160, 160), mode="nearest"),
+        "64 px, as decoded": images,
+        "128 px, bicubic": bicubic(images, 128, 128).clamp(0, 1),
+        "160 px, bicubic": bicubic(images, 160, 160).clamp(0, 1),
+        "160 px, nearest": interpolate(images, (160, 160), mode="nearest"),
     }
 
 
@@ -120,7 +120,7 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         f"`{document['command']}`: seed {document['seed']}, torch {document['torch']}, on the CPU.",
         "",
-        "| reward | pictures | n | std of the score | mode | error / std | largest / std | target |",
+        "| reward | images | n | std of the score | mode | error / std | largest / std | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file; its table goes into rewards.md beside it")
     args = parser.parse_args()
-    pictures, prompts = decoded(args.seed)
-    sizes = enlarged(pictures)
+    images, prompts = decoded(args.seed)
+    sizes = enlarged(images)
     rows = []
     for kind, path in (embedded() | {ImageNetClass: ImageNetClass.released}).items():
         rows += measure(kind, path, sizes, prompts)

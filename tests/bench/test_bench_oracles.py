@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching.oracles.methods import Surroundings, make_method
 
 import bench_oracles
 from am_diffusers.methods import METHODS
@@ -17,7 +18,6 @@ from benching.oracles import variants as oracle_variants
 from benching.oracles.figure import write_figure
 from benching.oracles.laws import law_of, points_of, quantiles_of_noise, sde_on_a_line
 from benching.oracles.measures import Points, distance, measures, wasserstein2
-from benching.oracles.methods import Surroundings, make_method
 from benching.oracles.problems import PROBLEMS
 from benching.oracles.records import REFERENCES, Key, density, ensure, load, settings_of
 from benching.oracles.tables import BEGIN, END, SEEDS, render, replace_block

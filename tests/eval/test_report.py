@@ -25,7 +25,7 @@ from evaluating.report.figures import (
     pareto_front,
 )
 from evaluating.report.findings import candidate_labels, verdict
-from evaluating.report.images import data_address, embed_pictures, prompts_to_show
+from evaluating.report.images import data_address, embed_images, prompts_to_show
 from evaluating.report.numbers import plain
 from evaluating.report.page import write_report
 from evaluating.report.svg import legend_above, panel, styled
@@ -282,13 +282,13 @@ def test_says_what_was_left_out(file):
 
 
 def test_pictures_of_all_prompts_together_are_bounded(results, monkeypatch):
-    everything = embed_pictures(results, 100, 200)
+    everything = embed_images(results, 100, 200)
     sizes = [
         sum(len(address) for addresses in of.values() for address in addresses) for of in everything.values()
     ]
     assert list(everything) == prompts_to_show(results, 100)
     monkeypatch.setattr(report_pictures, "MAX_CHARACTERS", sum(sizes[:3]))
-    assert list(embed_pictures(results, 100, 200)) == list(everything)[:3]
+    assert list(embed_images(results, 100, 200)) == list(everything)[:3]
 
 
 def test_same_results_same_page(file, results, tmp_path):
@@ -320,7 +320,7 @@ def test_small_pictures_are_exact_and_large_ones_made_small(tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "empty", "no picture", "cut"])
 def test_unreadable_picture_is_named(results, tmp_path, damage):
     file = tmp_path / "pictures.png"
-    whole = results.picture(results.candidates[1], 2, 1).read_bytes()
+    whole = results.image(results.candidates[1], 2, 1).read_bytes()
     if damage != "missing":
         file.write_bytes({"empty": b"", "no picture": b"no picture", "cut": whole[:-20]}[damage])
     with pytest.raises(ValueError, match=re.escape(str(file))):

@@ -22,13 +22,13 @@ class Place(NamedTuple):
     Attributes:
         trained: mean gain of the trained rewards, in base standard deviations.
         held_out: mean gain of the held-out rewards.
-        likeness: gain of the likeness to real pictures; NaN where it isn't known.
+        likeness: gain of the likeness to real images; NaN where it isn't known.
         seconds: seconds of training.
         calls: transformer calls, counted per sample.
         iterations: optimizer steps.
         diversity: share of the base's diversity that is kept.
-        frechet: squared Frechet distance to the base's pictures, less the floor.
-        real_frechet: squared Frechet distance to real pictures; NaN where it isn't known.
+        frechet: squared Frechet distance to the base's images, less the floor.
+        real_frechet: squared Frechet distance to real images; NaN where it isn't known.
     """
 
     trained: float
@@ -51,7 +51,7 @@ class Curve:
         method: method of the setting.
         marks: names of the marks, `base` first.
         gains: gains of each reward, (S, M, P), in base standard deviations.
-        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real pictures.
+        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real images.
         others: seconds, calls, iterations, diversity and both Frechet distances, (6, S, M).
     """
 
@@ -73,7 +73,7 @@ class Curve:
         return np.mean(gains, axis=0) if gains else np.full_like(next(iter(self.gains.values())), np.nan)
 
     def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
-        """Return the fields of `Place` at the marks, (9, M), for the given runs and prompts; they may repeat."""
+        """Return the fields of `Place` at the marks, (9, M), for some or all runs and prompts."""
         seeds = np.arange(self.seeds) if seeds is None else seeds
         roles = [self.by_prompt(role)[seeds] for role in ROLES]
         chosen = roles if prompts is None else [role[..., prompts] for role in roles]

@@ -21,7 +21,7 @@ class EqualReward:
         reference: point of the reference.
         other: point of the other setting.
         difference: held-out gain of the other less that of the reference.
-        likeness: the same difference of the likeness to real pictures; NaN where it isn't known of both.
+        likeness: the same difference of the likeness to real images; NaN where it isn't known of both.
         seconds: training seconds of the other, as a multiple of the reference's.
         calls: transformer calls of the other, as a multiple of the reference's.
     """

@@ -39,7 +39,7 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         _panel(axes[2], curves, (_trained, lambda p: 100 * p.diversity), (TRAINED, diversity))
         frechet = "Frechet distance to the base, less its floor"
         _panel(axes[3], curves, (_trained, lambda p: p.frechet), (TRAINED, frechet))
-        likeness = "likeness to real pictures (gain in base sd)"
+        likeness = "likeness to real images (gain in base sd)"
         _panel(axes[4], curves, (_trained, lambda p: p.likeness), (TRAINED, likeness))
         real = "Frechet distance to real pictures"
         _panel(axes[5], curves, (_trained, lambda p: p.real_frechet), (TRAINED, real))

@@ -1,4 +1,4 @@
-"""Likeness to real pictures, beside the records: what `judging.py` found.
+"""Likeness to real images, beside the records: what `judging.py` found.
 
 eval/benching/data/STUDY/likeness/SETTING-seed0.json
 """
@@ -19,12 +19,12 @@ FOLDER = "likeness"
 
 @dataclass(frozen=True)
 class Judged:
-    """Comparison of pictures with real ones.
+    """Comparison of images with real ones.
 
     Attributes:
-        gain: gain of the likeness over that of the base's pictures, in base standard deviations.
+        gain: gain of the likeness over that of the base's images, in base standard deviations.
         by_prompt: gain of each prompt, (P,).
-        frechet: squared Frechet distance to the real pictures, in squared units of the features.
+        frechet: squared Frechet distance to the real images, in squared units of the features.
     """
 
     gain: Estimate
@@ -34,13 +34,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class RunLikeness:
-    """Likeness of the pictures of a run, beside its record.
+    """Likeness of the images of a run, beside its record.
 
     Attributes:
-        judge: fingerprints of the features, of the real pictures and of the base's.
-        base: judgement of the base's pictures.
-        real: judgement of other real pictures.
-        marks: judgement of the run's pictures at each mark.
+        judge: fingerprints of the features, of the real images and of the base's.
+        base: judgement of the base's images.
+        real: judgement of other real images.
+        marks: judgement of the run's images at each mark.
     """
 
     judge: dict[str, str]

@@ -52,12 +52,12 @@ def reference_of(work: Work) -> list[Curve]:
 
 
 def likeness_of(work: Work) -> RunLikeness | None:
-    """Return the likeness of one of the compared runs, for base and real pictures; None if none is known.
+    """Return the likeness of one of the compared runs, for base and real images; None if none is known.
 
     The reference from elsewhere is among those that are compared.
 
     Raises:
-        ValueError: runs were judged by different real pictures, features, or beside different base pictures.
+        ValueError: runs were judged by different real images, features, or beside different base images.
     """
     known = _judged(work, list(work.compared()))
     if work.study.reference is not None:
@@ -112,7 +112,7 @@ def tables(name: str, work: Work) -> dict[str, str]:
 
 
 def write_page(name: str, work: Work, docs: Path) -> None:
-    """Write a study's tables between their marks, draw its figure and, if its pictures are here, a sheet.
+    """Write a study's tables between their marks, draw its figure and, if its images are here, a sheet.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -130,8 +130,8 @@ def write_page(name: str, work: Work, docs: Path) -> None:
         "seconds" if work.study.timed else "calls",
         docs / "images" / f"{name}.png",
     )
-    pictures = pictures_of(work, [curve.setting for curve in curves])
-    if work.study.select == "best" and len(pictures) == len(curves) + 1:  # the base and all others
+    images = pictures_of(work, [curve.setting for curve in curves])
+    if work.study.select == "best" and len(images) == len(curves) + 1:  # the base and all others
         prompts = load_prompts(asset_path(work.study.evaluation.prompts))
-        shown = [prompts[int(file.name.split("-")[0])] for file in pictures[BASE]]
-        draw_sheet(pictures, shown, docs / "images" / f"{name}_pictures.png")
+        shown = [prompts[int(file.name.split("-")[0])] for file in images[BASE]]
+        draw_sheet(images, shown, docs / "images" / f"{name}_pictures.png")

@@ -15,7 +15,7 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Reward:
-    """Scores of one reward on the pictures of a LoRA against the base's of the same noise.
+    """Scores of one reward on the images of a LoRA against the base's of the same noise.
 
     Attributes:
         role: `trained` or `held-out`; `independent` is the likeness, which has a file of its own.
@@ -38,8 +38,8 @@ class Snapshot:
         calls: transformer calls until then, counted per sample.
         iterations: optimizer steps until then.
         rewards: rewards by name.
-        diversity_kept: mean pairwise distance of a prompt's pictures, tuned / base.
-        frechet: squared Frechet distance to the base's pictures of other noise less that of the base itself:
+        diversity_kept: mean pairwise distance of a prompt's images, tuned / base.
+        frechet: squared Frechet distance to the base's images of other noise less that of the base itself:
             0 on average for an unchanged model.
     """
 
@@ -111,9 +111,7 @@ def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Rec
     try:
         record = _READER.validate_python(json.loads(file.read_text("utf-8")))
     except (OSError, ValidationError, ValueError) as error:
-        raise ValueError(
-            f"{file} can't be read as a record: remove it and run again ({error})"
-        ) from error
+        raise ValueError(f"{file} can't be read as a record: remove it and run again ({error})") from error
     if file != record_file(file.parent, record.setting, record.seed):
         raise ValueError(f"{file} is the record of {record.setting}, seed {record.seed}: remove or rename it")
     if declared is not None:

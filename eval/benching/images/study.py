@@ -55,10 +55,10 @@ class EvaluationOptions:
     """One sampler for all: the model's ODE without guidance.
 
     Attributes:
-        prompts: prompts of the pictures; none of them is trained on.
+        prompts: prompts of the images; none of them is trained on.
         rewards: trained and held-out.
         num_inference_steps: Euler steps.
-        num_images_per_prompt: pictures a prompt, at least 2.
+        num_images_per_prompt: images per prompt, at least 2.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

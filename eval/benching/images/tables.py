@@ -84,12 +84,12 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
 
 
 def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -> str:
-    """Return the table of likeness to real pictures at the marks of all settings, most similar first.
+    """Return the table of likeness to real images at the marks of all settings, most similar first.
 
     Args:
         curves: curves of the settings.
         study: study with the marks, and the budget at which the Frechet distance is given.
-        judged: likeness of a run, for base and other real pictures.
+        judged: likeness of a run, for base and other real images.
     """
     marks = [mark.name for mark in study.marks if mark.calls is None]
     known = [curve for curve in curves if LIKENESS in curve.gains and study.budget in curve.marks]
@@ -98,7 +98,7 @@ def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -
         header += [f"trained, {mark}", f"likeness, {mark}"]
     blank = [NONE] * (2 * len(marks) - 1)
     cells = [
-        ["*other real pictures*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
+        ["*other real images*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
         ["*base*", *blank, _sign(0), f"{judged.base.frechet:.1f}"],
     ]
     for curve in sorted(known, key=lambda curve: -curve.at(study.budget).likeness):

@@ -25,7 +25,7 @@ class Work:
     Attributes:
         study: the declared study.
         data: folder of the records.
-        outputs: folder of LoRAs and pictures, which aren't kept with the records.
+        outputs: folder of LoRAs and images, which aren't kept with the records.
     """
 
     study: Study
@@ -63,7 +63,7 @@ class Work:
         return read_record(file, self.declared(setting)) if file.exists() else None
 
     def likeness(self, setting: str, seed: int) -> RunLikeness | None:
-        """Return the likeness of a run's pictures to real ones, if it has been judged.
+        """Return the likeness of a run's images to real ones, if it has been judged.
 
         Raises:
             ValueError: if it is damaged.
@@ -71,24 +71,24 @@ class Work:
         return read_likeness(likeness_file(record_file(self.data, setting, seed)))
 
     @property
-    def base_pictures(self) -> Path:
-        """Folder of the base's pictures."""
-        return self._pictures(Candidate(BASE, self.study.evaluation.num_inference_steps))
+    def base_images(self) -> Path:
+        """Folder of the base's images."""
+        return self._images(Candidate(BASE, self.study.evaluation.num_inference_steps))
 
-    def pictures(self, setting: str, seed: int, mark: str) -> Path:
-        """Return the folder of the pictures of a run at a mark; they aren't kept with the records."""
+    def images(self, setting: str, seed: int, mark: str) -> Path:
+        """Return the folder of the images of a run at a mark; they aren't kept with the records."""
         name = f"{setting}-seed{seed}-{mark}"
         steps = self.study.evaluation.num_inference_steps
-        return self._pictures(Candidate(name, steps, lora=Path(name)))
+        return self._images(Candidate(name, steps, lora=Path(name)))
 
-    def _pictures(self, candidate: Candidate) -> Path:
+    def _images(self, candidate: Candidate) -> Path:
         return self.outputs / "evaluation/pictures" / candidate.key
 
     def chosen(self, method: str) -> str | None:
         """Return the setting of a method to compare with other methods; None if not all have been tried.
 
-        It has the highest mean gain of the held-out rewards at the budget, on the first seed. None also if all of
-        them failed.
+        It has the highest mean gain of the held-out rewards at the budget, on the first seed. None also if
+        all of them failed.
         """
         tried = [self.record(setting, self.study.seeds[0]) for setting in self.study.methods[method]]
         if any(record is None for record in tried):
@@ -161,7 +161,7 @@ class Work:
         declared, method = self.declared(setting), str(flags["method"])
         record = Record(setting, method, seed, declared, machine(), snapshots, failed)
         file = record_file(self.data, setting, seed)
-        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's pictures
+        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's images
         write_record(record, file)
 
 

@@ -1,4 +1,4 @@
-"""Measures of pictures: published scores of rewards, image features, and how far a picture moved."""
+"""Measures of images: published scores of rewards, image features, and how far an image moved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from evaluating.measuring.weights import fingerprint
 from evaluating.options import named
 
 Function = Callable[[Tensor, Sequence[str], Tensor], Tensor]
-"""Pictures (n, 3, H, W) in [0, 1], prompts, the base's pictures from the same noise -> (n,) or (n, D)."""
+"""Images (n, 3, H, W) in [0, 1], prompts, the base's images from the same noise -> (n,) or (n, D)."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that is measured on each picture.
+    """Something that is measured on each image.
 
     Attributes:
         kind: `rewards` (one number, higher is better), `features` (a vector) or `changes` (a distance to the
-            base's picture from the same noise; of tuned candidates only).
+            base's image from the same noise; of tuned candidates only).
         name: a key of `REWARDS` or of `FEATURES`, or `lpips`.
         model: place of its weights; None = it has none.
     """
@@ -50,7 +50,7 @@ class Measure:
 
         Args:
             device: device it runs on.
-            batch_size: pictures per pass.
+            batch_size: images per pass.
             prompts: all prompts that it will have to score.
 
         Raises:

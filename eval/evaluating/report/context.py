@@ -30,7 +30,7 @@ UNSHOWN = ("prompts", "num_prompts", "num_images_per_prompt")
 
 
 class Pair(NamedTuple):
-    """A base and a tuned picture from the same noise, with their scores by one reward."""
+    """A base and a tuned image from the same noise, with their scores by one reward."""
 
     prompt: int
     image: int
@@ -47,7 +47,7 @@ def report_context(
         results: results of the evaluation.
         summary: summary of the same results.
         findings: findings on its tuned candidates, in their order.
-        embedded: pictures by prompt and candidate key.
+        embedded: images by prompt and candidate key.
     """
     rewards = list(dict.fromkeys(name for finding in findings for name in finding.against.rewards))
     columns = list(results.prompts.categories.values())
@@ -145,7 +145,7 @@ def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
 
 
 def _extremes(results: Results, finding: Finding) -> dict[str, tuple[list[Pair], list[Pair]]]:
-    """Return the largest gains and the largest losses by reward, at most one picture per prompt."""
+    """Return the largest gains and the largest losses by reward, at most one image per prompt."""
     base, tuned = results.scores[finding.candidate.base.key], results.scores[finding.candidate.key]
     return {reward: _ends(base[reward], tuned[reward]) for reward in finding.against.rewards}
 

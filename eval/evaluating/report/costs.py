@@ -1,4 +1,4 @@
-"""Costs of the gains in the report: diversity, path KL, change, and pictures as sets."""
+"""Costs of the gains in the report: diversity, path KL, change, and images as sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class SetDistance:
         label: label of the candidate.
         number: number of the finding; None for a base.
         from_base: distances by name of the features; empty for a base.
-        to_reference: distances by name of the features; empty without reference pictures.
+        to_reference: distances by name of the features; empty without reference images.
     """
 
     label: str
@@ -61,7 +61,7 @@ def find_costs(findings: Sequence[Finding]) -> list[Cost]:
 def set_distances(
     summary: Summary, findings: Sequence[Finding], labels: Mapping[str, str]
 ) -> list[SetDistance]:
-    """Return the Frechet distances of the candidates; bases have them from reference pictures only."""
+    """Return the Frechet distances of the candidates; bases have them from reference images only."""
     numbers = {finding.candidate.key: finding.number for finding in findings}
     rows = [
         SetDistance(

@@ -56,7 +56,7 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
     Args:
         reward: name of the reward.
         base: scores of any shape, in the reward's units.
-        tuned: the same for the tuned pictures.
+        tuned: the same for the tuned images.
 
     Returns:
         An `<svg>` element.
@@ -82,7 +82,7 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         axes.set_ylim(top=1.05 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         legend_above(figure)
-        return to_svg(figure, f"{reward}: how many pictures got which score, base and tuned")
+        return to_svg(figure, f"{reward}: how many images got which score, base and tuned")
 
 
 def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate]) -> str:

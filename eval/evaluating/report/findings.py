@@ -31,7 +31,7 @@ class Finding:
 
     @property
     def gains(self) -> dict[str, Estimate]:
-        """Gains by reward name, in base sd; a reward by which all base pictures score the same is missing."""
+        """Gains by reward name, in base sd; a reward by which all base images score the same is missing."""
         found = {name: reward.overall.gain for name, reward in self.against.rewards.items()}
         return {name: gain for name, gain in found.items() if gain is not None}
 

@@ -11,19 +11,19 @@ from evaluating.candidates import Candidate
 
 @dataclass(frozen=True)
 class Results:
-    """Complete results of an evaluation: P prompts, S pictures a prompt, the same noise for all candidates.
+    """Complete results of an evaluation: P prompts, S images per prompt, the same noise for all candidates.
 
     Attributes:
         folder: the output folder.
-        settings: what the pictures depend on beside prompts and candidates (settings.json): plain JSON
+        settings: what the images depend on beside prompts and candidates (settings.json): plain JSON
             values, among them pretrained_model_name_or_path, sampler, seed, resolution.
         prompts: P prompts.
         candidates: bases first; every other one's `base` is among them.
         scores: by candidate key, then reward name: (P, S), in the reward's units, higher is better.
         features: by candidate key, then name of the features: (P, S, D), any norm. May be empty.
-        reference_features: by name of the features: (N, D) of reference pictures. May be empty.
+        reference_features: by name of the features: (N, D) of reference images. May be empty.
         path_kl: by candidate key: (P, S) in nats, of tuned candidates of a stochastic table. May be empty.
-        changes: by candidate key: (P, S) LPIPS distance to the base picture of the same noise. May be empty.
+        changes: by candidate key: (P, S) LPIPS distance to the base image of the same noise. May be empty.
         trained: names of the rewards each LoRA was trained on, by candidate name, where its run is known.
         reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know: leaks, duplicates, truncated prompts.
@@ -54,6 +54,6 @@ class Results:
             return ""
         return "trained" if reward in trained else "held-out"
 
-    def picture(self, candidate: Candidate, prompt: int, image: int) -> Path:
-        """Return the file of a picture: an 8-bit RGB PNG."""
+    def image(self, candidate: Candidate, prompt: int, image: int) -> Path:
+        """Return the file of an image: an 8-bit RGB PNG."""
         return self.folder / "pictures" / candidate.key / f"{prompt:05d}-{image:03d}.png"

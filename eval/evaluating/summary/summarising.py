@@ -27,7 +27,7 @@ from evaluating.summary.summary import (
     prompts_sha256,
 )
 
-# Below it pictures are alike and their distance is rounding.
+# Below it images are alike and their distance is rounding.
 _NO_DISTANCE = 1e-9
 
 
@@ -115,12 +115,12 @@ def _candidate(results: Results, candidate: Candidate, resamples: int) -> Candid
 
 
 def _mean(values: Array, resamples: int) -> Estimate:
-    """Return the mean over all pictures of (P, S), its interval over prompts."""
+    """Return the mean over all images of (P, S), its interval over prompts."""
     return estimate(np.mean, values.mean(axis=1), resamples=resamples)
 
 
 def _distances(features: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the mean pairwise distance of each prompt's pictures, (P,); nothing for one picture each."""
+    """Return the mean pairwise distance of each prompt's images, (P,); nothing for one image each."""
     return {name: pairwise_distance(each) for name, each in features.items() if each.shape[1] > 1}
 
 

@@ -41,16 +41,16 @@ class RewardComparison:
 
 @dataclass(frozen=True)
 class AgainstBase:
-    """A tuned model against the base with the same sampler, pictures paired by noise.
+    """A tuned model against the base with the same sampler, images paired by noise.
 
     Attributes:
         base: key of that base.
         rewards: comparisons by reward name.
         diversity_kept: by name of the features, diversity tuned / base, >= 0; left out where all base
-            pictures of a prompt are alike.
-        frechet: by name of the features, squared distance of the pictures as a set, in squared features.
-        path_kl: KL divergence of the tuned from the base path law, in nats a picture; None without an SDE.
-        change: mean LPIPS distance to the base picture of the same noise, >= 0; None if it wasn't measured.
+            images of a prompt are alike.
+        frechet: by name of the features, squared distance of the images as a set, in squared features.
+        path_kl: KL divergence of the tuned from the base path law, in nats an image; None without an SDE.
+        change: mean LPIPS distance to the base image of the same noise, >= 0; None if it wasn't measured.
     """
 
     base: str
@@ -63,7 +63,7 @@ class AgainstBase:
 
 @dataclass(frozen=True)
 class CandidateSummary:
-    """Summary of one model that made pictures.
+    """Summary of one model that made images.
 
     Attributes:
         key: key of the candidate, unique in the evaluation.
@@ -73,9 +73,9 @@ class CandidateSummary:
         lora: path of the LoRA; None = the base.
         lora_scale: strength of the LoRA.
         scores: mean score by reward name, in the reward's units, higher is better.
-        diversity: by name of the features, mean pairwise 1 - cos of the pictures of a prompt, in [0, 2]; left
-            out with one picture a prompt.
-        reference: by name of the features, squared Frechet distance of all pictures to the reference ones.
+        diversity: by name of the features, mean pairwise 1 - cos of the images of a prompt, in [0, 2]; left
+            out with one image per prompt.
+        reference: by name of the features, squared Frechet distance of all images to the reference ones.
             Biased upwards alike for all candidates of an evaluation: compare them, don't read the size.
         against_base: comparison with the base; None for a base.
     """
@@ -98,9 +98,9 @@ class Summary:
 
     Attributes:
         format: version of the file.
-        fingerprint: fingerprint of settings, prompts and pictures per prompt: if it agrees, evaluations are
+        fingerprint: fingerprint of settings, prompts and images per prompt: if it agrees, evaluations are
             comparable in the rewards that they have from the same weights.
-        settings: what the pictures depend on beside prompts and candidates.
+        settings: what the images depend on beside prompts and candidates.
         num_prompts: P.
         images_per_prompt: S, of each candidate.
         prompts_sha256: SHA-256 of the prompts in their order.
@@ -142,7 +142,7 @@ _READER = TypeAdapter(Summary)
 
 
 def fingerprint_of(settings: Mapping[str, object], prompts: PromptSet, images_per_prompt: int) -> str:
-    """Return 16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
+    """Return 16 hexadecimal digits that two evaluations share if they drew the same base images."""
     # The same prompts may come from two places.
     drawn = {name: value for name, value in settings.items() if name != "prompt_source"}
     return _sha256([drawn, prompts.prompts, images_per_prompt])[:16]

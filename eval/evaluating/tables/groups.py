@@ -1,6 +1,6 @@
 """Groups of evaluations that fit in one table, and in words what distinguishes the groups.
 
-Pictures of other prompts, seeds, samplers or bases give other numbers for the same model, and so do other
+Images of other prompts, seeds, samplers or bases give other numbers for the same model, and so do other
 weights of the same reward.
 """
 
@@ -10,7 +10,7 @@ from itertools import combinations
 
 from evaluating.summary.summary import Summary
 
-# Of the same base pictures; beyond it, in standard deviations of them, something else scored them.
+# Of the same base images; beyond it, in standard deviations of them, something else scored them.
 SAME_SCORES = 0.02
 SOURCE = "prompts from"
 # The summary has these by other names.
@@ -77,7 +77,7 @@ def _made_with(summary: Summary) -> dict[str, object]:
     return {
         "prompts": f"{summary.num_prompts} ({summary.prompts_sha256[:8]})",
         SOURCE: summary.settings.get("prompt_source"),
-        "pictures a prompt": summary.images_per_prompt,
+        "images per prompt": summary.images_per_prompt,
         **{name: value for name, value in summary.settings.items() if name not in REPEATED},
     }
 
@@ -88,7 +88,7 @@ def _weights(members: Sequence[Evaluated]) -> dict[str, str | None]:
 
 
 def disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Return sentences about base pictures that are the same and scored otherwise."""
+    """Return sentences about base images that are the same and scored otherwise."""
     compared = [
         (each.name, reward, against.base, result.overall)
         for each in evaluations
@@ -102,7 +102,7 @@ def disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
         other, known = first[reward, base]
         if abs(known.base_mean - result.base_mean) > SAME_SCORES * (known.base_sd or 0.0):
             sentences.append(
-                f"The base pictures score differently in {reward} in {other} and {name}: with another reward "
+                f"The base images score differently in {reward} in {other} and {name}: with another reward "
                 "model? Then their numbers can't be compared."
             )
     return list(dict.fromkeys(sentences))

@@ -78,7 +78,7 @@ def comparison_table(summary: Summary) -> Table:
         names=1,
         rows=tuple(zip(names, *columns.values(), strict=True)),
         notes=(
-            f"{summary.num_prompts} prompts x {summary.images_per_prompt} pictures. {MARKS}",
+            f"{summary.num_prompts} prompts x {summary.images_per_prompt} images. {MARKS}",
             *_few(summary),
         ),
     )

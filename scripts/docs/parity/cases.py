@@ -83,9 +83,9 @@ class Case:
         form = self.pixel_format
         # Shrunk, enlarged, as is, and with a margin of 3 of which the packages crop 2 first.
         shapes = [(512, 512), (384, 512), (600, 400), (77, 45), (form.size,) * 2, (form.size + 3, form.size)]
-        pictures = [picture(self.seed + row, *shape) for row, shape in enumerate(shapes)]
+        images = [picture(self.seed + row, *shape) for row, shape in enumerate(shapes)]
         square = [picture(self.seed + 100 + row, form.size, form.size) for row in range(len(shapes))]
-        arrays: dict[str, Any] = {f"picture_{row}": to_bytes(image) for row, image in enumerate(pictures)}
+        arrays: dict[str, Any] = {f"picture_{row}": to_bytes(image) for row, image in enumerate(images)}
         np.savez(folder / INPUT_FILE, pixels=form.normalise(torch.stack(square)).numpy(), **arrays)
 
 

@@ -11,9 +11,9 @@ QUANTITIES = {
     "token_ids": "token ids",
     "score": "score, equal pixels",
     "gradient": "gradient by pixel",
-    "official_pixels": "prepared pictures, official path",
+    "official_pixels": "prepared images, official path",
     "official_score": "score, official path",
-    "picture_gradient": "gradient by picture, resize included",
+    "picture_gradient": "gradient by image, resize included",
 }
 OPTIONAL = {"picture_gradient"}
 EXACT = {"token_ids"}

@@ -108,9 +108,9 @@ class HPSv2Side:
         outputs = self.model(pixels, self.tokenize(prompts))
         return torch.diagonal(outputs["image_features"] @ outputs["text_features"].T)
 
-    def official(self, pictures, prompt):
+    def official(self, images, prompt):
         """Return scores of PIL images by `hpsv2.score`, which loads the checkpoint each time."""
-        return self.score(pictures, prompt, cp=str(self.file))
+        return self.score(images, prompt, cp=str(self.file))
 
 
 class ImageRewardSide:
@@ -160,17 +160,17 @@ class ImageRewardSide:
         return self._tokens(prompts).input_ids
 
     def differentiable(self, pixels, prompts):
-        """Return scores (B,) of prepared pictures."""
+        """Return scores (B,) of prepared images."""
         tokens = self._tokens(prompts)
         return self.model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)[:, 0]
 
-    def official(self, pictures, prompt):
-        """Return scores of PIL pictures by the model's `score`."""
+    def official(self, images, prompt):
+        """Return scores of PIL images by the model's `score`."""
         with torch.no_grad():
-            return self.model.score(prompt, pictures)
+            return self.model.score(prompt, images)
 
 
-def gradient_by_picture(scorer, picture, prompt):
+def gradient_by_image(scorer, picture, prompt):
     """Return a score's gradient through hpsv2's transforms, of which all but the first two act on tensors."""
     to_rgb, to_tensor, *others = scorer.preprocess.transforms
     image = to_tensor(to_rgb(picture)).requires_grad_()
@@ -184,8 +184,8 @@ def score(scorer, prompts, inputs):
     """Return everything that is compared, as arrays by name."""
     scorer.model.requires_grad_(False)
     names = sorted(key for key in inputs if key.startswith("picture_"))
-    pictures = [Image.fromarray(inputs[name]) for name in names]
-    own = [prompts[row % len(prompts)] for row in range(len(pictures))]
+    images = [Image.fromarray(inputs[name]) for name in names]
+    own = [prompts[row % len(prompts)] for row in range(len(images))]
     scores, gradients = [], []
     for row, prompt in zip(inputs["pixels"], own, strict=True):
         pixels = torch.from_numpy(row)[None].requires_grad_()
@@ -194,12 +194,12 @@ def score(scorer, prompts, inputs):
         scores.append(value.detach())
     arrays = {"score": torch.cat(scores), "gradient": torch.cat(gradients)}
     arrays["token_ids"] = scorer.token_ids(list(prompts))
-    arrays["official_pixels"] = torch.stack([scorer.preprocess(picture) for picture in pictures])
+    arrays["official_pixels"] = torch.stack([scorer.preprocess(image) for image in images])
     if isinstance(scorer, HPSv2Side):
-        arrays["picture_gradient"] = gradient_by_picture(scorer, pictures[2], own[2])
-    official = np.zeros(len(pictures))
+        arrays["picture_gradient"] = gradient_by_image(scorer, images[2], own[2])
+    official = np.zeros(len(images))
     for row, prompt in enumerate(prompts):
-        official[row :: len(prompts)] = scorer.official(pictures[row :: len(prompts)], prompt)
+        official[row :: len(prompts)] = scorer.official(images[row :: len(prompts)], prompt)
     return {name: value.numpy() for name, value in arrays.items()} | {"official_score": official}
 
 

@@ -80,10 +80,10 @@ def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
         arrays = dict(inputs)
     pixels = torch.from_numpy(arrays["pixels"])
     names = sorted(name for name in arrays if name.startswith("picture_"))
-    pictures = [torch.from_numpy(arrays[name]).permute(2, 0, 1)[None] / 255 for name in names]
-    own = [case.prompts[row % len(case.prompts)] for row in range(len(pictures))]
+    images = [torch.from_numpy(arrays[name]).permute(2, 0, 1)[None] / 255 for name in names]
+    own = [case.prompts[row % len(case.prompts)] for row in range(len(images))]
     found = {"token_ids": token_ids(reward, case.prompts)}
-    # One picture at a time, as the packages do: the sums of a matrix product depend on its shape.
+    # One image at a time, as the packages do: the sums of a matrix product depend on its shape.
     pairs = [
         _with_gradient(reward._score, row[None], prompt) for row, prompt in zip(pixels, own, strict=True)
     ]
@@ -91,17 +91,15 @@ def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
     found["gradient"] = torch.cat([gradient for _, gradient in pairs])
     if case.reward == "hpsv2":
         reward.options = DIFFERENTIABLE
-        found["picture_gradient"] = _with_gradient(reward, pictures[2], own[2])[1][0]
+        found["picture_gradient"] = _with_gradient(reward, images[2], own[2])[1][0]
     reward.options = OFFICIAL
-    found["official_pixels"] = torch.cat([reward._pixels(picture) for picture in pictures])
-    found["official_score"] = torch.cat(
-        [reward(p, [prompt]) for p, prompt in zip(pictures, own, strict=True)]
-    )
+    found["official_pixels"] = torch.cat([reward._pixels(image) for image in images])
+    found["official_score"] = torch.cat([reward(p, [prompt]) for p, prompt in zip(images, own, strict=True)])
     return {name: value.detach().numpy() for name, value in found.items()}
 
 
 def _with_gradient(function: Any, images: Tensor, prompt: str) -> tuple[Tensor, Tensor]:
-    """Return scores of pictures and their gradient."""
+    """Return scores of images and their gradient."""
     images = images.clone().requires_grad_()
     scores = function(images, [prompt])
     return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]

@@ -11,15 +11,15 @@ from am_diffusers.rewards.base import check_images
 
 
 class Features(ABC):
-    """Features of pictures as published: the preprocessing on 8-bit pictures, the network's own scale.
+    """Features of images as published: the preprocessing on 8-bit images, the network's own scale.
 
-    Without gradients. The angle between features is a distance of pictures; Frechet distances are of features
+    Without gradients. The angle between features is a distance of images; Frechet distances are of features
     as they are.
 
     Args:
         model: frozen, set to evaluation and moved in place.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
 
     Attributes:
         released: hub id of the published weights, or `package:NAME` of a package that has them.
@@ -53,7 +53,7 @@ class Features(ABC):
             path: where the weights are; `released` by default.
             revision: commit of a hub id.
             device: where the model runs.
-            batch_size: pictures a pass; None = all at once.
+            batch_size: images per pass; None = all at once.
 
         Raises:
             ValueError: if something is missing (with the command that gets it) or doesn't fit.
@@ -75,4 +75,4 @@ class Features(ABC):
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Return the features (B, D) of prepared pictures."""
+        """Return the features (B, D) of prepared images."""

@@ -19,7 +19,7 @@ class CLIP(Features):
         model: the CLIP model, whose text tower is not kept.
         image_processor: the preprocessing published with it.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "clip"

@@ -23,7 +23,7 @@ class DINOv2(Features):
         model: the vision transformer.
         image_processor: the preprocessing published with it: bicubic to 256, crop 224, ImageNet's statistics.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "dinov2"

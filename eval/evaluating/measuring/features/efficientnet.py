@@ -18,7 +18,7 @@ class EfficientNet(Features):
     Args:
         model: timm's classifier.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "efficientnet"

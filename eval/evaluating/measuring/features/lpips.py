@@ -1,4 +1,4 @@
-"""LPIPS: how much a picture changed, by distances of AlexNet's activations (arXiv 1801.03924)."""
+"""LPIPS: how much an image changed, by distances of AlexNet's activations (arXiv 1801.03924)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NAME = "lpips"
 
 
 class LPIPS:
-    """Distance of pairs of pictures, at least 0. Build it with `from_pretrained`.
+    """Distance of pairs of images, at least 0. Build it with `from_pretrained`.
 
     Args:
         model: the package's network; frozen, set to evaluation and moved in place.
@@ -51,8 +51,6 @@ class LPIPS:
         check_images(first)
         check_images(second)
         if first.shape != second.shape:
-            raise ValueError(
-                f"expected pairs of pictures, got {tuple(first.shape)} and {tuple(second.shape)}"
-            )
+            raise ValueError(f"expected pairs of images, got {tuple(first.shape)} and {tuple(second.shape)}")
         pair = (images.to(self._device, torch.float32) for images in (first, second))
         return self._model(*pair, normalize=True).flatten().cpu()
