@@ -54,7 +54,7 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     for reward in plan.config.method.rewards:
         mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
         accelerator.print(
-            f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} pictures"
+            f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} images"
         )
         if not std > 0:
             raise ValueError(f"{reward.name} scores all base images {mean}: raise --num_prompts")

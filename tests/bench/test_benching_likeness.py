@@ -123,12 +123,12 @@ def test_real_pictures_are_liker_and_spoilt_ones_less_like_than_the_base(
     base_scores = judge._likeness(judge._features(base))
     expected_gain = (of_others - base_scores[2].mean()) / base_scores.std(ddof=1)
     assert judge.real.by_prompt[2] == pytest.approx(expected_gain, rel=1e-3)
-    with pytest.raises(ValueError, match="at least 8 pictures of each of 4 prompts, found 4 of 4"):
+    with pytest.raises(ValueError, match="at least 8 images of each of 4 prompts, found 4 of 4"):
         Judge(real, real)
     mixed = compose(tmp_path / "mixed", [*CAPTIONS[1:], CAPTIONS[0]], 4, 0, monkeypatch)
-    with pytest.raises(ValueError, match=r"mixed: pictures of 'pine tree, .* for 'red apple, "):
+    with pytest.raises(ValueError, match=r"mixed: expected images of 'red apple, .* found 'pine tree, "):
         Judge(mixed, base)
-    with pytest.raises(ValueError, match=r"real: \(4, 4\) pictures, the base has \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"real: \(4, 4\) images, the base has \(4, 2\)"):
         judge.judge(real)
     (real / "00003-003.png").unlink()
     with pytest.raises(ValueError, match="equally many of each prompt"):
@@ -136,7 +136,7 @@ def test_real_pictures_are_liker_and_spoilt_ones_less_like_than_the_base(
     (real / "00003-002.png").unlink()
     Image.new("RGB", (64, 64)).save(real / "00003-002.png")
     Image.new("RGB", (32, 32)).save(real / "00003-003.png")
-    with pytest.raises(ValueError, match="real: pictures of different sizes"):
+    with pytest.raises(ValueError, match="real: images of different sizes"):
         Judge(real, base)
     Image.new("RGB", (64, 64)).save(real / "00003-003.png")
     with pytest.raises(ValueError, match=r"00003-002.png: no text .*compose_pictures"):
@@ -153,7 +153,7 @@ def test_runs_are_judged_once_while_their_pictures_are_there(
         put(work, setting, (0.8, 0.4))
     spoilt(clean, work.base_images, 0.5)
     spoilt(clean, work.images("a", 0, "10-s"), 0)
-    missing = f"not judged, its pictures aren't in {tmp_path}"
+    missing = f"not judged, its images aren't in {tmp_path}"
     assert list(judge_images(work, real)) == [f"a-seed0: {missing}", f"b-seed0: {missing}"]
     spoilt(clean, work.images("a", 0, "20-s"), 1)  # before, one mark of two was there
     assert list(judge_images(work, real)) == ["a-seed0: judged", f"b-seed0: {missing}"]
@@ -200,7 +200,7 @@ def test_tables_show_the_likeness_that_is_known(tmp_path: Path) -> None:
     assert (place.held_out, place.likeness, place.real_frechet) == pytest.approx((0.4, 0.5, 95))
     assert both[0].at("base").real_frechet == 100
     assert likeness_table(both, work.study, judged(5, {})).splitlines()[2:] == [
-        "| *other real pictures* | - | - | - | +5.00 [+4.90, +5.10] | 50.0 |",
+        "| *other real images* | - | - | - | +5.00 [+4.90, +5.10] | 50.0 |",
         "| *base* | - | - | - | +0.00 | 100.0 |",
         "| a | +0.40 | +0.50 [+0.50, +0.50] | +0.80 | +0.50 [+0.50, +0.50] | 95.0 |",
         "| b | +0.40 | -1.00 [-1.00, -1.00] | +0.80 | -2.00 [-2.00, -2.00] | 120.0 |",

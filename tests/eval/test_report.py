@@ -277,8 +277,8 @@ def test_many_prompts_are_built_when_they_come_near(visit, tmp_path):
 
 def test_says_what_was_left_out(file):
     text = re.sub(r"\s+", " ", file.read_text())
-    assert f"Pictures of {SHOWN} of the {len(PROMPTS)} prompts are embedded" in text
-    assert text.count("Pictures left out.") == len(PROMPTS) - SHOWN
+    assert f"Images of {SHOWN} of the {len(PROMPTS)} prompts are embedded" in text
+    assert text.count("Images left out.") == len(PROMPTS) - SHOWN
 
 
 def test_pictures_of_all_prompts_together_are_bounded(results, monkeypatch):
@@ -344,7 +344,7 @@ def test_base_without_spread_has_no_unit(tmp_path):
     flat = synthetic_results(tmp_path, PROMPTS, candidates(), categories={"style": STYLES})
     flat.scores[flat.candidates[0].key][REWARDS[0]][:] = 3
     text = report(flat, tmp_path / "report.html").read_text()
-    assert text.count("no unit: all base pictures score the same") == 1
+    assert text.count("no unit: all base images score the same") == 1
 
 
 def test_front_is_what_nothing_else_beats_in_both():
@@ -502,7 +502,7 @@ def test_distances_from_reference_pictures_are_given_for_the_base_too(results, t
     referred = replace(results, reference_features=reference)
     found = distances(report(referred, tmp_path / "report.html", max_prompts=1))
     expected = [plain(each.reference["clip"]) for each in summarise(referred, resamples=9).candidates]
-    assert found[0][-1] == "From the reference pictures (clip)"
+    assert found[0][-1] == "From the reference images (clip)"
     assert [row[-1] for row in found[1:]] == expected
     without = replace(results, features={})
     assert distances(report(without, tmp_path / "none.html", max_prompts=1)) == []

@@ -163,7 +163,7 @@ def test_row_with_other_number_of_cells_is_an_error():
 def test_three_files_are_written(summary, tmp_path):
     write_tables(summary, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"comparison.md", "comparison.tex", "comparison.csv"}
-    assert "24 prompts x 4 pictures" in (tmp_path / "comparison.md").read_text()
+    assert "24 prompts x 4 images" in (tmp_path / "comparison.md").read_text()
 
 
 # The leaderboard.
@@ -216,7 +216,7 @@ def test_base_pictures_scored_otherwise_are_pointed_out(runs):
     save(runs / "d", scores=scores)
     tables = leaderboard_tables(find_evaluations(runs), "pickscore")
     found = [note.split(":")[0] for note in tables[0].notes if "differently" in note]
-    assert found == ["The base pictures score differently in hpsv2 in a and d"]
+    assert found == ["The base images score differently in hpsv2 in a and d"]
     assert not any("differently" in note for note in tables[1].notes)
 
 
@@ -226,7 +226,7 @@ def test_checksum_and_counts_of_prompts_are_said_once(tmp_path):
     (table,) = leaderboard_tables(find_evaluations(tmp_path), "pickscore")
     note = table.notes[0]
     assert re.match(
-        r"prompts 24 \([0-9a-f]{8}\), prompts from drawbench, pictures a prompt 4, pretrained", note
+        r"prompts 24 \([0-9a-f]{8}\), prompts from drawbench, images per prompt 4, pretrained", note
     )
     assert not any(text in note for text in ("0badc0de", "num_", "prompt_source", "variant"))
 

@@ -41,7 +41,7 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         _panel(axes[3], curves, (_trained, lambda p: p.frechet), (TRAINED, frechet))
         likeness = "likeness to real images (gain in base sd)"
         _panel(axes[4], curves, (_trained, lambda p: p.likeness), (TRAINED, likeness))
-        real = "Frechet distance to real pictures"
+        real = "Frechet distance to real images"
         _panel(axes[5], curves, (_trained, lambda p: p.real_frechet), (TRAINED, real))
         low, high = axes[1].get_xlim()
         ends = np.array([max(low, axes[1].get_ylim()[0]), high])

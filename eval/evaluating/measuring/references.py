@@ -43,7 +43,7 @@ def reference_features(store: Store, measure: Measure, files: Sequence[Path], pr
         return found
     function = measure.load(processes.accelerator.device, 1, ())
     rows = []
-    for file in tqdm(files, desc=f"{measure.name} of reference pictures", disable=None):
+    for file in tqdm(files, desc=f"{measure.name} of reference images", disable=None):
         processes.poll()
         image = read_image(file)[None]
         rows.append(function(image, [""], image))

@@ -83,7 +83,7 @@ def _arrays(results: Results) -> Iterator[tuple[str, Array]]:
         for key, tables in measure.items():
             yield from ((f"{name} of {key}", values) for name, values in tables.items())
     for name, values in results.reference_features.items():
-        yield f"{name} of the reference pictures", values
+        yield f"{name} of the reference images", values
     for title, tables in (("path KL", results.path_kl), ("LPIPS", results.changes)):
         yield from ((f"{title} of {key}", values) for key, values in tables.items())
 
