@@ -9,19 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from am_diffusers.rewards import aesthetic, hpsv2, image_reward
+from am_diffusers.rewards import REWARDS, LearnedReward
 
-CONVERTERS = {
-    "hpsv2": hpsv2.convert_released,
-    "image_reward": image_reward.convert_released,
-    "aesthetic": aesthetic.convert_released,
-}
+LEARNED = {name: kind for name, kind in REWARDS.items() if issubclass(kind, LearnedReward)}
 
 
 def main() -> None:
     options = parse()
     try:
-        CONVERTERS[options.name](options.file, options.folder, options.sha256)
+        LEARNED[options.name].convert(options.file, options.folder, options.sha256)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{options.name}: {options.folder.resolve()}")
@@ -29,10 +25,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn a published pickle of a reward into safetensors.")
-    parser.add_argument("name", choices=CONVERTERS, help="reward to convert")
+    parser.add_argument("name", choices=LEARNED, help="name of the reward")
     parser.add_argument("file", help="the published file, or owner/repository/file on the hub")
     parser.add_argument("folder", type=Path, help="folder to write; other files in it stay")
-    parser.add_argument("--sha256", help="checksum of the file; none = the pinned one, or it is only logged")
+    parser.add_argument("--sha256", help="sha256 of the file; none = the pinned one, or it is only logged")
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a random-weight Stable Diffusion 3 pipeline small enough for any CPU."""
 
 import os
+import socket
 import string
 from pathlib import Path
 
@@ -8,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tensors of tests are tiny: threads only wait for each other, for minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import (
@@ -144,3 +146,26 @@ def tiny_sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tiny_sd3_dir: Path) -> SD3:
     """The pipeline as the package loads it, freshly for each test."""
     return SD3.from_pretrained(str(tiny_sd3_dir))
+
+
+@pytest.fixture(scope="session")
+def small_rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small random reward models in folders of their names; tests that change one copy it."""
+    from reward_models import SAVE
+
+    folder = tmp_path_factory.mktemp("rewards")
+    for name, save in SAVE.items():
+        save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE as if set at start, and any attempt to connect an error of its own."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("tried to reach the network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

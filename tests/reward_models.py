@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,12 @@ def edit_json(file: Path, **changes: object) -> None:
             place = place[parent]
         place[key] = value
     file.write_text(json.dumps(document))
+
+
+SAVE: dict[str, Callable[[Path], object]] = {
+    "pickscore": save_pickscore,
+    "clip_score": save_clip_score,
+    "hpsv2": save_hpsv2,
+    "aesthetic": save_aesthetic,
+    "image_reward": save_image_reward,
+}

@@ -30,7 +30,7 @@ from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.base import Collected
 from am_diffusers.noise import generator_for, generators_for
-from am_diffusers.rewards.skeleton import Skeleton
+from am_diffusers.rewards.learned import Skeleton
 from am_diffusers.run.fields import guided, with_guidance
 from am_diffusers.run.load import encoder, make_sampler, weighted
 from am_diffusers.run.micro_batches import SETTINGS

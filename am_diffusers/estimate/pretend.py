@@ -18,7 +18,7 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
-from am_diffusers.rewards.skeleton import Skeleton, skeleton
+from am_diffusers.rewards.learned import Skeleton
 from am_diffusers.run.fields import micro_batch
 from am_diffusers.run.load import DTYPES
 from am_diffusers.run.plan import Plan
@@ -102,8 +102,8 @@ def _pretend_reward(reward: RewardConfig, config: Config, mode: FakeTensorMode) 
         batch_size=reward.batch_size or micro_batch(config.optimizer.reward_micro_batch_size),
         checkpointing=config.model.gradient_checkpointing,
     )
-    made = skeleton(kind, asset_path(reward.model), revision=reward.revision, options=options)
-    remove_data(made.network(), mode)
+    made = kind.skeleton(asset_path(reward.model), revision=reward.revision, options=options)
+    remove_data(made.network, mode)
     made.materialise(CPU)
     return made
 
@@ -147,7 +147,7 @@ def without_data(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 def weights_of(reward: Reward) -> list[Tensor]:
     """Return the weights of a reward; none of one that counts pixels."""
-    return list(reward.network().parameters()) if isinstance(reward, Skeleton) else []
+    return list(reward.network.parameters()) if isinstance(reward, Skeleton) else []
 
 
 def norms_in_float32(module: nn.Module) -> None:

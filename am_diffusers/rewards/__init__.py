@@ -1,24 +1,40 @@
-"""Rewards: what a picture is worth for its prompt. One file a reward; see `base.Reward`."""
+"""Rewards: scores of images for prompts. One file a reward, one line in `REWARDS`; see `base.Reward`."""
 
 from am_diffusers.rewards.aesthetic import Aesthetic
-from am_diffusers.rewards.base import ImageFeatures, Reward, RewardScale, WeightedRewards
-from am_diffusers.rewards.brightness import Brightness
+from am_diffusers.rewards.base import (
+    OFFICIAL,
+    Column,
+    ImageFeatures,
+    Reward,
+    RewardOptions,
+    RewardScale,
+    WeightedRewards,
+)
 from am_diffusers.rewards.clip import ClipReward
 from am_diffusers.rewards.clip_score import CLIPScore
-from am_diffusers.rewards.colourfulness import Colourfulness
 from am_diffusers.rewards.hpsv2 import HPSv2
 from am_diffusers.rewards.image_reward import ImageReward
 from am_diffusers.rewards.imagenet_class import ImageNetClass
-from am_diffusers.rewards.jpeg_size import JpegSize
-from am_diffusers.rewards.learned import OFFICIAL, LearnedReward, RewardOptions
+from am_diffusers.rewards.learned import LearnedReward
 from am_diffusers.rewards.ocr import OCR
 from am_diffusers.rewards.pickscore import PickScore
-from am_diffusers.rewards.symmetry import Symmetry
+from am_diffusers.rewards.pixels import Brightness, Colourfulness, JpegSize, PixelReward, Symmetry
 
-# Those with weights are built by `from_pretrained(path, ...)`, the others without arguments.
-_LEARNED = (PickScore, HPSv2, ImageReward, CLIPScore, Aesthetic, OCR, ImageNetClass)
-_PIXELS = (Brightness, Colourfulness, Symmetry, JpegSize)
-REWARDS = {reward.name: reward for reward in (*_LEARNED, *_PIXELS)}
+# By name, in the order of the columns in papers. A `LearnedReward` is built by `from_pretrained(path, ...)`,
+# any other without arguments.
+REWARDS: dict[str, type[LearnedReward] | type[PixelReward]] = {
+    "pickscore": PickScore,
+    "clip_score": CLIPScore,
+    "hpsv2": HPSv2,
+    "aesthetic": Aesthetic,
+    "image_reward": ImageReward,
+    "ocr": OCR,
+    "imagenet_class": ImageNetClass,
+    "brightness": Brightness,
+    "colourfulness": Colourfulness,
+    "symmetry": Symmetry,
+    "jpeg_size": JpegSize,
+}
 
 __all__ = [
     "OCR",
@@ -29,6 +45,7 @@ __all__ = [
     "CLIPScore",
     "ClipReward",
     "Colourfulness",
+    "Column",
     "HPSv2",
     "ImageFeatures",
     "ImageNetClass",

@@ -1,4 +1,4 @@
-"""What a reward is, sums of rewards, and the checks of their input.
+"""The protocol of a reward, sums of rewards, and the checks of images and prompts.
 
 A reward maps images in [0, 1] and their prompts to one number per image; higher is better.
 """
@@ -6,14 +6,16 @@ A reward maps images in [0, 1] and their prompts to one number per image; higher
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
+Mode = Literal["differentiable", "rounded", "official"]
+
 
 class Reward(Protocol):
-    """Scores of images for prompts; higher is better."""
+    """Function that scores images for prompts; higher is better."""
 
     @property
     def name(self) -> str:
@@ -26,18 +28,61 @@ class Reward(Protocol):
         ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (B,) of `images` (B, 3, H, W) in [0, 1] for their B `prompts`."""
+        """Return scores (B,) of `images` (B, 3, H, W) in [0, 1] for their B `prompts`."""
         ...
+
+
+class Column(NamedTuple):
+    """Column of a reward in papers: its title, and the number of digits behind the point."""
+
+    title: str
+    decimals: int = 3
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Settings of a reward with weights.
+
+    Attributes:
+        mode: preparation of the images. "differentiable" keeps everything in float tensors; "rounded" adds
+            the 8-bit roundings of the published scorer with straight-through gradients; "official" is the
+            published path itself and has no gradients.
+        device: device of the network; images are moved there and scores stay there.
+        dtype: dtype of the network; scores are computed from its features in float32 or better.
+        batch_size: images per pass of the network; None: all.
+        checkpointing: recompute each pass of the network in backward, so that only the activations of one
+            pass (`batch_size` images) are held at a time.
+
+    Raises:
+        ValueError: if `mode` is unknown or `batch_size` not positive.
+    """
+
+    mode: Mode = "differentiable"
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(
+                f"expected the mode of a reward to be one of {get_args(Mode)}, got {self.mode!r}"
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"expected a reward batch_size of at least 1 or none, got {self.batch_size}")
+
+
+DIFFERENTIABLE, OFFICIAL = RewardOptions(), RewardOptions("official")
 
 
 @dataclass(frozen=True)
 class RewardScale:
-    """How a reward enters a sum: weight * (score - mean) / std.
+    """Scale of a reward in a sum: weight * (score - mean) / std.
 
     Attributes:
-        weight: finite; a negative one penalises. Counts base standard deviations once calibrated.
+        weight: finite; a negative weight penalises. Counts base standard deviations once calibrated.
         mean: mean score of base samples, in the reward's units.
-        std: standard deviation of their scores, > 0.
+        std: standard deviation of the scores of base samples, > 0.
 
     Raises:
         ValueError: if a number isn't finite or std isn't positive.
@@ -54,7 +99,7 @@ class RewardScale:
 
 @runtime_checkable
 class ImageFeatures(Protocol):
-    """What gives pictures features whose directions say how different they look, as many rewards do."""
+    """Network whose features of images differ in direction as the images differ in looks; many rewards."""
 
     @property
     def name(self) -> str:
@@ -62,16 +107,16 @@ class ImageFeatures(Protocol):
         ...
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features (B, D), of any length, of `images` (B, 3, H, W) in [0, 1]."""
+        """Return features (B, D), of any length, of `images` (B, 3, H, W) in [0, 1]."""
         ...
 
 
 class WeightedRewards:
-    """A weighted sum of rewards, itself a reward, that keeps the scores of its parts for the log.
+    """Weighted sum of rewards, itself a reward, that keeps the scores of each reward for the log.
 
     Args:
-        rewards: the rewards, each under a name of its own.
-        scales: how each enters the sum.
+        rewards: rewards with different names.
+        scales: scale of each reward in the sum.
 
     Raises:
         ValueError: if there are no rewards, counts differ, or two share a name.
@@ -80,7 +125,7 @@ class WeightedRewards:
     def __init__(self, rewards: Sequence[Reward], scales: Sequence[RewardScale]) -> None:
         names = [reward.name for reward in rewards]
         if not rewards or len(rewards) != len(scales):
-            raise ValueError(f"expected one weight per reward, got {len(scales)} for {names}")
+            raise ValueError(f"expected one weight per reward, got {len(scales)} weights for rewards {names}")
         if len(set(names)) < len(names):
             raise ValueError(f"expected rewards with different names, got {names}: give each reward once")
         self._rewards = tuple(rewards)
@@ -90,7 +135,7 @@ class WeightedRewards:
         self._seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """`sum_i weight_i * (reward_i - mean_i) / std_i`, (B,)."""
+        """Return `sum_i weight_i * (reward_i - mean_i) / std_i`, (B,)."""
         total = []
         for reward in self._rewards:
             # A reward may run on a device of its own.
@@ -100,7 +145,7 @@ class WeightedRewards:
         return torch.stack(total).sum(0)
 
     def drain(self) -> dict[str, Tensor]:
-        """Scores (N,) of each reward, in its own units, since the last call."""
+        """Return the scores (N,) of each reward since the last call, in the reward's units."""
         scores = {name: torch.cat(seen) for name, seen in self._seen.items() if seen}
         for seen in self._seen.values():
             seen.clear()

@@ -17,8 +17,10 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from am_diffusers.rewards.clip import ClipReward
-from am_diffusers.rewards.files import (
+from am_diffusers.rewards.base import DIFFERENTIABLE, Column, RewardOptions
+from am_diffusers.rewards.clip import ClipReward, without_text
+from am_diffusers.rewards.learned import Skeleton
+from am_diffusers.rewards.parts.files import (
     check_fit,
     find_file,
     load_strictly,
@@ -26,8 +28,7 @@ from am_diffusers.rewards.files import (
     save_weights,
     state_dict_of,
 )
-from am_diffusers.rewards.learned import DIFFERENTIABLE, RewardOptions
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, longest_edge_pad
 
 RELEASED_ARCHITECTURE = "ViT-H-14"
 CONFIG_FILE = "open_clip_config.json"
@@ -37,13 +38,13 @@ DOWNLOAD = "run `hf download xswu/HPSv2 HPS_v2.1_compressed.pt` and give `xswu/H
 
 
 class HPSv2(ClipReward):
-    """HPSv2 score of pictures; about 0.28 for the released models. Build it with `from_pretrained`.
+    """HPSv2 score of images; about 0.28 for the released models. Build it with `from_pretrained`.
 
     Args:
         model: the open_clip model.
-        tokenizer: its tokenizer.
+        tokenizer: tokenizer of the model.
         pixel_format: input size and normalisation of the vision tower.
-        options: how it runs.
+        options: settings of the reward.
 
     Raises:
         ValueError: if the tokenizer's vocabulary isn't the model's.
@@ -51,6 +52,7 @@ class HPSv2(ClipReward):
 
     name = "hpsv2"
     released = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    column = Column("HPSv2", 3)
 
     def __init__(
         self,
@@ -82,12 +84,12 @@ class HPSv2(ClipReward):
         """Load a released checkpoint (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt) or an open_clip folder.
 
         Args:
-            path: the .pt file, its place on the hub (`xswu/HPSv2/HPS_v2.1_compressed.pt`), or a folder with
+            path: the .pt file, or its hub address (`xswu/HPSv2/HPS_v2.1_compressed.pt`), or a folder with
                 open_clip_config.json, open_clip_model.safetensors and, unless the model uses CLIP's own
                 vocabulary, bpe_simple_vocab.txt.gz.
             revision: commit of the file on the hub.
-            sha256: of the released file or of the folder's weights, checked before they are read.
-            options: how it runs.
+            sha256: digest of the released file or of the folder's weights, checked before reading.
+            options: settings of the reward.
 
         Raises:
             ValueError: if something is missing (with the command that downloads it) or doesn't fit the model.
@@ -99,13 +101,47 @@ class HPSv2(ClipReward):
         tokenizer = _load_tokenizer(Path(path) / VOCABULARY_FILE, model.context_length)
         return cls(model, tokenizer=tokenizer, pixel_format=pixel_format, options=options)
 
+    @classmethod
+    def convert(cls, path: str | Path, folder: Path, sha256: str | None) -> None:
+        """Write a released .pt file as an open_clip folder, in its own precision, see `LearnedReward`."""
+        file = find_file(path, None, DOWNLOAD)
+        config, weights = _read_released(file, sha256)
+        with torch.device("meta"):
+            check_fit(CLIP(**config), weights, str(file))
+        preprocessing = {
+            "mean": CLIP_MEAN,
+            "std": CLIP_STD,
+            "interpolation": "bicubic",
+            "resize_mode": "longest",
+        }
+        save_weights(weights, folder / WEIGHTS_FILE)
+        document = {"model_cfg": config, "preprocess_cfg": preprocessing}
+        (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2), "utf-8")
+
+    @classmethod
+    def skeleton(cls, path: str, *, revision: str | None, options: RewardOptions) -> Skeleton:
+        """Return the reward without its weights, see `LearnedReward.skeleton`."""
+        file = Path(path) / CONFIG_FILE
+        config = json.loads(file.read_text())["model_cfg"] if file.is_file() else _released_config()
+        with torch.device("meta"):
+            model = CLIP(**config)
+        pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
+
+        def pixels(images: Tensor) -> Tensor:
+            return pixel_format.normalise(longest_edge_pad(images, pixel_format.size))
+
+        def score(pixels: Tensor) -> Tensor:
+            return without_text(model.encode_image(pixels))
+
+        return Skeleton(cls.name, model, pixels=pixels, score=score, options=options)
+
     @property
     def context_length(self) -> int:
-        """Tokens the text tower reads, begin and end marks included."""
+        """Tokens that the text tower reads, begin and end marks included."""
         return self._clip.context_length
 
     def _pixels(self, images: Tensor) -> Tensor:
-        # The published path turns the 8-bit picture into a tensor first: rounding is all that differs.
+        # The published path turns the 8-bit image into a tensor first: rounding is all that differs.
         rounded = self.options.mode != "differentiable"
         return self._format.normalise(longest_edge_pad(images, self._format.size, rounded=rounded))
 
@@ -120,7 +156,7 @@ class HPSv2(ClipReward):
 
 
 def _load_folder(folder: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
-    """Model and preprocessing of a folder as open_clip writes it for the hub."""
+    """Load model and preprocessing of a folder as open_clip writes it for the hub."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{', '.join(missing)} not found in {folder}; for the released model {DOWNLOAD}")
@@ -130,7 +166,7 @@ def _load_folder(folder: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], PixelFormat]:
-    """`model_cfg` and preprocessing of an open_clip_config.json, once that is known to be HPSv2's."""
+    """Read `model_cfg` and preprocessing of an open_clip_config.json, and check that they are HPSv2's."""
     try:
         config = json.loads(file.read_text())
         model_config, preprocessing = config["model_cfg"], config["preprocess_cfg"]
@@ -146,54 +182,37 @@ def _read_config(file: Path) -> tuple[dict[str, Any], PixelFormat]:
 
 
 def _load_released(file: Path, sha256: str | None) -> tuple[CLIP, PixelFormat]:
-    """Model and preprocessing of a released .pt file."""
+    """Load model and preprocessing of a released .pt file."""
     config, weights = _read_released(file, sha256)
     pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
     return _build(config, weights, str(file)), pixel_format
 
 
 def _read_released(file: Path, sha256: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`model_cfg` and weights of a released .pt file."""
+    """Read `model_cfg` and weights of a released .pt file."""
     content = read_weights(file, sha256, DOWNLOAD)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{file} isn't a released HPSv2 checkpoint: no `state_dict` in it; {DOWNLOAD}")
+    return _released_config(), state_dict_of(content["state_dict"], file, DOWNLOAD)
+
+
+def _released_config() -> dict[str, Any]:
     config = open_clip.get_model_config(RELEASED_ARCHITECTURE)
     assert config is not None, "open_clip ships ViT-H-14"
-    return config, state_dict_of(content["state_dict"], file, DOWNLOAD)
-
-
-def convert_released(path: str | Path, folder: Path, sha256: str | None) -> None:
-    """Write a released .pt file as a folder that `HPSv2.from_pretrained` reads, in its own precision.
-
-    Args:
-        path: the file or its place on the hub.
-        folder: where config and weights are written.
-        sha256: of the file.
-
-    Raises:
-        ValueError: if the file is missing or isn't a released checkpoint.
-    """
-    file = find_file(path, None, DOWNLOAD)
-    config, weights = _read_released(file, sha256)
-    with torch.device("meta"):
-        check_fit(CLIP(**config), weights, str(file))
-    preprocessing = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "longest"}
-    save_weights(weights, folder / WEIGHTS_FILE)
-    document = {"model_cfg": config, "preprocess_cfg": preprocessing}
-    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2), "utf-8")
+    return config
 
 
 def _build(config: dict[str, Any], weights: dict[str, Tensor], source: str) -> CLIP:
     try:
         model = CLIP(**config)
     except TypeError as error:
-        raise ValueError(f"{source}: model_cfg isn't that of an open_clip CLIP: {error}") from error
+        raise ValueError(f"{source}: `model_cfg` doesn't describe an open_clip CLIP: {error}") from error
     load_strictly(model, weights, source)
     return model
 
 
 def _load_tokenizer(vocabulary: Path, context_length: int) -> SimpleTokenizer:
-    """The folder's own vocabulary if it has one, else CLIP's, which open_clip ships."""
+    """Load the folder's own vocabulary if it has one, else CLIP's, which open_clip ships."""
     if vocabulary.is_file():
         return SimpleTokenizer(bpe_path=str(vocabulary), context_length=context_length)
     return SimpleTokenizer(context_length=context_length)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
-from am_diffusers.rewards.blip import RELEASED, BlipScorer, ScorerConfig, read_config, rename_released
-from am_diffusers.rewards.files import (
+from am_diffusers.rewards.base import DIFFERENTIABLE, Column, RewardOptions
+from am_diffusers.rewards.learned import FeatureReward, Skeleton
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer, ScorerConfig, read_config, rename_released
+from am_diffusers.rewards.parts.files import (
     check_fit,
     find_file,
     load_strictly,
@@ -24,9 +26,8 @@ from am_diffusers.rewards.files import (
     save_weights,
     state_dict_of,
 )
-from am_diffusers.rewards.heads import collapse
-from am_diffusers.rewards.learned import DIFFERENTIABLE, FeatureReward, RewardOptions
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
+from am_diffusers.rewards.parts.heads import collapse
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, clip_package_crop
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.txt"
 RELEASED_VOCABULARY = "google-bert/bert-base-uncased/vocab.txt"
@@ -36,15 +37,15 @@ MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class ImageReward(FeatureReward):
-    """ImageReward of pictures; about 0.85 for good ones. Build it with `from_pretrained`.
+    """ImageReward of images; about 0.85 for good ones. Build it with `from_pretrained`.
 
-    Unlike with CLIP the text tower reads the picture: nothing but the prompts' tokens can be remembered.
+    Unlike with CLIP the text tower reads the image: nothing but the prompts' tokens can be remembered.
 
     Args:
         model: the network.
-        config: of the network, and the scale of its output.
-        tokenizer: of its text tower.
-        options: how it runs.
+        config: sizes of the network, and the scale of its output.
+        tokenizer: tokenizer of the text tower.
+        options: settings of the reward.
 
     Raises:
         ValueError: if the tokenizer's vocabulary isn't the model's.
@@ -52,6 +53,7 @@ class ImageReward(FeatureReward):
 
     name = "image_reward"
     released = "THUDM/ImageReward/ImageReward.pt"
+    column = Column("ImageReward", 2)
 
     def __init__(
         self,
@@ -73,8 +75,7 @@ class ImageReward(FeatureReward):
         self._scorer = model
         self._config = config
         self._tokenizer = tokenizer
-        self._format = PixelFormat(config.vision_config["image_size"], CLIP_MEAN, CLIP_STD)
-        self._token_cache: dict[str, list[int]] = {}
+        self._format = _pixel_format(config)
 
     @classmethod
     def from_pretrained(
@@ -89,13 +90,13 @@ class ImageReward(FeatureReward):
         """Load the released checkpoint, or a folder with a model of any size.
 
         Args:
-            path: ImageReward.pt, its place on the hub (`THUDM/ImageReward/ImageReward.pt`), or a folder with
+            path: ImageReward.pt, or its hub address (`THUDM/ImageReward/ImageReward.pt`), or a folder with
                 config.json (see `ScorerConfig`) and model.safetensors.
             revision: commit of the file on the hub.
-            sha256: of the released file or of the folder's weights, checked before they are read.
-            options: how it runs.
-            vocabulary: vocab.txt or its place on the hub; by default that of the folder if it has one, else
-                that of bert-base-uncased.
+            sha256: digest of the released file or of the folder's weights, checked before reading.
+            options: settings of the reward.
+            vocabulary: vocab.txt or its hub address; by default the folder's if it has one, else the one of
+                bert-base-uncased.
 
         Raises:
             ValueError: if something is missing (with the command that downloads it) or doesn't fit the model.
@@ -110,6 +111,33 @@ class ImageReward(FeatureReward):
         model = BlipScorer(config)
         load_strictly(model, weights, source)
         return cls(model, config=config, tokenizer=tokenizer, options=options)
+
+    @classmethod
+    def convert(cls, path: str | Path, folder: Path, sha256: str | None) -> None:
+        """Write the released checkpoint as a folder, see `LearnedReward.convert`.
+
+        The vocabulary isn't in the checkpoint: put a vocab.txt beside it, or bert-base-uncased's is used.
+        """
+        config, weights, source = _read_released(find_file(path, None, DOWNLOAD), sha256)
+        with torch.device("meta"):
+            check_fit(BlipScorer(config), weights, source)
+        save_weights(weights, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2), "utf-8")
+
+    @classmethod
+    def skeleton(cls, path: str, *, revision: str | None, options: RewardOptions) -> Skeleton:
+        """Return the reward without its weights, see `LearnedReward.skeleton`."""
+        file = Path(path) / CONFIG_FILE
+        config = read_config(file) if file.is_file() else RELEASED
+        with torch.device("meta"):
+            model = BlipScorer(config)
+
+        def score(pixels: Tensor) -> Tensor:
+            tokens = torch.ones(len(pixels), config.context_length, dtype=torch.long)
+            pair = model.encode_pair(model.encode_image(pixels), tokens, tokens)
+            return pair.float().mean(-1)  # the head is one affine function
+
+        return Skeleton(cls.name, model, pixels=_pixel_format(config).crop, score=score, options=options)
 
     @property
     def context_length(self) -> int:
@@ -127,42 +155,23 @@ class ImageReward(FeatureReward):
         return (self._head(pair) - self._config.mean) / self._config.std
 
     def _token_batch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) padded to the longest prompt, and their mask; padding doesn't change scores."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._token_cache]
-        if new:
-            self._remember(new)
-        rows = [self._token_cache[prompt] for prompt in prompts]
-        token_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        """Return token ids (B, L) padded to the longest prompt, and a mask; padding doesn't change scores."""
+        rows = self._once_a_prompt(prompts, self._tokens)
+        token_ids = pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(token_ids.shape[1]) < lengths[:, None]
         return token_ids.to(self.options.device), mask.long().to(self.options.device)
 
-    def _remember(self, prompts: list[str]) -> None:
-        whole = self._tokenizer(prompts, verbose=False)["input_ids"]
-        self._count_truncated(prompts, [len(row) for row in whole], self.context_length)
-        cut = self._tokenizer(prompts, truncation=True, max_length=self.context_length)["input_ids"]
-        self._token_cache.update(zip(prompts, cut, strict=True))
+    def _tokens(self, prompt: str) -> Tensor:
+        """Return the token ids (L,) of a prompt, cut to what is read."""
+        whole = self._tokenizer(prompt, verbose=False)["input_ids"]
+        self._count_truncated(prompt, len(whole), self.context_length)
+        cut = self._tokenizer(prompt, truncation=True, max_length=self.context_length)["input_ids"]
+        return torch.tensor(cut)
 
 
-def convert_released(path: str | Path, folder: Path, sha256: str | None) -> None:
-    """Write the released checkpoint as a folder that `ImageReward.from_pretrained` reads.
-
-    The vocabulary isn't in the checkpoint: put a vocab.txt beside it, or that of bert-base-uncased is used.
-
-    Args:
-        path: the file or its place on the hub.
-        folder: where config.json and model.safetensors are written.
-        sha256: of the file.
-
-    Raises:
-        ValueError: if the file is missing or isn't the released checkpoint.
-    """
-    file = find_file(path, None, DOWNLOAD)
-    config, weights, source = _read_released(file, sha256)
-    with torch.device("meta"):
-        check_fit(BlipScorer(config), weights, source)
-    save_weights(weights, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2), "utf-8")
+def _pixel_format(config: ScorerConfig) -> PixelFormat:
+    return PixelFormat(config.vision_config["image_size"], CLIP_MEAN, CLIP_STD)
 
 
 def _read_folder(folder: Path, sha256: str | None) -> tuple[ScorerConfig, dict[str, Tensor], str]:
@@ -180,7 +189,7 @@ def _read_released(file: Path, sha256: str | None) -> tuple[ScorerConfig, dict[s
 
 
 def _load_tokenizer(vocabulary: Path) -> BertTokenizer:
-    """BERT's uncased tokenizer; transformers 5 would silently ignore a vocabulary given as `vocab_file`."""
+    """Make BERT's uncased tokenizer; transformers 5 would silently ignore a `vocab_file`."""
     tokens = vocabulary.read_text("utf-8").rstrip("\n").split("\n")
     if len(set(tokens)) < len(tokens) or not {*MARKS} <= {*tokens}:
         raise ValueError(

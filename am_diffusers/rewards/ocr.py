@@ -1,10 +1,10 @@
 """OCR: log-probability per character that a text recogniser reads the text quoted in the prompt.
 
-`log p(text | picture) / len(text)` in nats per character, at most 0, by connectionist temporal classification
+`log p(text | image) / len(text)` in nats per character, at most 0, by connectionist temporal classification
 (Graves et al. 2006): p(text) sums over all paths of characters and blanks that spell the text. The recogniser
 is PP-OCRv4 (Chinese and Latin letters, digits, punctuation), shipped by the package rapidocr-onnxruntime; its
-ONNX graph runs in torch. The picture as a whole is one line of text: this suits wide pictures of a word, not
-a sign somewhere in a scene.
+ONNX graph runs in torch. The image as a whole is one line of text: this suits wide images of a word, not a
+sign somewhere in a scene.
 """
 
 import re
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ctc_loss
 
-from am_diffusers.rewards.base import check_images
-from am_diffusers.rewards.files import check_sha256, find_file
-from am_diffusers.rewards.learned import DIFFERENTIABLE, LearnedReward, RewardOptions
-from am_diffusers.rewards.onnx_graph import OnnxGraph, read_graph
-from am_diffusers.rewards.packaged import PREFIX, RAPIDOCR
-from am_diffusers.rewards.text_line import official_text_line, text_line
+from am_diffusers.rewards.base import DIFFERENTIABLE, RewardOptions, check_images
+from am_diffusers.rewards.learned import LearnedReward
+from am_diffusers.rewards.parts.files import check_sha256, find_file
+from am_diffusers.rewards.parts.onnx_graph import OnnxGraph, read_graph
+from am_diffusers.rewards.parts.packaged import PREFIX, RAPIDOCR, load_module
+from am_diffusers.rewards.parts.text_line import official_text_line, text_line
 
 BLANK = 0
 # Double quotes first: an apostrophe is no quote, and a prompt may have both.
@@ -34,8 +34,8 @@ class OCR(LearnedReward):
 
     Args:
         model: text lines (B, 3, 48, W) to logits (B, frames, characters); a frame is 8 columns.
-        characters: what the classes mean, the blank (class 0) left out.
-        options: how it runs.
+        characters: characters of the classes 1, 2, ...; class 0 is the blank.
+        options: settings of the reward.
     """
 
     name = "ocr"
@@ -45,7 +45,6 @@ class OCR(LearnedReward):
         self, model: OnnxGraph, *, characters: Sequence[str], options: RewardOptions = DIFFERENTIABLE
     ) -> None:
         super().__init__(model, options=options)
-        self._model = model
         self._characters = list(characters)
         self._class_of = {character: row + 1 for row, character in enumerate(characters)}
 
@@ -63,8 +62,8 @@ class OCR(LearnedReward):
         Args:
             path: by default the package's file; else an .onnx file with its characters in its metadata.
             revision: commit of a file on the hub.
-            sha256: of the file, checked before it is read; None = the pinned one for the package's file.
-            options: how it runs.
+            sha256: digest of the file, checked before reading; None = the pinned one of the package's file.
+            options: settings of the reward.
 
         Raises:
             ValueError: if a package is missing (with the command that installs it) or the file doesn't fit.
@@ -83,7 +82,7 @@ class OCR(LearnedReward):
             self._classes(prompt)
 
     def read(self, images: Tensor) -> list[str]:
-        """The most probable text of each picture (B, 3, H, W) in [0, 1], frame by frame (greedily)."""
+        """Return the most probable text of each image (B, 3, H, W) in [0, 1], frame by frame (greedily)."""
         check_images(images)
         with torch.no_grad():
             best = self._in_parts(lambda p, _: self._log_probs(p).argmax(-1), images, [""] * len(images))
@@ -113,21 +112,23 @@ class OCR(LearnedReward):
         return -loss / lengths
 
     def _log_probs(self, pixels: Tensor) -> Tensor:
-        """Log-probabilities (B, frames, characters + 1), in float32 or better."""
-        logits = self._model(pixels)
+        """Return log-probabilities (B, frames, characters + 1), in float32 or better."""
+        logits = self.network(pixels)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _classes(self, prompt: str) -> list[int]:
-        """Classes of the characters of the prompt's quoted text."""
+        """Return the classes of the characters that the prompt quotes."""
         text = quoted_text(prompt)
         unknown = sorted({character for character in text if character not in self._class_of})
         if unknown:
-            raise ValueError(f"ocr: the recogniser doesn't know {unknown} in {prompt!r}: leave them out")
+            raise ValueError(
+                f"ocr: the recogniser doesn't know {unknown} in {prompt!r}: leave these characters out"
+            )
         return [self._class_of[character] for character in text]
 
 
 def quoted_text(prompt: str) -> str:
-    """Text between the first pair of double quotes, or of single ones if there are no double ones.
+    """Return the text between the first pair of double quotes, or of single ones if there are no double ones.
 
     Raises:
         ValueError: if nothing is quoted.
@@ -141,18 +142,18 @@ def quoted_text(prompt: str) -> str:
 
 
 def _check_length(prompt: str, target: Sequence[int], frames: int) -> None:
-    """CTC needs a frame for each character and one between two equal ones."""
+    """Check that there is a frame for each character and between equal neighbours, as CTC needs."""
     needed = len(target) + sum(a == b for a, b in pairwise(target))
     if needed > frames:
         raise ValueError(
-            f"ocr: the quoted text of {prompt!r} needs {needed} frames of 8 columns, the picture's line has"
-            f" {frames}: use a shorter text or a wider picture"
+            f"ocr: the quotation in {prompt!r} needs {needed} frames of 8 columns, the line of the image has"
+            f" {frames}: use a shorter text or a wider image"
         )
 
 
 def _read_recogniser(file: Path) -> tuple[OnnxGraph, list[str]]:
-    """The graph without its closing softmax, and the characters of classes 1, 2, ..."""
-    onnx: Any = RAPIDOCR.load_module("onnx")
+    """Read the graph without its closing softmax, and the characters of classes 1, 2, ..."""
+    onnx: Any = load_module("onnx", RAPIDOCR.remedy)
     try:
         model = onnx.load(file)
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version

@@ -17,7 +17,7 @@ from am_diffusers.noise import LatentSpec, generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
-from am_diffusers.rewards.packaged import PACKAGED
+from am_diffusers.rewards.parts.packaged import PACKAGED
 from am_diffusers.run.counting import count
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from am_diffusers.rewards import REWARDS
+
 
 @dataclass(frozen=True)
 class Options:
@@ -150,8 +152,8 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="NAME[=MODEL]",
-        help="pickscore, hpsv2, image_reward, clip_score, aesthetic, ...; MODEL: folder, file, asset: path "
-        "or hub id; default: what the model's folder declares, else the released weights",
+        help=f"{', '.join(REWARDS)}; MODEL: folder, file, asset: path or hub id; default: what the model's "
+        "folder declares, else the released weights",
     )
     group.add_argument(
         "--features",

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
 from am_diffusers.rewards import OCR, Aesthetic, HPSv2, ImageNetClass, ImageReward, LearnedReward, PickScore
-from am_diffusers.rewards.blip import RELEASED, BlipScorer
-from am_diffusers.rewards.heads import AffineHead
 from am_diffusers.rewards.image_reward import MARKS
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer
+from am_diffusers.rewards.parts.heads import AffineHead
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat
 from am_diffusers.system.files import asset_path
 
 REPEATS = 3

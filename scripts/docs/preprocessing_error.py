@@ -23,8 +23,8 @@ from torchvision.transforms.functional import to_tensor
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.rewards import OCR, OFFICIAL, REWARDS, ImageNetClass, LearnedReward, RewardOptions
-from am_diffusers.rewards.learned import Mode
-from am_diffusers.rewards.preprocess import bicubic
+from am_diffusers.rewards.base import Mode
+from am_diffusers.rewards.parts.preprocess import bicubic
 from am_diffusers.run.load import load_model, make_sampler
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import asset_path

@@ -18,8 +18,7 @@ from am_diffusers.estimate.pretend import pretend
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
-from am_diffusers.rewards import REWARDS, RewardOptions
-from am_diffusers.rewards.skeleton import skeleton
+from am_diffusers.rewards import REWARDS, LearnedReward, RewardOptions
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.micro_batches import SETTINGS
 from am_diffusers.run.plan import Plan, make_plan
@@ -376,8 +375,9 @@ def test_a_model_that_is_not_here_leaves_the_rest_of_the_plan(tmp_path: Path, re
 )
 def test_skeletons_of_released_rewards_have_the_published_size(name: str, size: int) -> None:
     kind = REWARDS[name]
-    made = skeleton(kind, kind.released, options=RewardOptions())  # pyright: ignore
-    assert sum(parameter.numel() for parameter in made.network().parameters()) == size
+    assert issubclass(kind, LearnedReward)
+    made = kind.skeleton(kind.released, revision=None, options=RewardOptions())
+    assert sum(parameter.numel() for parameter in made.network.parameters()) == size
 
 
 def test_the_released_medium_model_is_that_of_the_other_tests() -> None:

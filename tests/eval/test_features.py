@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from am_diffusers.rewards import ImageFeatures, ImageNetClass
-from am_diffusers.rewards.packaged import EFFICIENTNET_LITE0
+from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0
 from evaluating.measuring.features import CLIP, FEATURES, LPIPS, DINOv2, DreamSim, EfficientNet
 from reward_models import edit_json, edit_weights, randomize, save_clip
 from reward_pictures import as_pil, pictures

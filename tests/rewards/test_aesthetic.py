@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import CLIPModel
 
 from am_diffusers.rewards import OFFICIAL, Aesthetic, aesthetic
-from am_diffusers.rewards.heads import collapse
+from am_diffusers.rewards.parts.heads import collapse
 from reward_models import (
     CAPTIONS,
     CLIP_MEAN,
@@ -38,11 +38,18 @@ def published(clip: CLIPModel, head: PublishedHead, image: Image.Image) -> float
         return head(torch.from_numpy(features / l2[:, None])).item()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPModel, PublishedHead]:
+    """A small folder, and the model and head in it."""
+    folder = tmp_path_factory.mktemp("aesthetic")
+    return folder, *save_aesthetic(folder)
+
+
 @pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_aesthetic_is_the_published_scorer(tmp_path: Path, height: int, width: int) -> None:
-    clip, head = save_aesthetic(tmp_path)
+def test_aesthetic_is_the_published_scorer(saved, height: int, width: int) -> None:
+    folder, clip, head = saved
     images = pictures(3, height, width)
-    scores = Aesthetic.from_pretrained(tmp_path, options=OFFICIAL)(images, CAPTIONS[:3])
+    scores = Aesthetic.from_pretrained(folder, options=OFFICIAL)(images, CAPTIONS[:3])
     assert scores.tolist() == pytest.approx([published(clip, head, as_pil(i)) for i in images], abs=1e-5)
     assert scores.std() > 1e-3
 
@@ -86,9 +93,6 @@ def test_a_pickle_is_pinned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"drop": "layers.6.bias"}, "1 missing, e.g. layers.6.bias"),
-        ({"add": "layers.1.weight"}, "1 unexpected, e.g. layers.1.weight"),
-        ({"resize": "layers.0.weight"}, r"features of length 16: layers.0 is \(12, 15\)"),
         ({"resize": "layers.4.weight"}, r"layers.4 is \(8, 9\) with bias \(8,\), expected \(8, 10\)"),
         ({"resize": "layers.7.weight"}, r"layers.7 is \(1, 5\)"),
     ],

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from am_diffusers.rewards import REWARDS, image_reward
-from am_diffusers.rewards.blip import ScorerConfig
+from am_diffusers.rewards.parts.blip import ScorerConfig
 from reward_models import (
     CAPTIONS,
     image_reward_config,

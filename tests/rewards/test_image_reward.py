@@ -47,22 +47,28 @@ def published(model: PublishedImageReward, vocabulary: Path, image: Image.Image,
         return ((rewards - 0.2) / 1.5).item()
 
 
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_image_reward_is_the_published_scorer(tmp_path: Path, height: int, width: int) -> None:
-    model = save_image_reward(tmp_path)
-    images = pictures(3, height, width)
-    prompts = [CAPTIONS[1], "A Réd apple, it's UNKNOWN 猫", LONG]  # short, accents and letters, cut
-    scores = ImageReward.from_pretrained(tmp_path, options=OFFICIAL)(images, prompts)
-    vocabulary = tmp_path / "vocab.txt"
-    expected = [published(model, vocabulary, as_pil(i), p) for i, p in zip(images, prompts, strict=True)]
-    assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert scores.std() > 0.05
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PublishedImageReward]:
+    """A small folder, and the model in it."""
+    folder = tmp_path_factory.mktemp("image_reward")
+    return folder, save_image_reward(folder)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_image_reward(tmp_path)
-    return tmp_path
+def folder(saved: tuple[Path, PublishedImageReward]) -> Path:
+    return saved[0]
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_image_reward_is_the_published_scorer(saved, height: int, width: int) -> None:
+    folder, model = saved
+    images = pictures(3, height, width)
+    prompts = [CAPTIONS[1], "A Réd apple, it's UNKNOWN 猫", LONG]  # short, accents and letters, cut
+    scores = ImageReward.from_pretrained(folder, options=OFFICIAL)(images, prompts)
+    vocabulary = folder / "vocab.txt"
+    expected = [published(model, vocabulary, as_pil(i), p) for i, p in zip(images, prompts, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert scores.std() > 0.05
 
 
 def test_the_vocabulary_is_that_of_the_file(folder: Path) -> None:
@@ -93,8 +99,13 @@ def test_a_prompt_that_just_fits_is_not_cut(folder: Path) -> None:
 
 def test_prompts_are_tokenized_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reward, seen = ImageReward.from_pretrained(folder, options=RewardOptions(checkpointing=True)), []
-    remember = reward._remember
-    monkeypatch.setattr(reward, "_remember", lambda prompts: (seen.extend(prompts), remember(prompts)))
+    tokens = reward._tokens
+
+    def watched(prompt: str) -> torch.Tensor:
+        seen.append(prompt)
+        return tokens(prompt)
+
+    monkeypatch.setattr(reward, "_tokens", watched)
     for prompts in (CAPTIONS[:2], CAPTIONS[1::-1], [CAPTIONS[2]] * 2, CAPTIONS[:2]):
         reward(IMAGES.clone().requires_grad_(), prompts).sum().backward()
     assert seen == [*CAPTIONS[:3]]
@@ -116,9 +127,9 @@ def test_the_gradient_goes_through_cross_attention_only(folder: Path) -> None:
     assert torch.autograd.grad(reward(images, CAPTIONS[:2]).sum(), images)[0].abs().max() == 0
 
 
-def test_image_features_are_the_class_token(tmp_path: Path) -> None:
-    model = save_image_reward(tmp_path)
-    reward = ImageReward.from_pretrained(tmp_path)
+def test_image_features_are_the_class_token(saved) -> None:
+    folder, model = saved
+    reward = ImageReward.from_pretrained(folder)
     hidden = model.vision_model(reward._pixels(IMAGES)).last_hidden_state[:, 0]
     expected = hidden / hidden.norm(dim=-1, keepdim=True)
     assert torch.allclose(reward.image_features(IMAGES), expected, atol=1e-6)

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from am_diffusers.rewards import ImageReward, image_reward
-from am_diffusers.rewards.blip import RELEASED, BlipScorer, ScorerConfig, rename_released
+from am_diffusers.rewards.parts.blip import RELEASED, BlipScorer, ScorerConfig, rename_released
 from reward_models import (
     CAPTIONS,
     bert_vocabulary,
     edit_json,
-    edit_weights,
     image_reward_config,
     released_image_reward,
     save_image_reward,
@@ -102,20 +101,6 @@ def test_other_released_files_are_refused(folder: Path, change: dict, message: s
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ({"drop": "mlp.layers.7.bias"}, "1 missing, e.g. mlp.layers.7.bias"),
-        ({"add": "blip.text_proj.bias"}, "1 unexpected, e.g. blip.text_proj.bias"),
-        ({"resize": "vision_model.embeddings.position_embedding"}, "shapes: vision_model.embeddings"),
-    ],
-)
-def test_folders_with_other_weights_are_refused(folder: Path, edit: dict, message: str) -> None:
-    edit_weights(folder / "model.safetensors", **edit)
-    with pytest.raises(ValueError, match=message):
-        ImageReward.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"text_config": {"hidden_size": 24}}, "expected the keys .*num_attention_heads"),
@@ -173,3 +158,10 @@ def test_released_configs_are_read_back(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(image_reward_config()))
     config = image_reward.read_config(tmp_path / "config.json")
     assert config == ScorerConfig(**image_reward_config())
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", [ImageReward.released, "THUDM/ImageReward", "/no/such/ImageReward.pt"])
+def test_a_missing_vocabulary_names_the_download(path: str) -> None:
+    with pytest.raises(ValueError, match=r"hf download google-bert/bert-base-uncased vocab.txt"):
+        ImageReward.from_pretrained(path)

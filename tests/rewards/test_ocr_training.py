@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rewards import OCR
-from am_diffusers.rewards.packaged import RAPIDOCR
+from am_diffusers.rewards.parts.packaged import RAPIDOCR
 from am_diffusers.rollout import sample
 from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField

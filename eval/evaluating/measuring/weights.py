@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from am_diffusers.rewards.packaged import PREFIX
+from am_diffusers.rewards.parts.packaged import PREFIX
 from am_diffusers.system.files import asset_path
 from am_diffusers.training.checkpoint_folder import sha256
 

@@ -10,29 +10,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 from am_diffusers.evaluation.statistics import LEVEL, Comparison, Estimate
+from am_diffusers.rewards import REWARDS, Column, LearnedReward
 from am_diffusers.system.files import write_text
 from evaluating.summary.summary import FEWEST_PROMPTS, CandidateSummary, Summary
 from evaluating.tables.renderings import Cell, Table, to_latex, to_markdown
 
-
-class Column(NamedTuple):
-    """Printed form of a reward in papers: its title, and the digits behind the point."""
-
-    title: str
-    decimals: int
-
-
-PUBLISHED = {
-    "pickscore": Column("PickScore", 2),
-    "clip_score": Column("CLIP", 3),
-    "hpsv2": Column("HPSv2", 3),
-    "aesthetic": Column("Aesthetic", 2),
-    "image_reward": Column("ImageReward", 2),
-}
-OTHER_DECIMALS = 3
 NONE = "-"
 MARKS = (
     "Bold: best of the column. *: differs from the base with the same sampler: the 95 % interval of the "
@@ -41,14 +25,21 @@ MARKS = (
 )
 
 
+def published() -> dict[str, Column]:
+    """Return the columns that papers print, by reward, in the order of papers."""
+    kinds = [kind for kind in REWARDS.values() if issubclass(kind, LearnedReward)]
+    return {kind.name: kind.column for kind in kinds if kind.column}
+
+
 def in_order(rewards: Sequence[str]) -> list[str]:
     """Return the reward names in the order of published tables, the others behind them."""
-    return [name for name in PUBLISHED if name in rewards] + [r for r in rewards if r not in PUBLISHED]
+    first = published()
+    return [name for name in first if name in rewards] + [name for name in rewards if name not in first]
 
 
 def column_of(reward: str) -> Column:
     """Return the column of a reward."""
-    return PUBLISHED.get(reward, Column(reward, OTHER_DECIMALS))
+    return published().get(reward, Column(reward))
 
 
 def number(value: float | None, decimals: int) -> str:

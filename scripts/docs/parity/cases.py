@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_diffusers.rewards.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, bicubic
+from am_diffusers.rewards.parts.preprocess import CLIP_MEAN, CLIP_STD, PixelFormat, bicubic
 
 REWARDS, SIZES = ("hpsv2", "image_reward"), ("small", "full")
 CASE_FILE, INPUT_FILE, SHAPE_FILE, WEIGHT_FILE = "case.json", "inputs.npz", "weights.json", "weights.pt"

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from am_diffusers.rewards import OFFICIAL, HPSv2, ImageReward
-from am_diffusers.rewards.blip import RELEASED, rename_released
-from am_diffusers.rewards.learned import DIFFERENTIABLE
+from am_diffusers.rewards.base import DIFFERENTIABLE
+from am_diffusers.rewards.parts.blip import RELEASED, rename_released
 
 from .cases import INPUT_FILE, SMALL_HPSV2, SMALL_IMAGE_REWARD, WEIGHT_FILE, Case
 

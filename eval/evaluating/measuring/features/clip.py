@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from am_diffusers.rewards.hf_clip import check_is_clip, load_clip
-from am_diffusers.rewards.hf_files import download_remedy
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.hf_files import check_model_type, download_remedy, load_pretrained
+from am_diffusers.rewards.parts.preprocess import to_pil
 from evaluating.measuring.features.base import Features
 
 
@@ -50,14 +49,14 @@ class CLIP(Features):
     ) -> "CLIP":
         """Load a folder or hub id of a `CLIPModel` with its preprocessor_config.json, see `Features`."""
         place, remedy = str(path), download_remedy(cls.released)
-        check_is_clip(place, revision, cls.name, remedy)
+        check_model_type("CLIP", place, revision, cls.name, remedy)
         try:
             processor = CLIPImageProcessorPil.from_pretrained(place, revision=revision or "main")
         except OSError as error:
             raise ValueError(
                 f"{cls.name}'s preprocessor_config.json not found at {place!r}: {remedy}"
             ) from error
-        model = load_clip(place, revision, cls.name, remedy)
+        model = load_pretrained(CLIPModel, place, revision, cls.name, remedy)
         return cls(model, image_processor=processor, device=device, batch_size=batch_size)
 
     def _pixels(self, images: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BitImageProcessorPil, Dinov2Model
 
-from am_diffusers.rewards.hf_files import check_model_type, download_remedy, load_pretrained
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.hf_files import check_model_type, download_remedy, load_pretrained
+from am_diffusers.rewards.parts.preprocess import to_pil
 from evaluating.measuring.features.base import Features
 
 

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from am_diffusers.rewards.packaged import PREFIX
-from am_diffusers.rewards.preprocess import to_pil
+from am_diffusers.rewards.parts.packaged import PREFIX, load_module
+from am_diffusers.rewards.parts.preprocess import to_pil
 from evaluating.measuring.features.base import Features
-from evaluating.measuring.features.optional import optional_module
 
 
 class DreamSim(Features):
@@ -70,7 +69,7 @@ class DreamSim(Features):
             raise ValueError(
                 f"{cls.name}'s weights come from a package: no `revision` of them, got {revision!r}"
             )
-        package = optional_module("dreamsim", "run `pip install dreamsim`")
+        package = load_module("dreamsim", "run `pip install dreamsim`")
         hub = torch.hub.get_dir()
         folder = Path(hub) / "dreamsim" if str(path) == cls.released else Path(path)
         try:

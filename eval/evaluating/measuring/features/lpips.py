@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from am_diffusers.rewards.base import check_images
-from evaluating.measuring.features.optional import optional_module
+from am_diffusers.rewards.parts.packaged import load_module
 
 NAME = "lpips"
 
@@ -32,7 +32,7 @@ class LPIPS:
         Raises:
             ValueError: if the package or AlexNet's weights are missing (with the command that gets them).
         """
-        package = optional_module(NAME, 'run `pip install "am_diffusers[perceptual]"`')
+        package = load_module(NAME, 'run `pip install "am_diffusers[perceptual]"`')
         try:
             return cls(package.LPIPS(net="alex", verbose=False), device=device)
         except OSError as error:  # no network, too
