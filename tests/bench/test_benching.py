@@ -125,7 +125,7 @@ def test_a_run_that_fails_is_a_result_and_others_go_on(
     def train(flags: dict[str, object], *rest: object) -> list[object]:
         raise IterationError("iteration 3: loss is nan")
 
-    monkeypatch.setattr("benching.work.train", train)
+    monkeypatch.setattr("benching.images.work.train", train)
     put(work, "b", (0.1, 0.1))
     assert work.do_next() == "a-seed0"
     assert work.do_next() == "c-seed0"
@@ -139,7 +139,7 @@ def test_runs_that_are_timed_are_of_one_thread_and_one_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(study({"a": "adjoint_matching", "b": "draft"}, seeds=[0]), tmp_path, tmp_path)
-    monkeypatch.setattr("benching.work.machine", lambda: {"threads": "2"})
+    monkeypatch.setattr("benching.images.work.machine", lambda: {"threads": "2"})
     with pytest.raises(ValueError, match="OMP_NUM_THREADS=1"):
         work.do_next()
     put(work, "a", (0.2, 0.1))
@@ -248,7 +248,7 @@ def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPa
     def never(_: Work) -> None:
         raise AssertionError("it must be said before anything runs")
 
-    monkeypatch.setattr("benching.work.Work.do_next", never)
+    monkeypatch.setattr("benching.images.work.Work.do_next", never)
     with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
         run("methods", "methdos")
     with pytest.raises(SystemExit, match=r"error: /nowhere: expected images like 00012-003.png"):

@@ -224,8 +224,8 @@ def test_a_run_that_is_done_again_loses_the_likeness_of_its_old_pictures(
     work = Work(study({"a": "adjoint_matching"}), tmp_path / "data", tmp_path)
     file = likeness_file(record_file(work.data, "a", 0))
     write_likeness(judged(5, {}), file)
-    monkeypatch.setattr("benching.work.train", lambda *_: [])
-    monkeypatch.setattr("benching.work.measure", lambda *_: [])
+    monkeypatch.setattr("benching.images.work.train", lambda *_: [])
+    monkeypatch.setattr("benching.images.work.measure", lambda *_: [])
     work._do("a", 0, tmp_path / "run")
     assert work.record("a", 0) is not None
     assert not file.exists()

@@ -47,7 +47,7 @@ def test_intervals_hold_the_noise_of_prompts_in_level_and_places(
 ) -> None:
     """Two settings whose gains differ by noise of prompts alone: the truth is no difference, a ratio of 1."""
     work = Work(study({"a": "adjoint_matching", "b": "draft"}), tmp_path, tmp_path)
-    monkeypatch.setattr("benching.equal_reward.RESAMPLES", 400)
+    monkeypatch.setattr("benching.images.equal_reward.RESAMPLES", 400)
     rng, covered = np.random.default_rng(0), []
     for _ in range(40):
         curves = []

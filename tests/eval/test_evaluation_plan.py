@@ -174,7 +174,7 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
         "mine-scale0.5-steps3-guidance1",
     ]
     assert {candidate.base for candidate in plan.candidates} == set(plan.candidates[:2])
-    with pytest.raises(ValueError, match="asked for twice.*name each once"):
+    with pytest.raises(ValueError, match=r"asked for twice.*name each once"):
         ask(lora_path=runs[:1], lora_scale=[1, 1])
     with pytest.raises(ValueError, match="a name has letters"):
         lora_file(f"a b={runs[0]}")

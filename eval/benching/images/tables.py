@@ -93,7 +93,7 @@ def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -
     """
     marks = [mark.name for mark in study.marks if mark.calls is None]
     known = [curve for curve in curves if LIKENESS in curve.gains and study.budget in curve.marks]
-    header = ["pictures"]
+    header = ["images"]
     for mark in marks:
         header += [f"trained, {mark}", f"likeness, {mark}"]
     blank = [NONE] * (2 * len(marks) - 1)
