@@ -480,9 +480,9 @@ def test_loras_of_many_models_are_listed(results, tmp_path):
 
 def distances(file):
     text = file.read_text()
-    if "Pictures as a set" not in text:
+    if "Images as a set" not in text:
         return []
-    section = text[text.index("Pictures as a set") : text.index('<section id="scores">')]
+    section = text[text.index("Images as a set") : text.index('<section id="scores">')]
     rows = re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)
     return [[words(cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]
 
