@@ -16,7 +16,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from am_diffusers.system.processes import Interrupted, Processes, StopSignal, check_joined
+from am_diffusers.system.processes import Processes, check_joined
+from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
 from evaluating.driver import evaluate
 from evaluating.options import parse

@@ -21,6 +21,8 @@ from am_diffusers.run.fields import guided
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import load_model, load_reward, make_sampler
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.files import write_text
+from am_diffusers.system.processes import Processes
 
 
 def main() -> None:
@@ -49,7 +51,9 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     base = guided(model.base, config.evaluation.eval_guidance_scale)
     sampler = make_sampler(config, model, purpose="calibration")
     prompts = plan.some_train_prompts(num_prompts, "calibration")
-    scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, accelerator=accelerator)
+    processes = Processes(accelerator)
+    with processes.together():
+        scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, processes=processes)
     measured = []
     for reward in plan.config.method.rewards:
         mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
@@ -62,7 +66,7 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     if accelerator.is_main_process:
         defaults = asdict(RewardConfig(""))
         rows = [{k: v for k, v in asdict(r).items() if v != defaults[k]} for r in measured]
-        output.write_text(yaml.safe_dump({"rewards": rows}, sort_keys=False), "utf-8")
+        write_text(output, yaml.safe_dump({"rewards": rows}, sort_keys=False))
         accelerator.print(f"written: {output.resolve()}")
 
 

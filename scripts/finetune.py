@@ -22,7 +22,8 @@ from am_diffusers.estimate import describe
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import STOPPED_FILE, FolderInUseError, make_accelerator
 from am_diffusers.run.plan import make_plan
-from am_diffusers.system.processes import Interrupted, StopSignal, is_secondhand
+from am_diffusers.system.processes import is_secondhand
+from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
 
 

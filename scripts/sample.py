@@ -13,7 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
 
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.files import asset_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main() -> None:
     options = parse()
     try:
-        prompts = options.prompts or load_prompts(asset_path(options.prompt_file))
+        prompts = options.prompts or load_texts(options.prompt_file)
         pipe = load(options)
     except ValueError as error:
         sys.exit(f"error: {error}")

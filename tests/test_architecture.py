@@ -92,6 +92,68 @@ def too_long(file: Path) -> list[str]:
     return found
 
 
+COLLECTIVES = {
+    "gather",
+    "gather_object",
+    "gather_for_metrics",
+    "reduce",
+    "broadcast",
+    "broadcast_object_list",
+    "pad_across_processes",
+    "wait_for_everyone",
+}
+# FSDP's own exchanges are inside the passes of a sharded model.
+NO_EXCHANGE = {"device_mesh", "fsdp"}
+
+
+def exchanges(file: Path) -> list[str]:
+    """Name what a file exchanges with other processes by itself, not through `Processes`."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names, parts = {alias.name for alias in node.names}, node.module.split(".")
+            if parts[0] == "accelerate":
+                found += sorted(names & COLLECTIVES)
+            if (parts[:2] == ["torch", "distributed"] and not NO_EXCHANGE & {*parts, *names}) or (
+                parts == ["torch"] and "distributed" in names
+            ):
+                found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.startswith("torch.distributed")]
+        elif isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            if owner == "torch" and node.attr == "distributed":
+                found.append("torch.distributed")
+            if (
+                owner.split(".")[-1] in ("accelerator", "state", "PartialState()")
+                and node.attr in COLLECTIVES
+            ):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_processes_exchange_through_processes_alone() -> None:
+    files = [*FILES, *EVAL_FILES, *sorted((ROOT / "scripts").rglob("*.py"))]
+    offenders = {str(f.relative_to(ROOT)): found for f in files if (found := exchanges(f))}
+    assert offenders.keys() == {"am_diffusers/system/processes.py"}, offenders
+
+
+ONE_PLACE = {
+    # A checkpoint's folder is renamed as a whole.
+    "os.replace": {"am_diffusers/system/files.py", "am_diffusers/training/checkpoint_folder.py"},
+    # Seeds of noise; the base64 digest of a page's script.
+    "hashlib.": {"am_diffusers/system/files.py", "am_diffusers/noise.py", "eval/evaluating/report/page.py"},
+    # Several names alike, not the nearest.
+    "difflib.": {"am_diffusers/system/text.py", "am_diffusers/rewards/imagenet_class.py"},
+}
+
+
+def test_whole_files_fingerprints_and_nearest_names_are_made_in_one_place() -> None:
+    for words, allowed in ONE_PLACE.items():
+        found = {str(f.relative_to(ROOT)) for f in [*FILES, *EVAL_FILES] if words in f.read_text()}
+        assert found <= allowed, words
+
+
 def test_size_guides() -> None:
     files = [*FILES, *EVAL_FILES]
     assert {str(file.relative_to(ROOT)): found for file in files if (found := too_long(file))} == {}

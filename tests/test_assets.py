@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 from am_diffusers.rewards import HPSv2, ImageReward, PickScore
 
 ASSETS = Path(__file__).parent.parent / "am_diffusers" / "assets"
@@ -63,7 +63,7 @@ def test_plain_call_works(pipeline: StableDiffusion3Pipeline) -> None:
 
 
 def test_prompt_lists_do_not_overlap() -> None:
-    train, evaluation = (load_prompts(str(ASSETS / "prompts" / f"{name}.txt")) for name in ("train", "eval"))
+    train, evaluation = (load_texts(str(ASSETS / "prompts" / f"{name}.txt")) for name in ("train", "eval"))
     assert len(evaluation) == len(set(evaluation)) == 64
     assert len(train) == len(set(train)) > 2500
     assert not set(train) & set(evaluation)

@@ -4,7 +4,6 @@ All sections of `config.Config` share one flat name space, so that flags read as
 """
 
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from am_diffusers.config import Config, RewardConfig, section_types
 from am_diffusers.config.checks import check_belonging, check_values
 from am_diffusers.methods import METHODS
-from am_diffusers.system.text import redact_values
+from am_diffusers.system.text import nearest, redact_values
 
 REWARD_LISTS = ("rewards", "eval_rewards")
 
@@ -131,8 +130,10 @@ def _parser(program: str) -> ArgumentParser:
     )
     known: set[str] = set()
     for section in section_types().values():
-        parser.add_class_arguments(section, None, skip=set(known))
-        known |= {field.name for field in dataclasses.fields(section)}
+        names = {field.name for field in dataclasses.fields(section)}
+        if names - known:  # methods may share a class of flags, or have none
+            parser.add_class_arguments(section, None, skip=set(known))
+        known |= names
     return parser
 
 
@@ -194,5 +195,4 @@ def _explain(message: str) -> str:
     if name in HINTS:
         return f"there is no '{name}' here: {HINTS[name].format(name=name)}"
     known = [*field_types(), "config", *(f.name for f in dataclasses.fields(RewardConfig))]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"unknown key '{name}': did you mean '{nearest}'? (all keys: --help)"
+    return f"unknown key '{name}': did you mean '{nearest(name, known)}'? (all keys: --help)"

@@ -18,7 +18,8 @@ class EvaluationConfig:
         validation_steps: iterations between two validations.
         early_stopping_patience: end the run after this number of validations in a row without a new best
             gain of the first held-out reward; null = never.
-        eval_prompts: held-out prompts, a source like `train_prompts`; null = no evaluation at the end.
+        eval_prompts: held-out prompts, a source like `train_prompts`, for instance DrawBench; null = no
+            evaluation at the end.
         eval_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
         eval_prompts_split: split of a data set folder or hub data set.
         max_eval_prompts: number of evaluation prompts to use, the first ones; null = all.

@@ -47,7 +47,8 @@ class PromptConfig:
     """Training prompts.
 
     Attributes:
-        train_prompts: txt, jsonl, json, csv, tsv or parquet file, data set folder, `asset:` path or hub id.
+        train_prompts: txt, jsonl, json, csv, tsv or parquet file, data set folder, `asset:` path, hub id, or
+            name of a published set, such as Pick-a-Pic.
         train_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
         train_prompts_split: split of a data set folder or hub data set.
         max_train_prompts: number of prompts to use, the first ones; null = all.

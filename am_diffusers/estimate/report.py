@@ -12,9 +12,9 @@ from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
 from am_diffusers.methods.parts.kept import KeptBytes
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.run.counting import Counted, count
+from am_diffusers.run.counting import Counted, count, described_latents
 from am_diffusers.run.fields import micro_batch
-from am_diffusers.run.plan import Plan, latent_spec
+from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.training.state import TrainState
@@ -157,7 +157,7 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     """Return a process's share of what the method keeps."""
     model = plan.config.model
     source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
-    kept = counted.method.kept_bytes(counted.rows, latent_spec(source, model.resolution))
+    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.resolution))
     return kept.of_one(plan.num_processes)
 
 

@@ -1,18 +1,17 @@
 """Rewards of base pictures: what rewards are calibrated with, and divergences normalised."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import trange
 
 from am_diffusers.evaluation.images import Sampler, pictures_of, share_of
 from am_diffusers.rewards import Reward
+from am_diffusers.system.files import write_json
+from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
 from am_diffusers.velocity import VelocityField
 
@@ -27,9 +26,11 @@ def base_rewards(
     prompts: Sequence[str],
     images_per_prompt: int,
     *,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> dict[str, Tensor]:
-    """Scores (P prompts, S images) of base pictures by reward name, float64, the same on all processes.
+    """Return scores (P prompts, S images) of base images by reward name, float64, the same on all processes.
+
+    All processes call it, inside `processes.together()`.
 
     Args:
         sampler: makes the pictures, `sampler.batch_size` at a time.
@@ -37,17 +38,20 @@ def base_rewards(
         rewards: scores to take, each under a name of its own.
         prompts: P prompts.
         images_per_prompt: S.
-        accelerator: processes that share the work.
+        processes: share the work.
+
+    Raises:
+        PeerError: another process failed.
     """
     which = pictures_of(len(prompts), images_per_prompt)
-    mine = share_of(which, accelerator.process_index, accelerator.num_processes)
+    mine = share_of(which, processes.index, processes.number)
     scored: list[tuple[int, int, list[float]]] = []
     for start in trange(0, len(mine), sampler.batch_size, desc="base pictures", disable=None):
         batch = mine[start : start + sampler.batch_size]
         images, texts = sampler.pictures(base, prompts, batch), [prompts[p.prompt] for p in batch]
         scores = zip(*(reward(images, texts).tolist() for reward in rewards), strict=True)
         scored.extend((p.prompt, p.image, list(each)) for p, each in zip(batch, scores, strict=True))
-    found = {(prompt, image): scores for prompt, image, scores in gather_object(scored)}
+    found = {(prompt, image): scores for prompt, image, scores in processes.gather_objects(scored)}
     table = torch.tensor([found[picture] for picture in which], dtype=torch.float64)
     shaped = table.view(len(prompts), images_per_prompt, len(rewards))
     return {reward.name: shaped[:, :, column] for column, reward in enumerate(rewards)}
@@ -55,14 +59,12 @@ def base_rewards(
 
 def save_base_rewards(file: Path, prompts: Sequence[str], scores: Mapping[str, Tensor]) -> None:
     """Write prompts and scores as JSON, whole or not at all."""
-    document = {"prompts": redact_values(prompts), "scores": {name: s.tolist() for name, s in scores.items()}}
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(document, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, file)
+    tables = {name: each.tolist() for name, each in scores.items()}
+    write_json(file, {"prompts": redact_values(prompts), "scores": tables})
 
 
 def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What `save_base_rewards` wrote for these prompts, (P, S) each.
+    """Load what `save_base_rewards` wrote for these prompts, (P, S) each.
 
     Raises:
         ValueError: if the file can't be read or is about other prompts.

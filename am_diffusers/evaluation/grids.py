@@ -12,7 +12,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image (3, H, W) in [0, 1] as 8-bit RGB."""
+    """Return an image (3, H, W) in [0, 1] as 8-bit RGB."""
     pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(pixels.cpu().numpy())
 
@@ -25,7 +25,7 @@ def comparison_grid(
     captions: tuple[Sequence[str], Sequence[str]] | None = None,
     legend: str = "",
 ) -> Image.Image:
-    """One row a prompt, its text above; columns base, tuned, base, tuned, ... by starting noise.
+    """Draw one row a prompt, its text above; columns base, tuned, base, tuned, ... by starting noise.
 
     Args:
         prompts: P prompts.
@@ -67,7 +67,7 @@ def comparison_grid(
 
 
 def shorten(text: str, font: Font, width: int) -> str:
-    """`text`, cut and ended by dots where it would be wider than `width` pixels."""
+    """Return `text`, cut and ended by dots where it would be wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

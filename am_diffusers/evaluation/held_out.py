@@ -1,66 +1,74 @@
 """The evaluation on held-out prompts: rewards of base and tuned model on the same noise, and diversity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from am_diffusers.evaluation.images import pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
-from am_diffusers.evaluation.statistics import Diversity, RewardGain, diversity, reward_gain
+from am_diffusers.evaluation.statistics import Comparison, Diversity, compare, diversity
+from am_diffusers.system.processes import Processes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of a held-out evaluation; `asdict` of it is evaluation.json.
+    """Result of a held-out evaluation.
 
     Attributes:
-        num_prompts: evaluation prompts.
-        images_per_prompt: pictures a prompt, for base and tuned each.
-        rewards: gain by reward name.
+        num_prompts: number of evaluation prompts.
+        images_per_prompt: images a prompt, for base and tuned each.
+        roles: `trained` or `held-out`, by reward name, in the order of the report.
+        rewards: tuned against base, by reward name.
         diversity: None if no evaluated reward has image features.
     """
 
     num_prompts: int
     images_per_prompt: int
-    rewards: dict[str, RewardGain]
+    roles: Mapping[str, str]
+    rewards: Mapping[str, Comparison]
     diversity: Diversity | None
 
     def to_dict(self) -> dict[str, object]:
-        """As plain JSON values."""
-        return asdict(self)
+        """Return the plain JSON values of evaluation.json."""
+        return {
+            "num_prompts": self.num_prompts,
+            "images_per_prompt": self.images_per_prompt,
+            "rewards": {
+                name: {"role": self.roles[name], **asdict(each)} for name, each in self.rewards.items()
+            },
+            "diversity": None if self.diversity is None else asdict(self.diversity),
+        }
 
     def headline(self) -> list[str]:
-        """The lines a run ends with: every reward's gain, and the diversity kept."""
-        lines = [
-            f"{result.role} reward {name}: {result.gain.value:+.2f} base sd "
-            f"[{result.gain.low:+.2f}, {result.gain.high:+.2f}] "
-            f"({result.base_mean:.4g} -> {result.tuned_mean:.4g})"
-            for name, result in self.rewards.items()
-        ]
-        if self.diversity is not None:
-            kept = self.diversity.kept
-            lines.append(
-                f"diversity kept ({self.diversity.features} image features): "
-                f"{kept.value:.0%} [{kept.low:.0%}, {kept.high:.0%}]"
-            )
+        """Return the lines that a run ends with: every reward's gain, and the diversity kept."""
+        lines = [f"{self.roles[name]} reward {name}: {_gain(each)}" for name, each in self.rewards.items()]
+        if self.diversity is not None and self.diversity.kept is not None:
+            kept = self.diversity.kept.text(".0%")
+            lines.append(f"diversity kept ({self.diversity.features} image features): {kept}")
         return lines
 
 
-def summarise(pairs: Sequence[PairScore], roles: dict[str, str], features: str | None) -> Evaluation:
-    """Evaluation of all pairs, whatever order and processes they come from.
+def _gain(found: Comparison) -> str:
+    means = f"({found.base_mean:.4g} -> {found.tuned_mean:.4g})"
+    if found.gain is None:
+        return f"no gain in base sd, as all base images have the same score {means}"
+    return f"{found.gain.text('+.2f', 'base sd')} {means}"
+
+
+def summarise(pairs: Sequence[PairScore], roles: Mapping[str, str], features: str | None) -> Evaluation:
+    """Return the evaluation of all pairs, whatever order and processes they come from.
 
     Args:
         pairs: one for every (prompt, image).
-        roles: trained or held-out, by reward name, in the order of the report.
+        roles: `trained` or `held-out`, by reward name, in the order of the report.
         features: name of the reward the features belong to; None if there are none.
     """
     scores, shaped = by_prompt(pairs)
-    rewards = {
-        name: reward_gain(scores[name][..., 0], scores[name][..., 1], role) for name, role in roles.items()
-    }
+    rewards = {name: compare(scores[name][..., 0], scores[name][..., 1]) for name in roles}
     kept = None
     if features is not None and shaped is not None:
         kept = diversity(features, shaped[:, :, 0], shaped[:, :, 1])
     num_prompts, num_images = next(iter(scores.values())).shape[:2]
-    return Evaluation(num_prompts, num_images, rewards, kept)
+    return Evaluation(num_prompts, num_images, dict(roles), rewards, kept)
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,25 @@ class HeldOut:
     """The evaluation at the end.
 
     Attributes:
-        scorer: makes and scores pairs of pictures.
+        scorer: makes and scores pairs of images.
         prompts: held-out prompts.
-        images_per_prompt: pictures a prompt, for base and tuned each.
-        roles: trained or held-out, by reward name, in the order of the report.
+        images_per_prompt: images a prompt, for base and tuned each.
+        roles: `trained` or `held-out`, by reward name, in the order of the report.
     """
 
     scorer: Scorer
     prompts: Sequence[str]
     images_per_prompt: int
-    roles: dict[str, str]
+    roles: Mapping[str, str]
+
+    def evaluate(self, processes: Processes) -> Evaluation:
+        """Make and score this process's share of the images; return the evaluation of all of them.
+
+        All processes call it, inside `processes.together()`.
+        """
+        which = pictures_of(len(self.prompts), self.images_per_prompt)
+        mine = share_of(which, processes.index, processes.number)
+        pairs = processes.gather_objects(self.scorer.pairs(self.prompts, mine))
+        found = {(pair.prompt, pair.image): pair for pair in pairs}
+        features = None if self.scorer.features is None else self.scorer.features.name
+        return summarise([found[image] for image in which], self.roles, features)

@@ -21,19 +21,19 @@ PURPOSE = "picture"
 
 
 class Picture(NamedTuple):
-    """Which picture: the index of its prompt and its index among the pictures of that prompt."""
+    """Key of an image: the index of its prompt and its index among the images of that prompt."""
 
     prompt: int
     image: int
 
 
 def pictures_of(num_prompts: int, images_per_prompt: int) -> list[Picture]:
-    """All pictures of so many prompts, prompt by prompt."""
+    """Return the keys of all images of `num_prompts` prompts, prompt by prompt."""
     return [Picture(p, i) for p in range(num_prompts) for i in range(images_per_prompt)]
 
 
 def share_of(which: Sequence[Picture], index: int, number: int) -> list[Picture]:
-    """What process `index` of `number` makes of the pictures: as many as every other one.
+    """Return the images that process `index` of `number` makes: all make the same number.
 
     Where they can't be divided evenly some are made twice: with weights spread over the processes, all must
     make the same calls.
@@ -72,7 +72,7 @@ class Sampler:
     purpose: str = PURPOSE
 
     def pictures(self, field: VelocityField, prompts: Sequence[str], which: Sequence[Picture]) -> Tensor:
-        """Pictures (N, 3, H, W) in [0, 1] on the CPU, see `sample`."""
+        """Return images (N, 3, H, W) in [0, 1] on the CPU, see `sample`."""
         return self.sample(field, prompts, which).pictures
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Sampler:
         *,
         base: VelocityField | None = None,
     ) -> Sampled:
-        """Pictures, and with `base` their path KL if the solver is a stochastic table.
+        """Return images, and with `base` their path KL if the solver is a stochastic table.
 
         Args:
             field: base or policy, guided or not.
@@ -105,7 +105,7 @@ class Sampler:
         return Sampled(torch.cat(made), torch.cat(path_kl) if path_kl else None)
 
     def generator(self, picture: Picture) -> torch.Generator:
-        """Where a picture's starting noise comes from.
+        """Return the generator of an image's starting noise.
 
         A float32 Diffusers pipeline starts from the same noise when it is called with
         `generator=torch.Generator().manual_seed(sampler.generator(picture).initial_seed())`.

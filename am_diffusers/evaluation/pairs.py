@@ -38,7 +38,7 @@ class PairScore:
         scores: Sequence[dict[str, float]],
         features: Sequence[Array | None],
     ) -> "PairScore":
-        """From (base, tuned) scores and features of the picture (prompt, image)."""
+        """Make a pair from (base, tuned) scores and features of the picture (prompt, image)."""
         base, tuned = scores
         known = [feature for feature in features if feature is not None]
         paired = {name: (base[name], tuned[name]) for name in base}
@@ -66,7 +66,7 @@ def by_prompt(pairs: Sequence[PairScore]) -> tuple[dict[str, Array], Array | Non
 
 
 def official(reward: Reward) -> Reward:
-    """The same reward with the published preprocessing; it shares the weights."""
+    """Return the same reward with the published preprocessing; it shares the weights."""
     if not isinstance(reward, LearnedReward):
         return reward
     published = copy(reward)
@@ -108,7 +108,7 @@ class Scorer:
 
         Args:
             images: pictures (N, 3, H, W) in [0, 1].
-            prompts: their N prompts.
+            prompts: N prompts of the images.
         """
         columns = {reward.name: reward(images, prompts).tolist() for reward in self.rewards}
         scores = [{name: column[row] for name, column in columns.items()} for row in range(len(images))]

@@ -4,7 +4,6 @@ A model that fools its reward shows: the trained reward rises while the held-out
 and adjoint norms grow without end, diversity goes.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines, write_whole
 
 Lines = Sequence[Mapping[str, float]]
 SIZE = (14, 10.5)
@@ -46,10 +45,7 @@ def draw_panel(folder: Path) -> Path:
         raise ValueError(f"{folder}: expected the output folder of a run, with config.yaml and metrics.jsonl")
     figure = panel_figure(yaml.safe_load(config.read_text("utf-8")), training, validation)
     path = folder / "samples/panel.png"
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_whole(path, lambda part: figure.savefig(part, format="png"))
     return path
 
 

@@ -4,16 +4,13 @@ Every process makes its share of the pictures, all of them learn the scores, so 
 score says so. `evaluation/statistics.py` defines gain (in base standard deviations) and diversity kept.
 """
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm import trange
@@ -22,9 +19,10 @@ from am_diffusers.evaluation.grids import comparison_grid, to_pil
 from am_diffusers.evaluation.images import Picture, pictures_of, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
-from am_diffusers.evaluation.statistics import Array, Interval, diversity, pairwise_distance, reward_gain
+from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
+from am_diffusers.system.files import read_lines, write_image, write_json, write_lines
+from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
-from am_diffusers.training.metrics import read_lines
 from am_diffusers.training.trackers import GRID, PANEL
 from am_diffusers.velocity import VelocityField
 
@@ -49,11 +47,10 @@ class Validation:
     Attributes:
         scorer: makes and scores the pictures.
         prompts: what the pictures show.
-        num_in_grid: the first so many prompts are shown.
+        num_in_grid: number of prompts that are shown, the first ones.
         images_per_prompt: pictures a prompt, each with its own fixed noise.
         roles: trained or held-out, by reward name.
-        process: index of this process and their number; they share the pictures.
-        gather: lists of all processes in one, on each of them.
+        processes: share the pictures.
         log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
     """
 
@@ -62,8 +59,7 @@ class Validation:
     num_in_grid: int
     images_per_prompt: int
     roles: Mapping[str, str]
-    process: tuple[int, int]
-    gather: Callable[[list[Pair]], list[Pair]]
+    processes: Processes
     log: Callable[[int, dict[str, float], Image.Image, dict[str, object]], None] | None
 
     def __call__(self, iteration: int) -> dict[str, float]:
@@ -79,7 +75,7 @@ class Validation:
             mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: validation: {error}") from error
-        found = {pair[0].picture: pair for pair in self.gather(mine)}
+        found = {pair[0].picture: pair for pair in self.processes.gather_objects(mine)}
         pairs = [found[picture] for picture in sorted(found)]
         scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
@@ -88,7 +84,7 @@ class Validation:
         return metrics
 
     def _shown(self) -> dict[str, object]:
-        """Prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
+        """Return prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
         pictures = [
             {**picture._asdict(), "seed": self.scorer.sampler.generator(picture).initial_seed()}
             for picture in pictures_of(self.num_in_grid, self.images_per_prompt)
@@ -100,9 +96,9 @@ class Validation:
         return self._make(self.scorer.base, "base")
 
     def _make(self, field: VelocityField, name: str) -> list[Made]:
-        """This process's share of the pictures."""
-        (index, number), size = self.process, self.scorer.sampler.batch_size
-        mine = share_of(pictures_of(len(self.prompts), self.images_per_prompt), index, number)
+        """Make this process's share of the pictures."""
+        size, which = self.scorer.sampler.batch_size, pictures_of(len(self.prompts), self.images_per_prompt)
+        mine = share_of(which, self.processes.index, self.processes.number)
         made: list[Made] = []
         quiet = True if self.log is None else None
         for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):
@@ -144,12 +140,12 @@ class Validation:
         )
 
 
-def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> dict[str, float]:
-    """Means, gains and diversity under the names they're logged by.
+def validation_metrics(pairs: Sequence[PairScore], roles: Iterable[str]) -> dict[str, float]:
+    """Return means, gains and diversity under the names they're logged by.
 
     Args:
         pairs: one for every (prompt, image).
-        roles: trained or held-out, by reward name.
+        roles: names of the rewards.
 
     Returns:
         For each reward `validation/NAME` and `validation/NAME_base`, the mean scores of tuned and base, and
@@ -160,20 +156,21 @@ def validation_metrics(pairs: Sequence[PairScore], roles: Mapping[str, str]) -> 
     """
     scores, features = by_prompt(pairs)
     metrics: dict[str, float] = {}
-    for name, role in roles.items():
-        base, tuned = scores[name][..., 0], scores[name][..., 1]
-        metrics |= {f"validation/{name}": float(tuned.mean()), f"validation/{name}_base": float(base.mean())}
-        if len(base) > 1 and np.ptp(base) > 0:
-            metrics |= _interval(f"validation/{name}_gain", reward_gain(base, tuned, role).gain)
-    if features is not None and features.shape[0] > 1 and features.shape[1] > 1:
-        base, tuned = features[:, :, 0], features[:, :, 1]
-        if pairwise_distance(base).mean() > 0:
-            metrics |= _interval("validation/diversity_kept", diversity("", base, tuned).kept)
+    for name in roles:
+        found = compare(scores[name][..., 0], scores[name][..., 1])
+        metrics |= {f"validation/{name}": found.tuned_mean, f"validation/{name}_base": found.base_mean}
+        metrics |= _interval(f"validation/{name}_gain", found.gain)
+    if features is not None and features.shape[1] > 1:
+        kept = diversity("", features[:, :, 0], features[:, :, 1]).kept
+        metrics |= _interval("validation/diversity_kept", kept)
     return metrics
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _interval(name: str, found: Estimate | None) -> dict[str, float]:
+    """Return an estimate and its ends by name; nothing where it has no interval."""
+    if found is None or found.low is None or found.high is None:
+        return {}
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 @dataclass(frozen=True)
@@ -202,11 +199,8 @@ class ValidationLog:
             shown: prompts and seeds of the grid, for pictures.json beside it.
         """
         samples = self.folder / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        (samples / "pictures.json").write_text(
-            json.dumps(redact_values(shown), indent=1, ensure_ascii=False), "utf-8"
-        )
-        grid.save(samples / f"iteration-{iteration:06d}.png")
+        write_json(samples / "pictures.json", redact_values(shown))
+        write_image(samples / f"iteration-{iteration:06d}.png", grid)
         self._append(iteration, metrics)
         panel = draw_panel(self.folder)
         self.track(metrics, iteration)
@@ -214,10 +208,7 @@ class ValidationLog:
             self.track_images({GRID: grid, PANEL: picture.convert("RGB")}, iteration)
 
     def _append(self, iteration: int, metrics: dict[str, float]) -> None:
-        """A run that was resumed validates again: its line replaces those from there on."""
+        """Write a line; that of a resumed run, which validates again, replaces those from there on."""
         path = self.folder / "validation.jsonl"
         earlier = [line for line in read_lines(path) if line["iteration"] < iteration]
-        lines = [*earlier, {"iteration": iteration, **metrics}]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), "utf-8")
-        os.replace(part, path)
+        write_lines(path, [*earlier, {"iteration": iteration, **metrics}])

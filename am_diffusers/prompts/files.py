@@ -23,12 +23,12 @@ Rows: TypeAlias = list[object] | Data
 
 
 def open_rows(source: str, *, split: str | None, limit: int | None = None) -> Rows:
-    """The rows of a file, a data set folder or a hub data set, in their order.
+    """Open the rows of a file, a data set folder or a hub data set, in their order.
 
     Args:
         source: txt, jsonl, json, csv, tsv or parquet file; a folder that `datasets` reads; or a hub id.
         split: split of a folder or hub data set; None = the only one there is.
-        limit: at most so many rows are wanted; files may give more, None = all.
+        limit: number of rows to read, the first ones; files may give more, None = all.
 
     Raises:
         OSError, ValueError, KeyError, csv.Error, DatasetsError: `UNREADABLE`, with a message for users.
@@ -52,7 +52,7 @@ def columns_of(rows: Rows) -> list[str]:
 
 
 def values(rows: Rows, column: str) -> list[object]:
-    """Rows that are texts as they are, and the value under `column` of the others.
+    """Return rows that are texts as they are, and the value under `column` of the others.
 
     Raises:
         OSError: no such column; the message lists those there are.
@@ -66,7 +66,7 @@ def values(rows: Rows, column: str) -> list[object]:
 
 
 def plain_rows(rows: Rows) -> list[object]:
-    """The rows as JSON values: no pictures, sounds or bytes, times as ISO text, NaN as None, labels by name.
+    """Return the rows as JSON values: no media or bytes, times as ISO text, NaN as None, labels by name.
 
     Raises:
         OSError: a row of a csv or tsv file has more cells than the header: a text with an unquoted comma.
@@ -83,7 +83,7 @@ def plain_rows(rows: Rows) -> list[object]:
 
 
 def check_texts(source: str, column: Iterable[object]) -> list[str]:
-    """The values of a column as prompts, surrounding white space removed.
+    """Return the values of a column as prompts, surrounding white space removed.
 
     Raises:
         ValueError: no row, or rows that hold no text.
@@ -101,12 +101,12 @@ def check_texts(source: str, column: Iterable[object]) -> list[str]:
 
 
 def no_column(column: str, known: Iterable[str]) -> str:
-    """What is said of a column that isn't there."""
+    """Return the message about a column that isn't there."""
     return f"no column {column!r}; it has {', '.join(map(repr, sorted(known)))}"
 
 
 def download_command(hub_id: str, *, files: Sequence[str] = (), revision: str | None = None) -> str:
-    """The shell command that puts a hub data set, or some of its files, into the local cache."""
+    """Return the shell command that puts a hub data set, or some of its files, into the local cache."""
     words = ["hf", "download", "--repo-type", "dataset", hub_id, *files]
     return shlex.join(words if revision is None else [*words, "--revision", revision])
 
@@ -140,7 +140,7 @@ def _from_folder(path: Path, split: str | None) -> Data:
 
 
 def _from_hub(hub_id: str, split: str | None, limit: int | None) -> Rows:
-    """A hub data set; streamed when only its first rows are wanted, as some hold pictures as well."""
+    """Load a hub data set; streamed when only its first rows are wanted, as some hold pictures as well."""
     try:
         data = _load(_downloaded(hub_id) or hub_id, split, streaming=limit is not None)
     except ConnectionError as error:
@@ -150,7 +150,7 @@ def _from_hub(hub_id: str, split: str | None, limit: int | None) -> Rows:
 
 
 def _downloaded(hub_id: str) -> str | None:
-    """Offline, the folder that `hf download` made: `datasets` looks only into a cache of its own."""
+    """Return, offline, the folder that `hf download` made: `datasets` looks only into a cache of its own."""
     if not is_offline_mode():
         return None
     try:

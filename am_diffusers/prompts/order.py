@@ -12,7 +12,7 @@ import torch
 def prompt_rows(
     seed: int, iteration: int, batch_size: int, num_prompts: int, samples_per_prompt: int = 1
 ) -> list[int]:
-    """Which prompts iteration `iteration` takes: every prompt once an epoch, in a new order each epoch.
+    """Return the prompts that an iteration takes: every prompt once an epoch, in a new order each epoch.
 
     Args:
         seed: seed of the run.
@@ -33,7 +33,7 @@ def prompt_rows(
 
 
 def fill_up(prompts: Sequence[str], pool: Sequence[str], number: int, seed: int) -> list[str]:
-    """`prompts`, then others of `pool` up to `number`, drawn at random: neighbours in files are alike."""
+    """Return `prompts`, then others of `pool` up to `number`, at random: neighbours in files are alike."""
     own = set(prompts)
     others = [prompt for prompt in pool if prompt not in own]
     missing = max(0, number - len(prompts))

@@ -1,11 +1,10 @@
 """Published prompt sets by name, each pinned to one revision, and the lists of the embedded model.
 
-Their columns are among the usual ones that `load_prompt_set` finds. A set is downloaded file by file: of
+Their columns are among the usual ones that `sets.load_prompts` finds. A set is downloaded file by file: of
 Pick-a-Pic that is 145 kB instead of 190 GB, as its prompts also exist without the pictures.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -13,13 +12,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from am_diffusers.prompts.files import SUFFIXES, download_command
-from am_diffusers.prompts.sets import PromptSet, load_prompt_set
-from am_diffusers.system.files import ASSETS
+from am_diffusers.system.files import ASSETS, asset_path
+from am_diffusers.system.text import nearest, suggest
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Where a prompt set is published.
+    """Place where a prompt set is published.
 
     Attributes:
         origin: where it was introduced.
@@ -80,46 +79,36 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def find_prompts(
-    source: str,
-    *,
-    column: str | None = None,
-    category_columns: Sequence[str] | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-) -> PromptSet:
-    """Prompts by the name of a preset, from the user's copy of one, or from anything `load_prompt_set` reads.
+def is_preset(source: str) -> bool:
+    """Whether a source is the name of a preset, or of a copy of one, and no file or folder."""
+    return source.partition("=")[0] in PRESETS and not Path(source).exists()
+
+
+def preset_files(source: str) -> list[Path] | None:
+    """Return the files of a preset, shipped, in the hub's cache or downloaded into it, or the user's copy.
 
     Args:
-        source: a name of `PRESETS`; `NAME=FILE` for a copy of its file (of HPDv2: the folder of its files);
-            else see `load_prompt_set`. A file or folder goes before the preset of that name.
-        column: column that holds the prompt, see `load_prompt_set`.
-        category_columns: columns to report by, see `load_prompt_set`; that of HPDv2 is `style`.
-        split: of a data set folder or hub data set that isn't a preset.
-        limit: at most so many prompts, the first ones.
+        source: a name of `PRESETS`; `NAME=FILE` for a copy of its file (of HPDv2: the folder of its files).
+
+    Returns:
+        One file or one a category; None where `source` is no preset: a file or folder goes before the preset
+        of that name.
 
     Raises:
         ValueError: unknown name, with the nearest; a preset's file isn't here and can't be downloaded, with
-            the command that does it; and what `load_prompt_set` raises.
+            the command that does it.
     """
-    name, _, copy = source.partition("=")
-    if Path(source).exists() or name not in PRESETS:
+    if not is_preset(source):
         _check_known(source)
-        return load_prompt_set(
-            source, column=column, category_columns=category_columns, split=split, limit=limit
-        )
-    if split is not None:
-        raise ValueError(f"prompts {name}: a preset is one split, got {split!r}: leave it out")
-    files = _own_copy(name, Path(copy)) if copy else _published(name)
-    if len(files) > 1:
-        return _joined(files, column, category_columns, limit)
-    return load_prompt_set(str(files[0]), column=column, category_columns=category_columns, limit=limit)
+        return None
+    name, _, copy = source.partition("=")
+    return _own_copy(name, Path(copy)) if copy else _published(name)
 
 
 def describe_source(source: str) -> str:
-    """Where `find_prompts` gets the prompts of `source`, for the log and the settings of a run."""
+    """Return where the prompts of `source` are from, for the log and the settings of a run."""
     preset = PRESETS.get(source)
-    if Path(source).exists() or "=" in source or (preset and preset.repository is None):
+    if Path(asset_path(source)).exists() or "=" in source or (preset and preset.repository is None):
         return source
     if preset is None:
         return f"{source} on the hub, not pinned to a revision"
@@ -127,26 +116,23 @@ def describe_source(source: str) -> str:
 
 
 def _check_known(source: str) -> None:
-    """Names the nearest preset, or the nearest file of the folder, where there is nothing."""
+    """Raise an error that names the nearest preset, or file of the folder, where there is nothing."""
     path = Path(source)
     if path.exists() or ("/" in source and path.suffix not in SUFFIXES):
         return
     if path.suffix in SUFFIXES and "=" not in source:
         known = [file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES]
-        nearest = difflib.get_close_matches(path.name, known, n=1)
-        hint = f": did you mean {str(path.parent / nearest[0])!r}?" if nearest else ""
+        near = nearest(path.name, known, cutoff=0.6)
+        hint = f": did you mean {str(path.parent / near)!r}?" if near else ""
         raise ValueError(f"prompts {source}: no such file{hint}")
     name = source.partition("=")[0]
-    lower = {preset.lower(): preset for preset in PRESETS}
-    nearest = lower[difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)[0]]
     raise ValueError(
-        f"prompts {name!r}: did you mean {nearest!r}? (known: {', '.join(PRESETS)}; or give a file, a data "
-        "set folder or a hub data set owner/name)"
+        f"prompts {suggest(name, PRESETS)}; or give a file, a data set folder or a hub data set owner/name"
     )
 
 
 def _own_copy(name: str, copy: Path) -> list[Path]:
-    """The user's copy of a preset's files."""
+    """Find the user's copy of a preset's files."""
     names = [PurePosixPath(file).name for file in PRESETS[name].files]
     files = [copy / file for file in names] if len(names) > 1 and copy.is_dir() else [copy]
     missing = [str(file) for file in files if not file.exists()]
@@ -156,7 +142,7 @@ def _own_copy(name: str, copy: Path) -> list[Path]:
 
 
 def _published(name: str) -> list[Path]:
-    """A preset's files: shipped, in the hub's cache, or downloaded into it."""
+    """Find a preset's files: shipped, in the hub's cache, or downloaded into it."""
     preset = PRESETS[name]
     if preset.repository is None:
         return [ASSETS / "prompts" / file for file in preset.files]
@@ -175,18 +161,6 @@ def _published(name: str) -> list[Path]:
         command = download_command(preset.repository, files=preset.files, revision=preset.revision)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"prompts {name}: not in the cache and not to be had ({reason}): where there is a network, run "
-            f"`{command}`, or give a copy: `{name}=PATH`"
+            f"prompts {name}: not in the cache, and cannot be downloaded ({reason}): with a network "
+            f"run `{command}`, or give a copy: `{name}=PATH`"
         ) from error
-
-
-def _joined(
-    files: Sequence[Path], column: str | None, category_columns: Sequence[str] | None, limit: int | None
-) -> PromptSet:
-    """One set of several lists; the category `style` is the name of the list."""
-    wanted = ["style"] if category_columns is None else list(category_columns)
-    if set(wanted) - {"style"}:
-        raise ValueError(f"prompts: their one category is 'style', got {', '.join(wanted)}")
-    lists = [(file.stem, load_prompt_set(str(file), column=column, limit=limit)) for file in files]
-    styles, texts = zip(*[(name, text) for name, one in lists for text in one.prompts][:limit], strict=True)
-    return PromptSet(prompts=texts, categories={name: styles for name in wanted})

@@ -9,8 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_diffusers.config import Config
-from am_diffusers.config.checks import cautions
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.models.sharding import shard_frozen
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
@@ -20,10 +18,11 @@ from am_diffusers.run.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.run.micro_batches import find_micro_batches
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import make_checkpoints, outdated, settings_of
-from am_diffusers.run.sharing import find_target, make_sharing
+from am_diffusers.run.sharing import hub_target, make_sharing
 from am_diffusers.run.surroundings import make_method
 from am_diffusers.run.training import make_log, make_state, make_trainer, raw_rewards
-from am_diffusers.system.processes import Processes, StopSignal
+from am_diffusers.system.processes import Processes
+from am_diffusers.system.signals import StopSignal
 from am_diffusers.training.checkpoint import Saver
 from am_diffusers.training.state import TrainState
 from am_diffusers.training.trainer import Hooks
@@ -46,17 +45,19 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     """
     config = plan.config
     processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
-    processes.on_main(lambda: warn(config))
-    target = find_target(config, processes)
+    processes.on_main(lambda: warn(plan))
+    target = processes.from_main(lambda: hub_target(config))
     folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
     lock, found, trackers = open_folder(plan, checkpoints, processes)
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
-    # The model first: once its text encoders are freed there is room for the rewards.
-    model = load_model(plan, accelerator.device)
+    with processes.together():
+        # The model first: once its text encoders are freed there is room for the rewards.
+        model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
     if config.model.shard_weights:
         shard_frozen(model.transformer, init_device_mesh(accelerator.device.type, (processes.number,)))
-    trained, held_out = load_rewards(plan, accelerator.device)
+    with processes.together():
+        trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
     reward = weighted(trained, config)
     method = make_method(plan, model, reward, processes)
@@ -89,9 +90,9 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     )
 
 
-def warn(config: Config) -> None:
-    """Log what a user should know of the settings."""
-    for text in cautions(config):
+def warn(plan: Plan) -> None:
+    """Log what a user should know before the run."""
+    for text in plan.cautions():
         logger.warning("%s", text)
 
 

@@ -14,7 +14,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from am_diffusers.evaluation.held_out import Evaluation
-from am_diffusers.system.files import ASSETS
+from am_diffusers.system.files import ASSETS, write_text
 from am_diffusers.system.text import escape_markdown, redact_values
 
 TEMPLATE = ASSETS / "model_card.md.jinja"
@@ -134,7 +134,7 @@ def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) ->
     )
     populate_model_card(card, [*TAGS, facts.method.lower().replace(" ", "-")])
     file = folder / "README.md"
-    file.write_text(str(card), "utf-8")
+    write_text(file, str(card))
     return file
 
 

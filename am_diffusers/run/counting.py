@@ -1,4 +1,7 @@
-"""Network calls of a method, counted: the method runs for some periods around fields of one dimension."""
+"""Network calls of a method, counted: the method runs for some periods around fields of one dimension.
+
+What it keeps follows from the rows counted and the shape of a real latent.
+"""
 
 import tempfile
 from collections import Counter
@@ -11,6 +14,7 @@ from torch import Tensor
 from am_diffusers.config import Config
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.parts.surroundings import Surroundings
+from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.fields import sizes, with_guidance
 from am_diffusers.transitions import uniform_sigmas
@@ -84,6 +88,13 @@ def count(config: Config) -> Counted:
         rows = [_iterate(method, cond, iteration) for iteration in range(iterations)]
     calls = {kind: number / (iterations * group) for kind, number in sorted(counts.items())}
     return Counted(calls, rows[0] // group, method.period, method)
+
+
+def described_latents(source: Pretrained, resolution: int) -> LatentSpec:
+    """Return the shape of a latent, from configuration files alone."""
+    channels = source.config("transformer/config.json")["in_channels"]
+    side = resolution // vae_scale(source.config("vae/config.json"))
+    return LatentSpec((channels, side, side))
 
 
 def _iterate(method: Method, cond: Conditioning, iteration: int) -> int:

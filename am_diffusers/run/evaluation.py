@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate.utils import gather_object
 from diffusers.utils import logging as diffusers_logging
 
 from am_diffusers.evaluation.held_out import HeldOut
 from am_diffusers.evaluation.pairs import Scorer, official
-from am_diffusers.evaluation.validation import Pair, Validation, ValidationLog
+from am_diffusers.evaluation.validation import Validation, ValidationLog
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run.fields import guided
@@ -47,18 +46,13 @@ def make_validation(
         Path(plan.config.run.output_dir), track=trackers.log, track_images=trackers.log_images
     )
 
-    def gather(pairs: list[Pair]) -> list[Pair]:
-        processes.agree()  # raises if another process failed or was stopped, and wouldn't gather
-        return gather_object(pairs)
-
     return Validation(
         scorer,
         prompts=plan.validation_prompts,
         num_in_grid=plan.num_grid_prompts,
         images_per_prompt=plan.config.evaluation.num_validation_images,
         roles=roles,
-        process=(processes.index, processes.number),
-        gather=gather,
+        processes=processes,
         log=log.write if processes.is_main else None,
     )
 

@@ -1,17 +1,15 @@
 """A whole run: train, export the LoRA, evaluate on held-out prompts."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from filelock import BaseFileLock
 
-from am_diffusers.evaluation.held_out import Evaluation, HeldOut, summarise
-from am_diffusers.evaluation.images import pictures_of, share_of
+from am_diffusers.evaluation.held_out import Evaluation, HeldOut
+from am_diffusers.system.files import write_json
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trainer import Trainer
 
@@ -83,15 +81,9 @@ class Run:
             )
 
     def _evaluate(self, held_out: HeldOut) -> Evaluation:
-        """Make and score this process's share of the images, with the EMA if there is one."""
-        which = pictures_of(len(held_out.prompts), held_out.images_per_prompt)
-        mine = share_of(which, self.processes.index, self.processes.number)
+        """Evaluate the model, its running mean if there is an EMA, and write evaluation.json."""
         with self.processes.together(), self.trainer.state.ema_weights():
-            pairs = held_out.scorer.pairs(held_out.prompts, mine)
-        features = held_out.scorer.features
-        name = features.name if features is not None else None
-        found = {(pair.prompt, pair.image): pair for pair in gather_object(pairs)}
-        evaluation = summarise([found[image] for image in which], held_out.roles, name)
-        text = json.dumps(evaluation.to_dict(), indent=1, allow_nan=False) + "\n"
-        self.processes.on_main(lambda: (self.folder / "evaluation.json").write_text(text, "utf-8"))
+            evaluation = held_out.evaluate(self.processes)
+        document = evaluation.to_dict()
+        self.processes.on_main(lambda: write_json(self.folder / "evaluation.json", document))
         return evaluation

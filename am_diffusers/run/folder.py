@@ -15,10 +15,10 @@ from am_diffusers.evaluation.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import resume_point
+from am_diffusers.system.files import keep_lines, write_text
 from am_diffusers.system.processes import Processes, check_joined
 from am_diffusers.training.checkpoint import load_progress
 from am_diffusers.training.checkpoint_folder import Checkpoints
-from am_diffusers.training.metrics import keep_lines
 from am_diffusers.training.state import Progress
 from am_diffusers.training.trackers import PROJECT, Trackers, start_trackers
 
@@ -78,20 +78,19 @@ def open_folder(
 ) -> tuple[BaseFileLock | None, Path | None, Trackers]:
     """Take the output folder: its lock, the checkpoint to resume from, and trackers that continue there."""
     config, folder = plan.config, Path(plan.config.run.output_dir)
-    locks: list[BaseFileLock] = []
-    processes.on_main(lambda: locks.append(lock_folder(folder)))
+    lock = processes.on_main(lambda: lock_folder(folder))
     found = resume_point(plan, checkpoints, processes)
     done = Progress() if found is None else load_progress(found)
     processes.on_main(lambda: start_folder(config, folder, done))
-    trackers = start_trackers(
-        processes.accelerator,
-        folder=folder,
-        logging_dir=folder / config.run.logging_dir,
-        config=yaml.safe_load(to_yaml(config)),
-        resume_iteration=done.iteration,
-        validated=done.validated == done.iteration,
-    )
-    lock = locks[0] if locks else None
+    with processes.together(stoppable=False):
+        trackers = start_trackers(
+            processes.accelerator,
+            folder=folder,
+            logging_dir=folder / config.run.logging_dir,
+            config=yaml.safe_load(to_yaml(config)),
+            resume_iteration=done.iteration,
+            validated=done.validated == done.iteration,
+        )
     return lock, found, trackers
 
 
@@ -108,4 +107,4 @@ def start_folder(config: Config, folder: Path, done: Progress) -> None:
         path.unlink(missing_ok=True)
     if done.iteration > 0:
         keep_lines(folder / "validation.jsonl", done.validated + 1)
-    (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+    write_text(folder / "config.yaml", to_yaml(config))

@@ -2,8 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,13 +12,13 @@ from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.methods import METHODS
-from am_diffusers.models.pretrained import MissingModelError, Pretrained, vae_scale
-from am_diffusers.noise import LatentSpec, generator_for
+from am_diffusers.models.pretrained import MissingModelError, Pretrained
+from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
-from am_diffusers.prompts.sets import load_prompts
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.parts.packaged import PACKAGED
-from am_diffusers.run.counting import count
+from am_diffusers.run.counting import count, described_latents
+from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.text import suggest
@@ -85,9 +85,18 @@ class Plan:
             *self._base_images(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
-            *(f"caution: {text}" for text in cautions(self.config)),
+            *(f"caution: {text}" for text in self.cautions()),
         ]
-        return to_yaml(self.config) + "".join(f"# {line}\n" for line in lines)
+        return to_yaml(self.config) + "".join(f"# {line}\n" for text in lines for line in text.splitlines())
+
+    @cached_property
+    def leaks(self) -> str:
+        """Text about evaluation prompts that the run trains on; empty if there are none."""
+        return check_leaks(self.eval_prompts, self.used_train_prompts())
+
+    def cautions(self) -> list[str]:
+        """Say what a user should know before the run: of the flags, and of prompts in both lists."""
+        return [*cautions(self.config), *([self.leaks] if self.leaks else [])]
 
     def _validation(self) -> str:
         options = self.config.evaluation
@@ -127,15 +136,14 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if config.run.gpu is not None:
         find_gpu(config.run.gpu)
     model = config.model
-    path = asset_path(model.pretrained_model_name_or_path)
-    source = Pretrained(path, model.revision, model.variant)
+    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
     try:
         source.check(model.resolution, model.resolution)
-        counted.method.check_size(counted.rows, latent_spec(source, model.resolution))
+        counted.method.check_size(counted.rows, described_latents(source, model.resolution))
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise
-    train, evaluation = _prompts(config)
+    train, evaluation = load_lists(config)
     shown = config.evaluation.validation_prompts or (evaluation or train)[:4]
     number = config.evaluation.num_validation_prompts
     validation = fill_up(shown, evaluation or train, number, config.run.seed)
@@ -162,14 +170,7 @@ def _resolve(config: Config) -> Config:
     )
 
 
-def latent_spec(source: Pretrained, resolution: int) -> LatentSpec:
-    """Return the shape of a latent, from configuration files alone."""
-    channels = source.config("transformer/config.json")["in_channels"]
-    side = resolution // vae_scale(source.config("vae/config.json"))
-    return LatentSpec((channels, side, side))
-
-
-def _other_reward(trained: Collection[str]) -> str:
+def _other_reward(trained: list[str]) -> str:
     for name in ("hpsv2", "pickscore"):
         if name not in trained:
             return name
@@ -226,28 +227,6 @@ def _check_gradients(config: Config) -> None:
     official = [reward.name for reward in trained if reward.mode == "official"]
     if official:
         raise ValueError(f"reward {official[0]} in mode official {needs} mode differentiable or rounded")
-
-
-def _prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Read training and evaluation prompts."""
-    train, evaluation = config.prompts, config.evaluation
-    training = load_prompts(
-        asset_path(train.train_prompts),
-        column=train.train_prompts_column,
-        split=train.train_prompts_split,
-        limit=train.max_train_prompts,
-    )
-    if evaluation.eval_prompts is None:
-        return training, []
-    held_out = load_prompts(
-        asset_path(evaluation.eval_prompts),
-        column=evaluation.eval_prompts_column,
-        split=evaluation.eval_prompts_split,
-        limit=evaluation.max_eval_prompts,
-    )
-    if len(held_out) < 2:
-        raise ValueError(f"{evaluation.eval_prompts}: intervals over prompts need at least 2 prompts, got 1")
-    return training, held_out
 
 
 def _check_writable(folder: Path) -> None:

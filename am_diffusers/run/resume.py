@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.settings import GRADIENT
 from am_diffusers.run.plan import Plan
+from am_diffusers.system.files import digest
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact, redact_values
-from am_diffusers.training.checkpoint import Outdated, changes, digest, load_settings
+from am_diffusers.training.checkpoint import Outdated, changes, load_settings
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, iteration_of, verify
 
 logger = logging.getLogger(__name__)
@@ -91,8 +90,7 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
     Raises:
         CheckpointError: none is sound, or it was made with other settings and that isn't allowed.
     """
-    if processes.is_main:
-        checkpoints.clean()
+    processes.on_main(checkpoints.clean)
     found = find_checkpoint(checkpoints, plan.config.checkpoint.resume_from_checkpoint, processes)
     if found is None:
         processes.accelerator.print("no checkpoint yet: starting from the base model")
@@ -116,13 +114,9 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes)
         CheckpointError: if none of the existing ones verifies, the one asked for doesn't, or newer ones
             beside it would be mistaken for this run's.
     """
-    found: list[Path | None] = [None]
-
-    def look() -> None:
-        found[0] = _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
-
-    processes.on_main(look)
-    return broadcast_object_list(found)[0] if processes.number > 1 else found[0]
+    return processes.from_main(
+        lambda: _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
+    )
 
 
 def _latest(checkpoints: Checkpoints) -> Path | None:

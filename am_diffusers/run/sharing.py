@@ -129,17 +129,6 @@ def hub_target(config: Config) -> HubTarget | None:
     return check_hub(run.hub_model_id or Path(run.output_dir).resolve().name, private=run.hub_private_repo)
 
 
-def find_target(config: Config, processes: Processes) -> HubTarget | None:
-    """Return `hub_target` on the main process and None on the others; its failure is raised on all."""
-    found: list[HubTarget | None] = [None]
-
-    def look() -> None:
-        found[0] = hub_target(config)
-
-    processes.on_main(look)
-    return found[0]
-
-
 def make_sharing(
     plan: Plan, processes: Processes, target: HubTarget | None
 ) -> Callable[[Evaluation | None], None]:

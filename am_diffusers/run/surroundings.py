@@ -79,9 +79,9 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> T
         return None
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
     file = Path(config.run.output_dir) / BASE_REWARDS_FILE
-    if file.exists():  # of the run that is resumed; a fresh start removed it
-        scores = load_base_rewards(file, prompts)
-    else:
+    # Those of the run that is resumed; a fresh start removed them.
+    scores = processes.from_main(lambda: load_base_rewards(file, prompts) if file.exists() else None)
+    if scores is None:
         scores = _base_rewards(plan, model, reward, prompts, processes)
         processes.on_main(lambda: save_base_rewards(file, prompts, scores))
     return Tilt.estimate(
@@ -101,4 +101,4 @@ def _base_rewards(
         plan.config.shared.divergence_samples,
     )
     with processes.together():
-        return base_rewards(sampler, model.base, [reward], prompts, number, accelerator=processes.accelerator)
+        return base_rewards(sampler, model.base, [reward], prompts, number, processes=processes)

@@ -23,12 +23,12 @@ REMAINING = (
 
 
 class PhaseMemoryError(ValueError):
-    """A phase of an iteration ran out of memory; the message says which, and what to set to what."""
+    """Out of memory in a phase of an iteration; the message says which, and what to set."""
 
 
 @contextmanager
 def phase(name: Phase, size: int) -> Iterator[None]:
-    """A part of an iteration that works on `size` samples (of the loss: rows) at once.
+    """Name the part of an iteration that works on `size` samples (of the loss: rows) at once.
 
     Phases nest: the innermost one is named.
 
@@ -57,7 +57,7 @@ class NonFiniteError(ValueError):
 
 
 def require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
-    """Raises NonFiniteError naming the prompts of the rows of `values` (B, ...) that are not finite."""
+    """Raise NonFiniteError naming the prompts of the rows of `values` (B, ...) that are not finite."""
     finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
     if not finite.all():
         bad = [prompt for prompt, ok in zip(prompts, finite.tolist(), strict=True) if not ok]

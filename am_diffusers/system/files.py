@@ -1,12 +1,15 @@
 """Files that are whole or not there, whatever is killed: written under another name, then renamed."""
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
+
+from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The package's own models, prompts and images."""
@@ -20,7 +23,7 @@ def write_whole(file: Path, write: Callable[[Path], object], *, replace: bool = 
     """Let `write` make `file` under a name that nobody else has, then rename it.
 
     Args:
-        file: its folder is made if needed.
+        file: file to write; the folder is made if needed.
         write: makes the file at the path it gets.
         replace: whether an older file is replaced; else it stays, also when several write at the same time.
 
@@ -57,14 +60,72 @@ def write_text(file: Path, text: str) -> None:
     write_whole(file, lambda part: part.write_text(text, "utf-8", newline=""))
 
 
-def write_json_once(file: Path, document: object) -> None:
-    """Write a JSON document unless the file is there; NaN and infinity are refused."""
+def write_json(file: Path, document: object, *, once: bool = False) -> None:
+    """Write a JSON document, whole or not at all; NaN and infinity are refused.
+
+    Args:
+        file: file to write; the folder is made if needed.
+        document: plain values.
+        once: whether a file that is there stays as it is.
+    """
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(file, lambda part: part.write_text(text, "utf-8"), replace=False)
+    write_whole(file, lambda part: part.write_text(text, "utf-8", newline=""), replace=not once)
+
+
+def write_image(file: Path, image: Image.Image) -> None:
+    """Write a PNG, whole or not at all."""
+    write_whole(file, lambda part: image.save(part, format="PNG"))
+
+
+def write_lines(file: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Write a JSON-lines file, whole or not at all; NaN and infinity are refused."""
+    write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def read_lines(file: Path) -> list[dict[str, float]]:
+    """Read a metrics.jsonl or validation.jsonl: its lines, each with its iteration; none without the file.
+
+    A last line that a running or killed process hasn't finished is left out.
+    """
+    if not file.exists():
+        return []
+    text = file.read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def keep_lines(file: Path, before: int) -> None:
+    """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
+    kept = []
+    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+        try:
+            if json.loads(line)["iteration"] < before:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # cut short
+    write_text(file, "".join(kept))
+
+
+def sha256(file: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """Return the hexadecimal sha256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest(values: object) -> str:
+    """Return a short fingerprint of plain JSON values, 16 hexadecimal digits."""
+    return sha256_of_text(json.dumps(values, sort_keys=True))[:16]
 
 
 def asset_path(path: str) -> str:
-    """`path` with a leading `asset:` replaced by the package's asset folder.
+    """Return `path` with a leading `asset:` replaced by the package's asset folder.
 
     Raises:
         ValueError: if the package ships no such asset.

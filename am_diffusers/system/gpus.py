@@ -4,10 +4,11 @@ Dense rates (half of those with sparsity). Consumer cards: bfloat16 with float32
 torch uses. None of them was measured here.
 """
 
-import difflib
 from dataclasses import dataclass
 
 import torch
+
+from am_diffusers.system.text import suggest
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Gpu:
     fp32: float
 
     def seconds(self, flops: dict[torch.dtype, int], *, utilisation: float, allow_tf32: bool) -> float:
-        """Time of so many FLOPs by dtype at a share of the peak."""
+        """Return the time that FLOPs by dtype take at a share of the peak."""
         single = self.tf32 if allow_tf32 else self.fp32
         rates = {dtype: single if dtype == torch.float32 else self.bf16 for dtype in flops}
         return sum(number / (rates[dtype] * 1e12) for dtype, number in flops.items()) / utilisation
@@ -50,15 +51,12 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by its name, in any case.
+    """Return a card by its name, in any case.
 
     Raises:
         ValueError: if it isn't in the table; names the nearest and all others.
     """
     by_name = {known.lower(): known for known in GPUS}
     if name.lower() not in by_name:
-        nearest = difflib.get_close_matches(name.lower(), by_name, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"--gpu: unknown card {name!r}: did you mean {by_name[nearest]!r}? (known: {', '.join(GPUS)})"
-        )
+        raise ValueError(f"--gpu: unknown card {suggest(name, GPUS)}")
     return GPUS[by_name[name.lower()]]

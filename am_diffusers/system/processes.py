@@ -1,42 +1,33 @@
-"""Doing things together: signals and failures of one process reach all of them, and nobody waits for ever.
+"""Work of several processes: signals and failures of one reach all of them, and nobody waits for ever.
 
-Every collective operation of a run goes through `Processes`. Before each, all processes exchange a status;
-one that was told to stop or that failed leaves its work, tells the others its status in their next exchange,
-and all leave together. So a checkpoint after SIGTERM is written by processes that agree on the iteration.
+Every exchange between processes is a method of `Processes`. Before each, all processes exchange a status; one
+that was told to stop or that failed leaves its work, tells the others its status and the name of its error in
+their next exchange, and all leave together. So a checkpoint after SIGTERM is written by processes that agree
+on the iteration.
 """
 
+import itertools
 import os
-import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from types import FrameType
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from am_diffusers.system.failures import NonFiniteError
+from am_diffusers.system.signals import Interrupted, StopSignal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """A signal asked the run to stop.
-
-    Attributes:
-        number: the signal's number, or 0 if another process got it.
-    """
-
-    def __init__(self, number: int = 0) -> None:
-        name = signal.Signals(number).name if number else "a signal to another process"
-        super().__init__(f"stopped by {name}")
-        self.number = number
+Value = TypeVar("Value")
+LONGEST_NAME = 64
+"""Bytes of an error's name that the other processes are told."""
 
 
 class PeerError(ValueError):
-    """Another process failed; its own message says why."""
+    """Another process failed; the message names its error, its own message says why."""
 
 
 class PeerNotFiniteError(NonFiniteError):
@@ -52,47 +43,8 @@ def is_secondhand(error: BaseException | None) -> bool:
     return False
 
 
-class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the work polls.
-
-    Schedulers signal all processes of a job and launchers hand theirs on, so the same stop may come twice:
-    only a second SIGINT, a person's, acts as usual, and not right after the first.
-
-    Args:
-        patience: seconds after the first signal before a SIGINT acts as usual.
-    """
-
-    def __init__(self, patience: float = 3.0) -> None:
-        self.number, self.patience = 0, patience
-        self._since = 0.0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block; afterwards the previous handlers are back."""
-        previous = {number: signal.getsignal(number) for number in SIGNALS}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self.number and time.monotonic() - self._since > self.patience:
-                raise KeyboardInterrupt
-            if not self.number:
-                self.number, self._since = number, time.monotonic()
-
-        try:
-            for number in SIGNALS:
-                signal.signal(number, note)
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def poll(self) -> None:
-        """Raise `Interrupted` if a signal came."""
-        if self.number:
-            raise Interrupted(self.number)
-
-
 class Status(IntEnum):
-    """What a process tells the others; the largest decides."""
+    """State that a process tells the others; the largest decides."""
 
     FINE = 0
     STOPPED = 1
@@ -100,12 +52,24 @@ class Status(IntEnum):
     FAILED = 3
 
 
+class Verdict(NamedTuple):
+    """What all processes agreed on in an exchange.
+
+    Attributes:
+        status: the worst of all.
+        error: name of the first error with that status; empty if it is none.
+    """
+
+    status: Status
+    error: str = ""
+
+
 class Processes:
     """The processes of a run, as the work sees them.
 
     Args:
-        accelerator: their communication.
-        stop: the flag of this process.
+        accelerator: communication between the processes.
+        stop: flag of this process.
         lockstep: whether all must make the same passes in the same order: then none leaves between two
             exchanges because of a signal.
     """
@@ -117,22 +81,26 @@ class Processes:
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
         self.lockstep = lockstep
-        self._left = False  # whether the others know already that this block is over
         self._stoppable = True
 
     def gather(self, values: Tensor) -> Tensor:
-        """A 1-D tensor of the same length on each process, concatenated in process order."""
+        """Return a 1-D tensor of the same length on each process, concatenated in process order."""
         self.agree()
         return self.accelerator.gather(values)  # pyright: ignore[reportReturnType]
 
+    def gather_objects(self, values: list[Value]) -> list[Value]:
+        """Return lists of any length, concatenated in process order, on all processes."""
+        self.agree()
+        return gather_object(values)
+
     def sum(self, values: Tensor) -> Tensor:
-        """A tensor summed over the processes, on their device."""
+        """Return a tensor summed over the processes, on their device."""
         self.agree()
         values = values.to(self.accelerator.device)
         return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
 
     def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Numbers, of the same names on all processes, summed over them."""
+        """Return the sums over the processes of numbers that have the same names on all."""
         sums = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64))
         return dict(zip(numbers, sums.tolist(), strict=True))
 
@@ -149,60 +117,105 @@ class Processes:
     def agree(self) -> None:
         """Wait for all; raise on every process if one failed, or was stopped where that is possible."""
         stopped = self.stop.number and self._stoppable
-        self._raise(self._exchange(Status.STOPPED if stopped else Status.FINE))
+        self._raise(self._exchange(Status.STOPPED if stopped else Status.FINE, ""))
 
     @contextmanager
     def together(self, *, stoppable: bool = True) -> Iterator[None]:
-        """Work that all processes finish, or none: an exception of one ends it on all.
+        """Work that all processes finish, or none: an exception of one ends it on all. Such blocks may nest.
 
         Args:
-            stoppable: whether a signal ends it; otherwise it waits until afterwards.
+            stoppable: whether a signal ends it; otherwise the signal waits until afterwards.
 
         Raises:
             Interrupted: one was told to stop.
             NonFiniteError: one met something that isn't finite.
             PeerError: another one failed otherwise; on that one, its own exception.
         """
-        self._left, self._stoppable = False, stoppable
+        outside, began = self._stoppable, next(_clock)
+        self._stoppable = stoppable and outside
         try:
             yield
             self.agree()
         except Exception as error:
-            if not self._left:
+            if not _told_since(began, error):
+                _tell(error)
                 own = _status_of(error)
-                worst = self._exchange(own)
-                if own < worst:
-                    self._raise(worst)
+                verdict = self._exchange(own, type(error).__name__)
+                if own < verdict.status:
+                    self._raise(verdict)
             raise
         finally:
-            self._stoppable = True
+            self._stoppable = outside
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """`action` on the main process while the others wait, not to be stopped; its failure is theirs."""
+    def on_main(self, action: Callable[[], Value]) -> Value | None:
+        """Run `action` on the main process while the others wait; its failure is theirs, no signal ends it.
+
+        Returns:
+            What it returned, on the main process; None on the others.
+        """
         with self.together(stoppable=False):
-            if self.is_main:
-                action()
+            return action() if self.is_main else None
+
+    def from_main(self, action: Callable[[], Value]) -> Value:
+        """Run `action` like `on_main`, and return what it returned on all processes.
+
+        Args:
+            action: returns something that can be pickled.
+        """
+        made = [self.on_main(action)]
+        if self.number > 1:
+            broadcast_object_list(made)
+        return made[0]  # pyright: ignore[reportReturnType]  (it is the main process's)
 
     def poll(self) -> None:
         """Raise `Interrupted` if a signal came to this process; to be called between network passes."""
         if self._stoppable and not self.lockstep:
             self.stop.poll()
 
-    def _exchange(self, own: Status) -> Status:
+    def _exchange(self, own: Status, error: str) -> Verdict:
+        """Tell the others this process's status and, if one failed, the names of the errors."""
         if self.number == 1:
-            return own
-        mine = torch.tensor([int(own)], device=self.accelerator.device)
-        return Status(int(self.accelerator.gather(mine).max()))  # pyright: ignore[reportAttributeAccessIssue]
+            return Verdict(own, error)
+        statuses = self._gather_numbers([int(own)])
+        worst = Status(max(statuses))
+        if worst <= Status.STOPPED:
+            return Verdict(worst)
+        name = error.encode()[:LONGEST_NAME].ljust(LONGEST_NAME)
+        names, first = bytes(self._gather_numbers(list(name))), statuses.index(worst) * LONGEST_NAME
+        return Verdict(worst, names[first : first + LONGEST_NAME].decode(errors="ignore").strip())
 
-    def _raise(self, worst: Status) -> None:
-        if worst == Status.FINE:
+    def _gather_numbers(self, numbers: list[int]) -> list[int]:
+        values = torch.tensor(numbers, device=self.accelerator.device)
+        return self.accelerator.gather(values).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _raise(self, verdict: Verdict) -> None:
+        if verdict.status == Status.FINE:
             return
-        self._left = True
-        if worst == Status.STOPPED:
-            raise Interrupted(self.stop.number)
-        if worst == Status.NOT_FINITE:
-            raise PeerNotFiniteError("another process met something that isn't finite; its message names it")
-        raise PeerError("another process failed; its message says why")
+        if verdict.status == Status.STOPPED:
+            error: Exception = Interrupted(self.stop.number)
+        elif verdict.status == Status.NOT_FINITE:
+            error = PeerNotFiniteError(
+                f"another process met something that isn't finite ({verdict.error}): see its message"
+            )
+        else:
+            error = PeerError(f"another process failed with {verdict.error}: see its message")
+        _tell(error)
+        raise error
+
+
+_clock = itertools.count()
+
+
+def _tell(error: BaseException) -> None:
+    """Note on an exception when the other processes were told of it."""
+    vars(error)["told"] = next(_clock)
+
+
+def _told_since(began: int, error: BaseException | None) -> bool:
+    """Whether the others were told of an exception, or of one that it came from, since a block began."""
+    while error is not None and vars(error).get("told", -1) < began:
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _status_of(error: Exception) -> Status:
@@ -225,6 +238,6 @@ def check_joined(accelerator: Accelerator) -> None:
 
 
 def share(samples: int, processes: Processes) -> Sequence[int]:
-    """The samples of an iteration that this process makes."""
+    """Return the samples of an iteration that this process makes."""
     size = samples // processes.number
     return range(processes.index * size, (processes.index + 1) * size)

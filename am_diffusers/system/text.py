@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 
 HIDDEN = "***"
@@ -40,7 +40,7 @@ _SECRET_NAME = re.compile(r"token(?!iz)|secret|passw(or)?d|api_?key", re.IGNOREC
 
 
 def redact(text: str) -> str:
-    """`text` with every secret replaced by `***`.
+    """Return `text` with every secret replaced by `***`.
 
     Secrets are Hugging Face, wandb and AWS keys, the user part of URLs, what follows `token=`, `password:`
     and the like, and the values (8 characters or more) of environment variables whose name says token,
@@ -59,7 +59,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(data: object) -> object:
-    """Plain data (mappings, sequences, scalars) with `redact` applied to every string value in it.
+    """Return plain data (mappings, sequences, scalars) with `redact` applied to every string value in it.
 
     Structure and keys stay, so that what is dumped afterwards is valid YAML or JSON.
     """
@@ -88,7 +88,7 @@ def _write_redacted(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def escape_markdown(text: str) -> str:
-    """`text` on one line that Markdown and HTML show as it is."""
+    """Return `text` on one line that Markdown and HTML show as it is."""
     plain = html.escape(" ".join(text.split()), quote=False)
     inline = re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
     # Headings, lists, rules and quotes start a line.
@@ -96,12 +96,12 @@ def escape_markdown(text: str) -> str:
 
 
 def marks(name: str) -> tuple[str, str]:
-    """The comments around a table."""
+    """Return the comments around a table."""
     return f"<!-- {name}: table -->", f"<!-- {name}: end -->"
 
 
 def replace_table(text: str, name: str, table: str) -> str:
-    """A Markdown text with the part between a table's marks replaced.
+    """Return a Markdown text with the part between a table's marks replaced.
 
     Raises:
         ValueError: if the marks aren't there, once each and in order.
@@ -113,7 +113,19 @@ def replace_table(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.0) -> str:
+    """Return the one of `known` that is spelled most like `name` in any case.
+
+    Args:
+        name: name that isn't known.
+        known: names to choose from.
+        cutoff: least likeness, in [0, 1]; the result is empty if none has it.
+    """
+    by_lower_case = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[found[0]] if found else ""
+
+
 def suggest(name: str, known: Collection[str]) -> str:
-    """For an error message: the name, the nearest of the `known` ones, and all of those."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-    return f"{name!r}: did you mean {close[0]!r}? (known: {', '.join(sorted(known))})"
+    """Return text for an error message: the name, the nearest of the `known` ones, and all of those."""
+    return f"{name!r}: did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"

@@ -1,6 +1,5 @@
-"""Saving a run and going on with it: state, method and config in one checkpoint."""
+"""Saving and resuming a run: state, method and config in one checkpoint."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +28,9 @@ class Outdated(NamedTuple):
     """Changed settings that a checkpoint's method state was made with; what was is left behind.
 
     Attributes:
-        rows: those that stored training rows depend on.
-        means: those that all else it has measured depends on: thresholds of the mask and of clipping, sizes
-            of steps, references of adjoint norms.
+        rows: settings that stored training rows depend on.
+        means: settings that all else it has measured depends on: thresholds of the mask and of clipping,
+            sizes of steps, references of adjoint norms.
     """
 
     rows: Sequence[str] = ()
@@ -43,15 +42,15 @@ UP_TO_DATE = Outdated()
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes and restores everything a run needs to go on.
+    """Writer and reader of everything that a run needs to be resumed.
 
     Attributes:
-        checkpoints: where they lie.
-        processes: those of the run. The main one writes, all read; each writes its part of a method's state
-            that differs between them, for which they must see the same folder.
+        checkpoints: checkpoints of the output folder.
+        processes: processes of the run. The main one writes, all read; each writes its part of a method's
+            state that differs between them, for which they must see the same folder.
         state: parameters, optimizer, EMA, counters.
         method: with a state of its own.
-        settings: what the run was told, JSON-serialisable; compared when it goes on.
+        settings: settings of the run, JSON-serialisable; compared when it is resumed.
         save_lora: writes the LoRA, averaged too if there is an EMA, into a folder: a checkpoint can be
             loaded into a pipeline as it is.
         on_full_disk: `stop` with an error, or `skip` the checkpoint with a warning.
@@ -82,13 +81,14 @@ class Saver:
         local = self.method.local_state_dict()
         local_bytes = int(self.processes.sum(torch.tensor(tensor_bytes(local))))
         with_local = bool(self.processes.sum(torch.tensor(int(bool(local)))))
-        for action in (
-            lambda: self._begin(local_bytes),
-            lambda: self._write(local if with_local else None),
-            lambda: self.processes.is_main and self.checkpoints.publish(self.state.iteration),
-        ):
-            if not self._everywhere(action):
-                return
+        if not self._everywhere(lambda: self._begin(local_bytes)):
+            return
+        if self._everywhere(lambda: self._write(local if with_local else None)):
+            self._everywhere(self._publish)
+
+    def _publish(self) -> None:
+        if self.processes.is_main:
+            self.checkpoints.publish(self.state.iteration)
 
     def _begin(self, local_bytes: int) -> None:
         if self.processes.is_main:
@@ -98,7 +98,7 @@ class Saver:
             self.checkpoints.begin(self.state.iteration, own + local_bytes)
 
     def _write(self, local: dict[str, Any] | None) -> None:
-        """This process's files; the main one's are those that all processes have in common."""
+        """Write this process's files; the main one's are those that all processes have in common."""
         folder = self.checkpoints.staging(self.state.iteration)
         try:
             if self.processes.is_main:
@@ -135,7 +135,7 @@ class Saver:
         return False
 
     def restore(self, folder: Path, *, outdated: Outdated = UP_TO_DATE) -> None:
-        """Go on from a verified checkpoint; called on all processes, of which there may be more or fewer.
+        """Resume from a verified checkpoint; called on all processes, of which there may be more or fewer.
 
         Each reads the parts that its share of the samples is in alone; they may be as large as buffers.
 
@@ -145,7 +145,8 @@ class Saver:
                 run: a method whose means do isn't told anything of the checkpoint but its rows.
 
         Raises:
-            CheckpointError: if it belongs to another model or method, or so many processes can't share it.
+            CheckpointError: if it belongs to another model or method, or cannot be shared by this number of
+                processes.
         """
         state = load_state(folder, STATE)
         parts = sorted(folder.glob(f"{LOCAL}-*.json"))  # the manifest says that none is missing
@@ -173,17 +174,17 @@ class Saver:
 
 
 def local_name(index: int, number: int) -> str:
-    """What the part of one of `number` processes is called; in alphabetical order they are in rank order."""
+    """Return the name of one process's part; in alphabetical order the names are in rank order."""
     return f"{LOCAL}-{index:05d}-of-{number:05d}"
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """What the run of a checkpoint was told."""
+    """Load the settings of the run that wrote a checkpoint."""
     return load_state(folder, SETTINGS)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """`old -> new` of each setting that differs, by name."""
+    """Return `old -> new` of each setting that differs, by name."""
     names = [*before, *(name for name in now if name not in before)]
     return {
         name: f"{json.dumps(before.get(name))} -> {json.dumps(now.get(name))}"
@@ -192,11 +193,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
     }
 
 
-def digest(texts: Sequence[str]) -> str:
-    """A short fingerprint of a list of texts."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
-
-
 def load_progress(folder: Path) -> Progress:
-    """The counters of a checkpoint."""
+    """Load the counters of a checkpoint."""
     return Progress(**load_state(folder, STATE)["train"]["progress"])

@@ -9,7 +9,6 @@ All files are written into a hidden folder beside it, flushed to the disk, and t
 removed once the new one is in place.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from am_diffusers.system.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,16 @@ class Checkpoints:
     total_limit: int | None = None
 
     def path(self, iteration: int) -> Path:
-        """Where the checkpoint after `iteration` optimizer steps is."""
+        """Return the place of the checkpoint after `iteration` optimizer steps."""
         return self.folder / f"checkpoint-{iteration:06d}"
 
     def list(self) -> list[Path]:
-        """All checkpoints, the newest first, verified or not."""
+        """Return all checkpoints, the newest first, verified or not."""
         found = [path for path in self.folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: iteration_of(path), reverse=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that verifies; those that don't are named in the log and passed over."""
+        """Return the newest checkpoint that verifies; the log names those passed over."""
         for path in self.list():
             try:
                 verify(path)
@@ -74,11 +75,11 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def staging(self, iteration: int) -> Path:
-        """The hidden folder that the files of a checkpoint are written to."""
+        """Return the hidden folder that the files of a checkpoint are written to."""
         return self.folder / f"{_HIDDEN[0]}{iteration:06d}"
 
     def begin(self, iteration: int, expected_bytes: int) -> Path:
-        """An empty hidden folder for the files of a checkpoint.
+        """Make an empty hidden folder for the files of a checkpoint.
 
         Args:
             iteration: optimizer steps taken.
@@ -128,7 +129,7 @@ class Checkpoints:
         return target
 
     def no_room(self, error: Exception) -> DiskFullError:
-        """An error of the file system in words; what was half-written is removed to give room."""
+        """Return an error of the file system in words; what was half-written is removed to give room."""
         self.clean()
         return DiskFullError(
             f"{self.folder}: cannot write a checkpoint ({error}): free some space or check the permissions; "
@@ -137,7 +138,7 @@ class Checkpoints:
 
 
 def iteration_of(path: Path) -> int:
-    """The number in a checkpoint's name.
+    """Return the number in a checkpoint's name.
 
     Raises:
         CheckpointError: if it isn't named like one.
@@ -189,17 +190,8 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} was changed: its sha256 is not the manifest's")
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _flush(path: Path) -> None:
-    """Make the disk hold a file, or a folder's entries, before going on."""
+    """Make the disk hold a file, or a folder's entries, and wait for it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,12 @@
 """Where an iteration's numbers go: metrics.jsonl (always, flushed), trackers and the progress bar."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
+
+from am_diffusers.system.files import keep_lines
 
 
 class MetricsLog:
@@ -66,28 +67,3 @@ def add_to(totals: dict[str, float], numbers: Mapping[str, float]) -> None:
     """Add each of `numbers` to the total of its name."""
     for name, number in numbers.items():
         totals[name] = totals.get(name, 0.0) + number
-
-
-def keep_lines(path: Path, before: int) -> None:
-    """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["iteration"] < before:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break  # cut short
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), "utf-8")
-    os.replace(part, path)
-
-
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl or validation.jsonl, each with its iteration; none without the file.
-
-    A last line that a running or killed process hasn't finished is left out.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

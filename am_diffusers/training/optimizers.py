@@ -65,7 +65,7 @@ def check_optimizer(name: str, learning_rate: float) -> None:
 def make_optimizer(
     name: str, parameters: Sequence[torch.nn.Parameter], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """Optimizer `name`, one of OPTIMIZERS, over `parameters`.
+    """Make optimizer `name`, one of OPTIMIZERS, over `parameters`.
 
     Prodigy has the options of the Diffusers scripts: bias correction, and a warm-up that doesn't count
     in its estimate.

@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         iteration: iterations finished, skipped ones included.
-        skipped: those among them whose optimizer step was left out because something was not finite.
+        skipped: finished iterations whose optimizer step was left out because something was not finite.
         skipped_in_a_row: how many of the last ones.
         validated: iteration of the last validation; -1 before the first.
         best_score: largest validation score so far; None before the first.
@@ -56,14 +56,14 @@ class TrainState:
         return self.progress.iteration
 
     def step(self) -> None:
-        """Optimizer step and EMA."""
+        """Take the optimizer step and update the EMA."""
         self.optimizer.step()
         if self.ema is not None:
             self.ema.step(self.parameters.values())
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The parameters are their running means inside the block; without EMA, as they are."""
+        """Let the parameters be their running means inside the block; without EMA, as they are."""
         if self.ema is None:
             yield
             return
@@ -75,7 +75,7 @@ class TrainState:
             self.ema.restore(self.parameters.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and text; later iterations don't change the numbers, but they do the tensors."""
+        """Return tensors, numbers and text; later iterations change the tensors, not the numbers."""
         return {
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -101,7 +101,7 @@ class TrainState:
         self.progress = Progress(**state["progress"])
 
     def _load_optimizer(self, optimizer: dict[str, Any], lr_schedule: dict[str, Any]) -> None:
-        """Moments and the schedule's place; rates and decays are this run's own."""
+        """Restore moments and the schedule's place; rates and decays are this run's own."""
         own = [{k: v for k, v in g.items() if k in HYPERPARAMETERS} for g in self.optimizer.param_groups]
         schedule = self.lr_schedule
         self.optimizer.load_state_dict(optimizer)

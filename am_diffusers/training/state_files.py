@@ -30,7 +30,7 @@ def save_state(folder: Path, name: str, state: object) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """What `save_state` wrote, tensors on the CPU.
+    """Load what `save_state` wrote, tensors on the CPU.
 
     Raises:
         ValueError: if a file is missing or can't be read; names it.
@@ -45,7 +45,7 @@ def load_state(folder: Path, name: str) -> Any:
 
 
 def tensor_bytes(state: Any) -> int:
-    """Bytes of all tensors in a nested state."""
+    """Return the bytes of all tensors in a nested state."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):
@@ -54,7 +54,7 @@ def tensor_bytes(state: Any) -> int:
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON form of `value`; its tensors go to `tensors` under their place."""
+    """Return the JSON form of `value`; its tensors go to `tensors` under their place."""
     if isinstance(value, Tensor):
         tensors[where] = _own_storage(value, tensors)
         return {"$tensor": where}
@@ -87,7 +87,7 @@ def _decode(document: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _own_storage(tensor: Tensor, others: dict[str, Tensor]) -> Tensor:
-    """The tensor on the CPU, copied where it shares its storage: safetensors refuses that."""
+    """Return the tensor on the CPU, copied where it shares its storage: safetensors refuses that."""
     tensor = tensor.detach().to("cpu").contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     used = {other.untyped_storage().data_ptr() for other in others.values()}

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines, write_json
 
 PROJECT = "am_diffusers"
 GRID, PANEL = "validation/samples", "validation/panel"
@@ -25,7 +25,7 @@ Scalar = bool | int | float | str
 
 
 def check_tracker(name: str) -> None:
-    """Check that a tracker's package is installed; accelerate itself would go on without it.
+    """Check that a tracker's package is installed; accelerate itself would run without it.
 
     Raises:
         ValueError: with the command that installs it.
@@ -114,7 +114,7 @@ def start_trackers(
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]:
-    """Nested mappings and lists as `rewards/0/name`; None becomes "null", as in the config's YAML."""
+    """Return nested mappings and lists as `rewards/0/name`; None becomes "null", as in the config's YAML."""
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -130,7 +130,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]
 
 
 def _log_validation_again(trackers: Trackers, folder: Path, iteration: int) -> None:
-    """The model of a checkpoint was validated under its iteration, which the purge has dropped as well."""
+    """Log the validation of a checkpoint's model again: the purge has dropped that iteration too."""
     for line in read_lines(folder / "validation.jsonl"):
         if line.pop("iteration") == iteration:
             trackers.log(line, iteration)
@@ -139,10 +139,9 @@ def _log_validation_again(trackers: Trackers, folder: Path, iteration: int) -> N
 
 
 def _run_id(path: Path, tracker: str, *, resumed: bool) -> str:
-    """The id that `path` keeps for a tracker; a new one for a new run or another tracker."""
+    """Return the id that `path` keeps for a tracker; a new one for a new run or another tracker."""
     known: dict[str, str] = json.loads(path.read_text("utf-8")) if resumed and path.exists() else {}
     if tracker not in known:
         known[tracker] = uuid.uuid4().hex[:8]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        write_json(path, known)
     return known[tracker]

@@ -40,7 +40,7 @@ class TrainOptions:
     """Sizes of a run.
 
     Attributes:
-        seed: of all noise and of the order of the prompts.
+        seed: seed of all noise and of the order of the prompts.
         train_batch_size: samples an iteration, over all processes; a multiple of their number.
         max_train_steps: iterations.
         loss_micro_batch_size: rows a forward and backward pass.
@@ -68,11 +68,11 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run does around its iterations.
+    """Functions that a run calls around its iterations.
 
     Attributes:
         encode: B prompts to their conditioning.
-        validate: shows the model after so many iterations, before the first one, every `validation_steps`
+        validate: shows the model after a number of iterations, before the first one, every `validation_steps`
             and at the end; returns its metrics, the same on all processes.
         save: writes a checkpoint; called on all processes.
         more: further metrics of an iteration, called on all processes before its optimizer step.
@@ -136,7 +136,7 @@ class Trainer:
             self.log.close()
 
     def iterate(self) -> dict[str, float]:
-        """One optimizer step; its metrics, the same on all processes.
+        """Take one optimizer step; return its metrics, the same on all processes.
 
         Raises:
             Interrupted: a signal came to one of the processes.
@@ -169,7 +169,7 @@ class Trainer:
         return metrics | {"learning_rate": learning_rate, "seconds": time.perf_counter() - started}
 
     def _may_skip(self) -> bool:
-        """Count an iteration that isn't finite; whether the run may go on."""
+        """Count an iteration that isn't finite; whether the run may continue."""
         progress = self.state.progress
         if progress.skipped_in_a_row >= self.options.max_skipped_iterations:
             return False
@@ -212,7 +212,7 @@ class Trainer:
             self._saved = self.state.iteration
 
     def _collect(self) -> Collected:
-        """Training rows of this process's share of the iteration's samples."""
+        """Return training rows of this process's share of the iteration's samples."""
         seed, iteration, batch = self.options.seed, self.state.iteration, self.options.train_batch_size
         samples = share(batch, self.processes)
         rows = prompt_rows(seed, iteration, batch, len(self.prompts), self.options.samples_per_prompt)
@@ -224,7 +224,7 @@ class Trainer:
         return collected
 
     def _backward(self, examples: Examples) -> dict[str, float]:
-        """Gradients of this process's rows; the loss and its other numbers over all processes."""
+        """Compute gradients of this process's rows; the loss and its other numbers over all processes."""
         self.state.optimizer.zero_grad()
         scaled = ScaledBackward(list(self.state.parameters.values()))
         totals: dict[str, float] = {}

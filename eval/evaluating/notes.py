@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from am_diffusers.models.text import token_counters
 from am_diffusers.prompts.leaks import find_leaks, normalised
-from am_diffusers.prompts.presets import find_prompts
-from am_diffusers.prompts.sets import PromptSet, load_prompts
+from am_diffusers.prompts.sets import PromptSet, load_prompts, load_texts
 from am_diffusers.system.files import asset_path
 from evaluating.options import Options
 from evaluating.plan import Plan
@@ -71,9 +70,9 @@ def _leaks(plan: Plan, training: TrainingList) -> list[str]:
     source, column, split, limit = training
     try:
         if plan.options.train_prompts is not None:
-            prompts = find_prompts(asset_path(source)).prompts
+            prompts = load_prompts(source, texts_only=True).prompts
         else:
-            prompts = load_prompts(asset_path(source), column=column, split=split, limit=limit)
+            prompts = load_texts(source, column=column, split=split, limit=limit)
     except ValueError as error:
         if plan.options.train_prompts is not None:
             raise

@@ -1,13 +1,13 @@
 """The command line of `evaluate.py`."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from am_diffusers.rewards import REWARDS
+from am_diffusers.system.text import nearest
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def parse(argv: Sequence[str]) -> Options:
     options, unknown = parser().parse_known_args(argv)
     if unknown:
         known = [f"--{field.name}" for field in fields(Options)]
-        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown flag {unknown[0]}: did you mean {nearest}? (all flags: --help)")
+        near = nearest(unknown[0], known)
+        raise ValueError(f"unknown flag {unknown[0]}: did you mean {near}? (all flags: --help)")
     return Options(**vars(options))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from am_diffusers.models.lora import LORA_FILE
 from am_diffusers.models.pretrained import Pretrained, vae_scale
 from am_diffusers.models.schedulers import check_solver
-from am_diffusers.prompts.presets import find_prompts
-from am_diffusers.prompts.sets import PromptSet
-from am_diffusers.system.files import asset_path
+from am_diffusers.prompts.sets import PromptSet, load_prompts
+from am_diffusers.system.files import asset_path, digest
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
 from evaluating.measuring.features import LPIPS
@@ -21,7 +20,7 @@ from evaluating.measuring.references import find_references
 from evaluating.measuring.weights import fingerprint
 from evaluating.options import Options
 from evaluating.runs import trained_rewards
-from evaluating.store import CHUNK, digest
+from evaluating.store import CHUNK
 
 DECLARATION = "am_diffusers.json"
 NAME = re.compile(r"[\w.-]+")
@@ -76,8 +75,8 @@ def make_plan(options: Options) -> Plan:
     )
     if options.reference_pictures is not None:
         find_references(options.reference_pictures, features)
-    prompts = find_prompts(
-        asset_path(options.prompts),
+    prompts = load_prompts(
+        options.prompts,
         column=options.prompts_column,
         category_columns=options.category_columns,
         split=options.prompts_split,

@@ -11,7 +11,6 @@ folder, be killed at any moment and resume. A chunk is the unit of sharing: CHUN
 the same whatever the batch size and the number of machines.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,7 @@ from torch import Tensor
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import PURPOSE, Picture, pictures_of
 from am_diffusers.noise import generator_for
-from am_diffusers.system.files import write_json_once, write_whole
-from am_diffusers.training.checkpoint_folder import sha256
+from am_diffusers.system.files import sha256, write_json, write_whole
 from am_diffusers.transitions import TRANSITIONS
 from evaluating.candidates import Candidate
 
@@ -182,7 +180,9 @@ class Store:
 
     def _agree(self, file: Path, expected: dict[str, Any]) -> None:
         if not file.exists():
-            write_json_once(file, expected)  # another machine may have started with other settings just now
+            write_json(
+                file, expected, once=True
+            )  # another machine may have started with other settings just now
         try:
             found = json.loads(file.read_text("utf-8"))
         except ValueError as error:
@@ -220,8 +220,3 @@ def read_image(file: Path) -> Tensor:
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{file} is no image that can be read: {error}") from error
     return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
-
-
-def digest(values: object) -> str:
-    """Return a short fingerprint of plain JSON values, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

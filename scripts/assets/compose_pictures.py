@@ -8,7 +8,6 @@ those of evaluate.py: prompt 12, picture 3 is 00012-003.png.
 """
 
 import argparse
-import difflib
 import json
 import sys
 import tempfile
@@ -20,8 +19,9 @@ from PIL import PngImagePlugin
 from pretrain.data import Labels, PictureSet
 
 from am_diffusers.evaluation.grids import to_pil
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.files import asset_path
+from am_diffusers.system.text import nearest
 
 PICTURES = "asset:pictures/pictures.parquet"
 
@@ -36,10 +36,8 @@ def labels_of(pictures: PictureSet, captions: Sequence[str]) -> Labels:
     place = {caption: row for row, caption in enumerate(pictures.captions(every))}
     for number, caption in enumerate(captions, start=1):
         if caption not in place:
-            nearest = difflib.get_close_matches(caption, place, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"{caption!r} (prompt {number}) is no caption of the picture set: {nearest!r} is"
-            )
+            near = nearest(caption, place)
+            raise ValueError(f"{caption!r} (prompt {number}) is no caption of the picture set: {near!r} is")
     return every.index(torch.tensor([place[caption] for caption in captions]))
 
 
@@ -50,7 +48,7 @@ def compose(options: argparse.Namespace) -> int:
         ValueError: a caption isn't one of the picture set, or the folder isn't empty.
         OSError: they can't be written.
     """
-    pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_prompts(asset_path(options.prompts))
+    pictures, captions = PictureSet(Path(asset_path(PICTURES))), load_texts(options.prompts)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty: choose another folder")
     if options.num_images_per_prompt < 1:

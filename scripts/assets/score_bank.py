@@ -18,6 +18,7 @@ from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.evaluation.pairs import official
 from am_diffusers.run.load import load_model, load_rewards, make_sampler
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.processes import Processes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sd3.yaml"
 STEPS = 10
@@ -38,7 +39,12 @@ def main() -> None:
     rewards = [official(reward) for group in load_rewards(plan, accelerator.device) for reward in group]
     sampler = make_sampler(config, model, purpose="score bank")
     scores = base_rewards(
-        sampler, model.base, rewards, plan.eval_prompts, args.images_per_prompt, accelerator=accelerator
+        sampler,
+        model.base,
+        rewards,
+        plan.eval_prompts,
+        args.images_per_prompt,
+        processes=Processes(accelerator),
     )
     document = {
         "command": "python scripts/assets/score_bank.py --output tests/data/score_bank.json",

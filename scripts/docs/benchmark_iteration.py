@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
 from torch import Tensor
 
 from am_diffusers.config import Config
@@ -22,6 +21,7 @@ from am_diffusers.rewards import Reward
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, latent_spec, load_model, load_reward, weighted
 from am_diffusers.run.plan import make_plan
+from am_diffusers.run.surroundings import make_method
 from am_diffusers.run.training import make_log, make_state, make_trainer
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trackers import Trackers
@@ -141,7 +141,7 @@ def main() -> None:
             sys.exit(f"error: {error}")
         reward = weighted(rewards, plan.config)
         processes = Processes(accelerator)
-        method = METHOD_BUILDERS[config.method.method](plan, model, reward, processes)
+        method = make_method(plan, model, reward, processes)
         state = make_state(config.optimizer, model.lora_parameters())
         hooks = Hooks(encoder(plan.config, model, plan.config.shared.rollout_guidance_scale))
         log = make_log(plan.config, Trackers(accelerator), start=0)

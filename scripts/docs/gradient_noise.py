@@ -18,7 +18,6 @@ from itertools import chain
 
 import numpy as np
 import torch
-from am_diffusers.run.methods.builders import METHOD_BUILDERS
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
@@ -29,6 +28,7 @@ from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, load_model, load_reward, weighted
 from am_diffusers.run.plan import make_plan
+from am_diffusers.run.surroundings import make_method
 from am_diffusers.system.processes import Processes
 
 SAMPLES = 64
@@ -119,7 +119,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
     reward = weighted(rewards, plan.config)
-    method = METHOD_BUILDERS[config.method.method](plan, model, reward, Processes(accelerator))
+    method = make_method(plan, model, reward, Processes(accelerator))
     rows = row_gradients(method, model, plan.config, plan.used_train_prompts()).flatten(0, 1)
     steps, batch = len(rows) // SAMPLES, config.optimizer.train_batch_size
     products = (rows @ rows.T).double().numpy(force=True).reshape(SAMPLES, steps, SAMPLES, steps)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benching.oracles.methods import Surroundings, make_method
 
 import bench_oracles
 from am_diffusers.methods import METHODS
@@ -27,7 +26,7 @@ from oracles import chain_moments, float64, gaussian
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 LINE, PLANE = PROBLEMS["two_modes_quadratic"], PROBLEMS["five_modes"]
-TINY = Variant("tiny", "adjoint_matching", "memoryless_local_linear", 4, schedule=Schedule(2, 8))
+TINY = Variant("tiny", "adjoint_matching", {"num_inference_steps": 4}, schedule=Schedule(2, 8))
 
 
 # ---------------------------------------------------------------------------------------------- measures
@@ -148,7 +147,7 @@ def test_every_row_trains_by_the_class_of_its_method(name):
     x, sigma = torch.ones(1, 2, dtype=torch.float64), float64(0.5)
     before = field(x, sigma, None).detach()
     torch.testing.assert_close(before, PLANE.law.velocity(x, sigma), rtol=0, atol=0)
-    method = make_method(variant, Surroundings(field, PLANE))
+    method = variant.make(field, PLANE)
     assert type(method) is METHODS[variant.method]
     assert train(method, parameters, variant.schedule, seed=0, done=lambda: False) == 2
     after = field(x, sigma, None).detach()
@@ -161,7 +160,7 @@ def test_training_ends_at_the_reward_of_the_tilt():
     field, parameters = control(LINE.law, 0)
     reached = reaches(field, LINE)
     assert not reached()
-    method = make_method(variant, Surroundings(field, LINE))
+    method = variant.make(field, LINE)
     made = train(method, parameters, variant.schedule, seed=0, done=reached)
     assert 2 < made < 100
     assert reached()
@@ -187,14 +186,15 @@ def test_a_result_is_kept_until_a_setting_changes(tmp_path, tiny, monkeypatch):
     assert "mark" in load(tiny, tmp_path)
     monkeypatch.setitem(oracle_variants.VARIANTS, "tiny", replace(TINY, title="another title"))
     assert ensure(tiny, tmp_path) == "kept"
-    monkeypatch.setitem(oracle_variants.VARIANTS, "tiny", replace(TINY, settings={"mask_quantile": 0.8}))
+    masked = replace(TINY, shared=TINY.shared | {"mask_quantile": 0.8})
+    monkeypatch.setitem(oracle_variants.VARIANTS, "tiny", masked)
     assert ensure(tiny, tmp_path) == "settings changed"
     assert "mark" not in load(tiny, tmp_path)
     assert list(tmp_path.rglob("*.json")) == [tiny.file(tmp_path)]
 
 
 def test_a_changed_default_of_a_method_is_a_changed_setting(tiny):
-    method = settings_of(tiny)["method"][""]
+    method = settings_of(tiny)["method"]
     assert method["pairing"] == "right"
     assert method["mask_quantile"] == 0.9
 
@@ -227,6 +227,12 @@ def committed_keys():
 def test_the_committed_results_are_all_there_and_of_these_settings():
     stale = [key for key in committed_keys() if (load(key) or {}).get("settings") != settings_of(key)]
     assert stale == []
+
+
+def test_the_committed_results_are_measured_by_the_samplers_of_their_rows():
+    for key in committed_keys():
+        if key.row in VARIANTS:
+            assert set(load(key)["found"]) == set(VARIANTS[key.row].samplers), key
 
 
 def test_the_tables_of_the_page_are_those_of_the_committed_results():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from am_diffusers.run.network_calls import network_calls
 from test_sd3_configs import RELEASED
 
 from am_diffusers.config.command_line import parse_config
@@ -19,6 +18,7 @@ from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardOptions
+from am_diffusers.run.counting import count
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.micro_batches import SETTINGS
 from am_diffusers.run.plan import Plan, make_plan
@@ -135,15 +135,13 @@ def test_flops_of_the_transformer_are_those_of_its_matrix_products(
     assert cost.flops == {torch.float32: 3 * transformer_flops()}
 
 
-def test_an_iteration_makes_the_announced_calls(
-    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
-) -> None:
+def test_an_iteration_makes_the_counted_calls(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
     plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, rollout_micro_batch_size=3)
     found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
-    calls, samples = network_calls(plan.config), plan.config.optimizer.train_batch_size
+    calls, samples = count(plan.config).calls, plan.config.optimizer.train_batch_size
     base = transformer_flops()
-    step_0 = calls["base, forward if step 0 is trained"]
-    policy = (found.phases[ROLLOUT].flops[torch.float32] / samples - step_0 * base) / calls["policy, rollout"]
+    step_0 = calls["base, forward"]
+    policy = (found.phases[ROLLOUT].flops[torch.float32] / samples - step_0 * base) / calls["policy, forward"]
     assert base < policy < 1.5 * base  # the LoRA adds to it
     # Backward to the input alone: as many products again, and one more for attention.
     adjoint = found.phases[ADJOINT].flops[torch.float32] / samples / calls["base, forward and backward"]
@@ -189,14 +187,14 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_an_iteration_of_every_method_makes_the_announced_calls(
+def test_an_iteration_of_every_method_makes_the_counted_calls(
     tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path, name: str
 ) -> None:
     """FLOPs of the rollout and the sweep: between 1 and 1.5 times those of the base's calls, for the LoRA."""
     changes = {"method": name, "eval_prompts": None, "eval_rewards": None} | RELATIVES[name]
     plan = make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir, **changes)
     found = estimate(plan, make_accelerator(plan.config), on_gpu=False)
-    calls, samples = network_calls(plan.config), plan.config.optimizer.train_batch_size
+    calls, samples = count(plan.config).calls, plan.config.optimizer.train_batch_size
     sweeps = calls.pop("base, forward and backward", 0)
     rest = sum(
         number for kind, number in calls.items() if not kind.startswith("policy, forward and backward")

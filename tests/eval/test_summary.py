@@ -59,12 +59,11 @@ def test_candidates_have_means_with_intervals_and_a_base_has_no_comparison(summa
     assert summary.base_of(candidate(summary, STRONG)) == candidate(summary, BASE_20)
 
 
-def test_diversity_is_that_of_the_trainers_evaluation_with_a_wider_interval(summary):
+def test_diversity_is_that_of_the_trainers_evaluation(summary):
     features = [RESULTS.features[each.key]["clip"] for each in (BASE_20, STRONG)]
     expected = diversity("clip", *features)
     kept = against_base(summary).diversity_kept["clip"]
-    assert kept.value == expected.kept.value
-    assert kept.low < expected.kept.low < expected.kept.high < kept.high
+    assert kept == expected.kept
     assert candidate(summary, BASE_20).diversity["clip"].value == pytest.approx(expected.base)
     assert candidate(summary, STRONG).diversity["clip"].value == pytest.approx(expected.tuned)
 

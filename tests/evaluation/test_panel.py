@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from am_diffusers.evaluation.panel import draw_panel, panel_figure, running_median
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines
 
 SCRIPT = Path(__file__).parents[2] / "scripts/plot_run.py"
 CONFIG = {"output_dir": "outputs/mine", "rewards": [{"name": "pickscore"}], "max_grad_norm": 1.0}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import pictures_of
 from am_diffusers.evaluation.pairs import PairScore
-from am_diffusers.evaluation.statistics import reward_gain
+from am_diffusers.evaluation.statistics import compare
 from am_diffusers.evaluation.validation import Validation, ValidationLog, validation_metrics
 from am_diffusers.rewards import Brightness
 from am_diffusers.velocity import CallableField
@@ -28,6 +29,10 @@ class Tint:
         return images.flatten(2).mean(2)
 
 
+def process(index, number, gather_objects):
+    return SimpleNamespace(index=index, number=number, gather_objects=gather_objects)
+
+
 def make_validation(scorer, **changes):
     validation = Validation(
         scorer,
@@ -35,8 +40,7 @@ def make_validation(scorer, **changes):
         num_in_grid=2,
         images_per_prompt=2,
         roles={"brightness": "trained"},
-        process=(0, 1),
-        gather=lambda mine: mine,
+        processes=process(0, 1, lambda mine: mine),
         log=None,
     )
     return replace(validation, **changes)
@@ -88,13 +92,12 @@ def test_base_pictures_are_made_and_scored_once():
 def test_processes_share_the_pictures_and_know_all_scores():
     whole, shares = [], [[], []]
     expected = make_validation(
-        make_scorer(4, [Brightness()]), gather=lambda mine: whole.extend(mine) or mine
+        make_scorer(4, [Brightness()]), processes=process(0, 1, lambda mine: whole.extend(mine) or mine)
     )(0)
     for index in range(2):
         part = make_validation(
             make_scorer(4, [Brightness()]),
-            process=(index, 2),
-            gather=lambda mine, i=index: shares[i].extend(mine) or whole[::-1],
+            processes=process(index, 2, lambda mine, i=index: shares[i].extend(mine) or whole[::-1]),
         )
         assert part(0) == expected
     assert [len(share) for share in shares] == [3, 3]
@@ -159,7 +162,8 @@ def test_what_cannot_be_measured_is_left_out(pairs, gain, diversity):
 def test_gain_is_that_of_the_evaluation():
     pairs = make_pairs(6, 3)
     scores = np.array([pair.scores["a"] for pair in pairs]).reshape(6, 3, 2)
-    gain = reward_gain(scores[..., 0], scores[..., 1], "trained").gain
+    gain = compare(scores[..., 0], scores[..., 1]).gain
+    assert gain is not None
     metrics = validation_metrics(pairs[::-1], {"a": "trained"})
     measured = [metrics[f"validation/a_gain{end}"] for end in ("", "_low", "_high")]
     assert measured == [gain.value, gain.low, gain.high]

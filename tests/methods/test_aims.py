@@ -3,8 +3,6 @@
 import re
 
 import pytest
-from am_diffusers.config.belonging import STOCHASTIC
-from am_diffusers.run.aims import LABELS, OTHER_LAWS, aim
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
@@ -13,8 +11,10 @@ from am_diffusers.run.plan import make_plan
 from am_diffusers.run.sharing import card_facts
 from finetune_runs import tiny_config
 
-CLAIM = "4 iterations of 4 pictures towards `p_base(picture) * exp(5 * reward(picture))`"
-FIRST_ORDER = "towards a law that is `p_base(picture) * exp({} * reward(picture))` to first order"
+STOCHASTIC = ("adjoint_matching", "buffered_adjoint_matching")
+OTHER_LAWS = ("deterministic_adjoint_matching", "efficient_adjoint_matching", "draft", "refl")
+CLAIM = "4 iterations of 4 images towards `p_base(image) * exp(5 * reward(image))`"
+FIRST_ORDER = "towards a law that is `p_base(image) * exp({} * reward(image))` to first order"
 
 
 @pytest.fixture
@@ -28,11 +28,16 @@ def config(tiny_sd3_dir, tmp_path):
     return make
 
 
+def aim(config):
+    """Return the sentence of the model card."""
+    return card_facts(make_plan(config, 1), None).law
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_only_adjoint_matching_claims_the_tilt(config, method):
     text = aim(config(method))
     assert text.startswith(CLAIM) == (method in STOCHASTIC)
-    assert text.startswith("4 iterations of 4 pictures ")
+    assert text.startswith("4 iterations of 4 images ")
     assert METHODS[method].aims_at_tilt == (method in STOCHASTIC)
     if method in STOCHASTIC:
         assert text == f"{CLAIM}, less as the worst rows are left out (mask_quantile 0.9)."
@@ -61,7 +66,7 @@ def test_settings_that_take_the_tilt_from_adjoint_matching_take_the_claim(config
 
 def test_another_divergence_has_another_law(config):
     text = aim(config("adjoint_matching", divergence="js", mask_quantile=None))
-    assert text.endswith("pictures, divergence js from the base, reward scale 5.")
+    assert text.endswith("images, divergence js from the base, reward scale 5.")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +91,8 @@ def test_the_kl_weight_of_flow_grpo_divides_the_scale(config):
 def test_the_card_names_the_method_and_its_paper(config, method, tmp_path):
     plan = make_plan(config(method), 1)
     text = write_card(tmp_path, card_facts(plan, None), None).read_text()
-    title, paper = LABELS[method]
+    title, paper = METHODS[method].title, METHODS[method].paper
     assert f"fine-tuned by {title} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" in text
     assert f"\n- {title.lower().replace(' ', '-')}\n" in text
     assert set(re.findall(r"arXiv (\d{4}\.\d{5})", text)) == {paper}
-    assert aim(plan.config) in text
+    assert card_facts(plan, None).law in text

@@ -8,7 +8,8 @@ from test_trainer import make_trainer
 
 from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.system.processes import Interrupted, PeerNotFiniteError
+from am_diffusers.system.processes import PeerNotFiniteError
+from am_diffusers.system.signals import Interrupted
 from am_diffusers.training.state_files import load_state, save_state
 from am_diffusers.transitions import jitter_sigmas, memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField

@@ -13,10 +13,7 @@ from benching.images.work import Work
 ROOT = Path(__file__).parents[2]
 DEMO, FOLDER = ROOT / "configs/tiny_sd3.yaml", ROOT / "configs/methods"
 OTHERS = sorted(set(METHODS) - {"adjoint_matching"})  # that one is the demo
-SECTIONS = (
-    *("model", "prompts", "method", "terminal"),
-    *("buffer", "efficient", "deterministic", "baselines"),
-)
+SECTIONS = ("model", "prompts", "method", "shared", "own")
 
 
 def test_there_is_one_for_every_other_method() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 import am_diffusers
 from am_diffusers.prompts.leaks import Leak, find_leaks
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 
 PROMPTS = Path(am_diffusers.__file__).parent / "assets/prompts"
 
@@ -81,14 +81,14 @@ def test_another_prompt(prompt, training):
 
 def test_no_false_alarm_on_lists_made_from_templates():
     """Every colour, style and object of the held-out prompts occurs in the training list."""
-    evaluation, train = (load_prompts(str(PROMPTS / f"{name}.txt")) for name in ("eval", "train"))
+    evaluation, train = (load_texts(str(PROMPTS / f"{name}.txt")) for name in ("eval", "train"))
     assert find_leaks(evaluation, train).leaks == ()
     assert {leak.kind for leak in find_leaks(train, train).leaks} == {"exact"}
 
 
 def test_planted_duplicates_are_found():
     """All of 8 exact and 8 reworded ones, planted among 2916 training prompts, and nothing else."""
-    evaluation, train = (load_prompts(str(PROMPTS / f"{name}.txt")) for name in ("eval", "train"))
+    evaluation, train = (load_texts(str(PROMPTS / f"{name}.txt")) for name in ("eval", "train"))
     planted = random.Random(0).sample(range(len(evaluation)), 16)
     exact = [evaluation[index].upper() for index in planted[:8]]
     reworded = []

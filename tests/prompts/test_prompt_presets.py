@@ -5,7 +5,8 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from am_diffusers.prompts.presets import PRESETS, describe_source, find_prompts
+from am_diffusers.prompts.presets import PRESETS, describe_source
+from am_diffusers.prompts.sets import load_prompts, load_texts
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 
@@ -39,45 +40,49 @@ def test_every_published_set_is_pinned():
 
 
 def test_lists_of_the_embedded_model(cache):
-    assert len(find_prompts("tiny")) == 64
-    assert len(find_prompts("tiny-train", limit=9)) == 9
+    assert len(load_prompts("tiny")) == 64
+    assert len(load_prompts("tiny-train", limit=9)) == 9
     assert describe_source("tiny") == "tiny"
 
 
 def test_downloaded_sets_are_read_offline(cache):
     (downloaded(cache, "DrawBench") / "DrawBench Prompts - Sheet1.csv").write_text("Prompts,Category\na,b\n")
-    assert find_prompts("DrawBench").categories == {"Category": ("b",)}
+    assert load_prompts("DrawBench").categories == {"Category": ("b",)}
     rows = datasets.Dataset.from_list([{"caption": "a fox", "image_0_uid": "1", "are_different": True}])
     rows.to_parquet(downloaded(cache, "Pick-a-Pic") / PRESETS["Pick-a-Pic"].files[0])
-    assert find_prompts("Pick-a-Pic").prompts == ("a fox",)
+    assert load_prompts("Pick-a-Pic").prompts == ("a fox",)
     with pytest.raises(ValueError, match="a preset is one split, got 'train'"):
-        find_prompts("DrawBench", split="train")
+        load_prompts("DrawBench", split="train")
+    assert load_texts("DrawBench") == load_texts("DrawBench", split="test") == ["a"]
+    assert load_texts("Pick-a-Pic", limit=1) == ["a fox"]
+    with pytest.raises(ValueError, match="a preset is one split, got 'dev'"):
+        load_texts("DrawBench", split="dev")
 
 
 def test_styles_of_hpdv2(cache):
     for style in STYLES:
         file = downloaded(cache, "HPDv2") / f"benchmark/{style}.json"
         file.write_text(json.dumps([f"{style} 0", f"{style} 1"]))
-    found = find_prompts("HPDv2")
+    found = load_prompts("HPDv2")
     assert found.prompts == tuple(f"{style} {i}" for style in STYLES for i in (0, 1))
     assert found.categories == {"style": tuple(style for style in STYLES for _ in (0, 1))}
-    assert find_prompts("HPDv2", limit=3).prompts == found.prompts[:3]
-    assert find_prompts("HPDv2", limit=3).categories == {"style": found.categories["style"][:3]}
-    assert find_prompts("HPDv2", category_columns=[]).categories == {}
+    assert load_prompts("HPDv2", limit=3).prompts == found.prompts[:3]
+    assert load_prompts("HPDv2", limit=3).categories == {"style": found.categories["style"][:3]}
+    assert load_prompts("HPDv2", category_columns=[]).categories == {}
     folder = downloaded(cache, "HPDv2") / "benchmark"
-    assert find_prompts(f"HPDv2={folder}") == found
-    assert find_prompts(f"HPDv2={folder}/photo.json").prompts == ("photo 0", "photo 1")
+    assert load_prompts(f"HPDv2={folder}") == found
+    assert load_prompts(f"HPDv2={folder}/photo.json").prompts == ("photo 0", "photo 1")
     with pytest.raises(ValueError, match="one category is 'style', got tag"):
-        find_prompts("HPDv2", category_columns=["tag"])
+        load_prompts("HPDv2", category_columns=["tag"])
     (folder / "photo.json").unlink()
     with pytest.raises(ValueError, match=r"there is no .*photo.json; it is published as anime.json, "):
-        find_prompts(f"HPDv2={folder}")
+        load_prompts(f"HPDv2={folder}")
 
 
 @pytest.mark.parametrize("name", ["DrawBench", "PartiPrompts", "HPDv2", "Pick-a-Pic"])
 def test_a_set_that_is_not_here_names_the_command(cache, name):
     with pytest.raises(ValueError, match=f"prompts {name}: not in the cache") as caught:
-        find_prompts(name)
+        load_prompts(name)
     message = str(caught.value)
     preset = PRESETS[name]
     assert f"run `hf download --repo-type dataset {preset.repository} " in message
@@ -91,29 +96,29 @@ def test_a_set_that_is_not_here_names_the_command(cache, name):
 def test_a_set_on_github_is_downloaded_by_the_user(cache, name):
     url = f"https://raw.githubusercontent.com/{PRESETS[name].repository}/{PRESETS[name].revision}/"
     with pytest.raises(ValueError, match=f"run `curl -L -O {url}.*json.*` and give `{name}=") as caught:
-        find_prompts(name)
+        load_prompts(name)
     assert "\n" not in str(caught.value)
 
 
 def test_own_copy(cache, tmp_path):
     row = {"tag": "colors", "include": [], "prompt": "a red bench"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row))
-    found = find_prompts("GenEval=evaluation_metadata.jsonl")
+    found = load_prompts("GenEval=evaluation_metadata.jsonl")
     assert (found.prompts, found.categories) == (("a red bench",), {"tag": ("colors",)})
     assert list(found.rows) == [row]
     with pytest.raises(ValueError, match=r"GenEval: there is no x.jsonl; it is published as evaluation_meta"):
-        find_prompts("GenEval=x.jsonl")
+        load_prompts("GenEval=x.jsonl")
 
 
 def test_files_are_read_and_go_before_presets(cache, tmp_path):
     (tmp_path / "mine.txt").write_text("a fox\n")
     (tmp_path / "a=b.txt").write_text("an owl\n")
-    assert find_prompts("mine.txt").prompts == ("a fox",)
-    assert find_prompts("a=b.txt").prompts == ("an owl",)
+    assert load_prompts("mine.txt").prompts == ("a fox",)
+    assert load_prompts("a=b.txt").prompts == ("an owl",)
     assert describe_source("mine.txt") == "mine.txt"
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/test.txt").write_text("mine\n")
-    assert find_prompts("tiny", column="text").prompts == ("mine",)
+    assert load_prompts("tiny", column="text").prompts == ("mine",)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_files_are_read_and_go_before_presets(cache, tmp_path):
 def test_unknown_names_and_files_name_the_nearest(cache, tmp_path, source, message):
     (tmp_path / "mine.txt").write_text("a fox\n")
     with pytest.raises(ValueError, match=message):
-        find_prompts(source)
+        load_prompts(source)
 
 
 def test_a_hub_data_set_is_not_pinned(cache):

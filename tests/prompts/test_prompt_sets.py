@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from am_diffusers.prompts.sets import load_prompt_set
+from am_diffusers.prompts.sets import load_prompts
 
 GENEVAL = [
     {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
@@ -27,7 +27,7 @@ def write(path, content):
 
 
 def test_csv_like_drawbench(tmp_path):
-    found = load_prompt_set(write(tmp_path / "d.csv", "\ufeff" + DRAWBENCH))
+    found = load_prompts(write(tmp_path / "d.csv", "\ufeff" + DRAWBENCH))
     assert found.prompts == ("A red car.", "One cat, two dogs.")
     assert found.categories == {"Category": ("Colors", "Counting")}
     assert found.rows[1] == {"Prompts": "One cat, two dogs.", "Category": "Counting"}
@@ -35,19 +35,19 @@ def test_csv_like_drawbench(tmp_path):
 
 
 def test_tsv_like_partiprompts(tmp_path):
-    found = load_prompt_set(write(tmp_path / "p.tsv", PARTI))
+    found = load_prompts(write(tmp_path / "p.tsv", PARTI))
     assert found.prompts == ("bond", "an owl")
     assert found.categories == {"Category": ("Abstract", "Animals"), "Challenge": ("Basic", "Style & Format")}
     assert found.rows[0]["Note"] == "n"
 
 
 def test_json_like_hpdv2_is_a_list_of_texts(tmp_path):
-    found = load_prompt_set(write(tmp_path / "anime.json", json.dumps([" a fox", "an owl\n"])))
+    found = load_prompts(write(tmp_path / "anime.json", json.dumps([" a fox", "an owl\n"])))
     assert (found.prompts, found.categories, found.rows) == (("a fox", "an owl"), {}, ())
 
 
 def test_jsonl_like_geneval_keeps_the_metadata(tmp_path):
-    found = load_prompt_set(write(tmp_path / "g.jsonl", "\n".join(map(json.dumps, GENEVAL))))
+    found = load_prompts(write(tmp_path / "g.jsonl", "\n".join(map(json.dumps, GENEVAL))))
     assert found.prompts == ("a photo of two clocks", "a photo of a red bench")
     assert found.categories == {"tag": ("counting", "colors")}
     assert list(found.rows) == GENEVAL
@@ -55,17 +55,17 @@ def test_jsonl_like_geneval_keeps_the_metadata(tmp_path):
 
 def test_json_like_imagereward_has_no_category(tmp_path):
     rows = [{"id": "005695-0057", "prompt": "a car"}, {"id": "1", "prompt": "a car"}]
-    found = load_prompt_set(write(tmp_path / "i.json", json.dumps(rows)))
+    found = load_prompts(write(tmp_path / "i.json", json.dumps(rows)))
     assert (found.prompts, found.categories, list(found.rows)) == (("a car", "a car"), {}, rows)
 
 
 def test_txt_and_limit(tmp_path):
     source = write(tmp_path / "p.txt", "a fox\n\n  an owl \na fox\n")
-    assert load_prompt_set(source).prompts == ("a fox", "an owl", "a fox")
-    assert load_prompt_set(source, limit=2).prompts == ("a fox", "an owl")
-    assert load_prompt_set(source, limit=9).prompts == ("a fox", "an owl", "a fox")
+    assert load_prompts(source).prompts == ("a fox", "an owl", "a fox")
+    assert load_prompts(source, limit=2).prompts == ("a fox", "an owl")
+    assert load_prompts(source, limit=9).prompts == ("a fox", "an owl", "a fox")
     with pytest.raises(ValueError, match="expected at least one, got a limit of 0"):
-        load_prompt_set(source, limit=0)
+        load_prompts(source, limit=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def check_pictures(found, number):
 
 def test_parquet_rows_become_json_without_pictures(tmp_path, pictures):
     pictures.to_parquet(tmp_path / "p.parquet")
-    check_pictures(load_prompt_set(str(tmp_path / "p.parquet")), 3)
-    check_pictures(load_prompt_set(str(tmp_path / "p.parquet"), limit=2), 2)
+    check_pictures(load_prompts(str(tmp_path / "p.parquet")), 3)
+    check_pictures(load_prompts(str(tmp_path / "p.parquet"), limit=2), 2)
 
 
 def test_folders_have_one_split_or_a_named_one(tmp_path, pictures):
@@ -108,13 +108,13 @@ def test_folders_have_one_split_or_a_named_one(tmp_path, pictures):
     datasets.DatasetDict({"a": pictures, "b": pictures.select([0])}).save_to_disk(tmp_path / "two")
     (tmp_path / "files").mkdir()
     write(tmp_path / "files/test.csv", DRAWBENCH)
-    check_pictures(load_prompt_set(str(tmp_path / "one"), limit=7), 3)
-    assert len(load_prompt_set(str(tmp_path / "two"), split="b")) == 1
-    assert load_prompt_set(str(tmp_path / "files")).categories == {"Category": ("Colors", "Counting")}
+    check_pictures(load_prompts(str(tmp_path / "one"), limit=7), 3)
+    assert len(load_prompts(str(tmp_path / "two"), split="b")) == 1
+    assert load_prompts(str(tmp_path / "files")).categories == {"Category": ("Colors", "Counting")}
     with pytest.raises(ValueError, match=r"two: cannot be read: name one of its splits: a, b"):
-        load_prompt_set(str(tmp_path / "two"))
+        load_prompts(str(tmp_path / "two"))
     with pytest.raises(ValueError, match=r"files: cannot be read: .*nosplit"):
-        load_prompt_set(str(tmp_path / "files"), split="nosplit")
+        load_prompts(str(tmp_path / "files"), split="nosplit")
 
 
 def test_hub_data_set_offline(tmp_path, monkeypatch):
@@ -122,30 +122,30 @@ def test_hub_data_set_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"o/n: cannot be read: .*run hf download --repo-type dataset o/n$"):
-        load_prompt_set("o/n")
+        load_prompts("o/n")
     folder = tmp_path / "datasets--o--n"
     (folder / "snapshots" / "0").mkdir(parents=True)
     (folder / "refs").mkdir()
     write(folder / "refs/main", "0")
     write(folder / "snapshots/0/test.csv", DRAWBENCH)
-    streamed = load_prompt_set("o/n", limit=1)  # first: later, the columns of the csv are known
+    streamed = load_prompts("o/n", limit=1)  # first: later, the columns of the csv are known
     assert (streamed.prompts, streamed.categories) == (("A red car.",), {"Category": ("Colors",)})
-    assert load_prompt_set("o/n").prompts == ("A red car.", "One cat, two dogs.")
+    assert load_prompts("o/n").prompts == ("A red car.", "One cat, two dogs.")
 
 
 def test_columns_are_found_whatever_their_case_or_named(tmp_path):
     rows = [{"Text": "t", "CAPTION": "c", "Style": ["x", "y"], "tag": 3, "other": " o "}]
     source = write(tmp_path / "p.json", json.dumps(rows))
-    found = load_prompt_set(source)
+    found = load_prompts(source)
     assert (found.prompts, found.categories) == (("c",), {"Style": ("x, y",), "tag": ("3",)})
-    found = load_prompt_set(source, column="Text", category_columns=["other"])
+    found = load_prompts(source, column="Text", category_columns=["other"])
     assert (found.prompts, found.categories) == (("t",), {"other": ("o",)})
-    assert load_prompt_set(source, category_columns=[]).categories == {}
+    assert load_prompts(source, category_columns=[]).categories == {}
 
 
 def test_a_prompt_without_category(tmp_path):
     rows = [{"prompt": "a", "tag": None}, {"prompt": "b"}, "c", {"prompt": "d", "tag": "t"}]
-    found = load_prompt_set(write(tmp_path / "p.json", json.dumps(rows)))
+    found = load_prompts(write(tmp_path / "p.json", json.dumps(rows)))
     assert found.prompts == ("a", "b", "c", "d")
     assert found.categories == {"tag": ("", "", "", "t")}
     assert found.rows[2] == {}
@@ -174,5 +174,5 @@ def test_a_prompt_without_category(tmp_path):
 def test_what_is_wrong_is_said_with_the_file(tmp_path, name, content, options, message):
     source = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message) as caught:
-        load_prompt_set(source, **options)
+        load_prompts(source, **options)
     assert source in str(caught.value)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from am_diffusers.prompts.order import fill_up, prompt_rows
-from am_diffusers.prompts.sets import load_prompts
+from am_diffusers.prompts.sets import load_texts
 
 PROMPTS = ["a red apple, 3d style", 'a "quoted" cat', "ein Bär"]
 SHARED = Path(__file__).parents[3] / "shared/prompts"
@@ -35,23 +35,23 @@ def write(folder, suffix):
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_prompts(tmp_path, suffix):
     source = write(tmp_path, suffix)
-    assert load_prompts(source, column="text") == PROMPTS
-    assert load_prompts(source, column="text", limit=2) == PROMPTS[:2]
+    assert load_texts(source, column="text") == PROMPTS
+    assert load_texts(source, column="text", limit=2) == PROMPTS[:2]
 
 
 def test_data_set_folders(tmp_path):
     rows = datasets.Dataset.from_dict({"text": PROMPTS})
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "dict")
-    assert load_prompts(str(tmp_path / "one"), column="text") == PROMPTS
-    assert load_prompts(str(tmp_path / "dict"), column="text", split="test") == PROMPTS[1:2]
+    assert load_texts(str(tmp_path / "one"), column="text") == PROMPTS
+    assert load_texts(str(tmp_path / "dict"), column="text", split="test") == PROMPTS[1:2]
     with pytest.raises(ValueError, match=r"dict: cannot be read: .*nosplit"):
-        load_prompts(str(tmp_path / "dict"), column="text", split="nosplit")
+        load_texts(str(tmp_path / "dict"), column="text", split="nosplit")
 
 
 def test_json_list_of_strings(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(PROMPTS))
-    assert load_prompts(str(tmp_path / "p.json")) == PROMPTS
+    assert load_texts(str(tmp_path / "p.json")) == PROMPTS
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="evaluation prompt sets lie outside the repository")
@@ -64,13 +64,13 @@ def test_json_list_of_strings(tmp_path):
     ],
 )
 def test_published_prompt_sets(name, column, count):
-    assert len(load_prompts(str(SHARED / name), column=column)) == count
+    assert len(load_texts(str(SHARED / name), column=column)) == count
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
 def test_missing_column_names_the_known_ones(tmp_path, suffix):
     with pytest.raises(ValueError, match="no column 'prompt'; it has 'id', 'text'"):
-        load_prompts(write(tmp_path, suffix))
+        load_texts(write(tmp_path, suffix))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_missing_column_names_the_known_ones(tmp_path, suffix):
 def test_unreadable_files_name_the_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        load_prompts(str(tmp_path / name))
+        load_texts(str(tmp_path / name))
     assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.skipif(os.environ.get("HF_HUB_OFFLINE") == "0", reason="asks the hub")
 @pytest.mark.parametrize("source", ["missing.txt", "./nowhere/prompts", "/nowhere/at/all", "nobody"])
 def test_missing_source_is_not_looked_up_on_the_hub(source):
-    with pytest.raises(ValueError, match="no such file or folder"):
-        load_prompts(source)
+    with pytest.raises(ValueError, match=r"no such file|'nobody': did you mean"):
+        load_texts(source)
 
 
 def test_every_prompt_once_an_epoch_in_a_new_order():

@@ -3,9 +3,9 @@
 import logging
 
 import pytest
-from am_diffusers.config.belonging import cautions
 from test_trainer_runs import make_run, rewards_dir  # noqa: F401 - the fixture
 
+from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.run.plan import make_plan
 from finetune_runs import tiny_config

@@ -4,17 +4,20 @@ import typing
 from pathlib import Path
 
 import pytest
-from am_diffusers.config.belonging import READ_BY
 from diffusers.optimization import SchedulerType
 
-from am_diffusers.config import Config, LrSchedule, MethodConfig, RewardConfig
-from am_diffusers.config.command_line import FIELDS, HINTS, SECTIONS, parse_config, to_yaml
+from am_diffusers.config import Config, LrSchedule, RewardConfig, section_types
+from am_diffusers.config.command_line import HINTS, field_types, parse_config, to_yaml
 from am_diffusers.methods import METHODS
+from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
+from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import TRANSITIONS
 from cli_surface import FILE, cli_surface
 
 BUFFERED = "buffered_adjoint_matching"
+FLAGS = field_types()
+SECTIONS = section_types()
 MINIMAL = """
 pretrained_model_name_or_path: asset:tiny_sd3
 train_prompts: prompts.txt
@@ -106,10 +109,10 @@ def test_flags_of_other_scripts_get_a_hint(minimal, flags, hint):
 
 
 def test_hints_name_flags_that_exist_for_flags_that_do_not():
-    assert not set(HINTS) & set(FIELDS)
+    assert not set(HINTS) & set(FLAGS)
     for name, hint in HINTS.items():
         named = set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", hint))
-        assert named <= set(FIELDS), name
+        assert named <= set(FLAGS), name
 
 
 @pytest.mark.parametrize("switch", [["--dry_run"], ["--dry_run", "true"], ["--dry_run", "--seed", "3"]])
@@ -125,11 +128,6 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
         (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
         (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
-        (
-            ["--method", BUFFERED, "--buffer_size", "40"],
-            "--buffer_size must be a multiple of train_batch_size",
-        ),
-        (["--method", BUFFERED, "--adjoint", "full"], "--adjoint must be lean with a buffer"),
         (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
         (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
@@ -153,6 +151,20 @@ def test_bad_values_are_named_on_one_screen(minimal, extra, message):
     assert len(str(caught.value).splitlines()) < 12
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--buffer_size", "40"], "--buffer_size must be a multiple of train_batch_size"),
+        (["--adjoint", "full"], "--adjoint must be lean with a buffer"),
+    ],
+)
+def test_flags_that_only_the_method_can_judge_are_refused_by_the_plan(minimal, extra, message):
+    config = parse_config([*minimal, "--method", BUFFERED, *extra])
+    with pytest.raises(ValueError, match=message) as caught:
+        make_plan(config, 1)
+    assert len(str(caught.value).splitlines()) < 12
+
+
 def test_unknown_yaml_key_names_the_nearest(minimal, tmp_path):
     (tmp_path / "typo.yaml").write_text("reward_scal: 3\n")
     with pytest.raises(ValueError, match="'reward_scal': did you mean 'reward_scale'"):
@@ -165,30 +177,42 @@ def test_missing_keys_are_named():
 
 
 def test_every_field_has_a_sentence_and_a_name_of_its_own():
-    assert len(FIELDS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+    """A flag in the sections of several methods is that of one class, from which they inherit it."""
+    owners: dict[str, type] = {}
     for section in [*SECTIONS.values(), RewardConfig]:
         for field in dataclasses.fields(section):
-            assert f"        {field.name}: " in (section.__doc__ or ""), field.name
+            (owner,) = (
+                kind for kind in section.__mro__ if field.name in vars(kind).get("__annotations__", ())
+            )
+            assert f"        {field.name}: " in (owner.__doc__ or ""), field.name
+            if section is not RewardConfig:
+                assert owners.setdefault(field.name, owner) is owner, field.name
+    assert set(owners) == set(FLAGS)
 
 
 def test_no_flag_is_accepted_and_ignored():
-    """Every field is read where config becomes objects."""
+    """Every field is read where config becomes objects, or by the methods, beyond the check of its range."""
     root = Path(__file__).parents[2]
     package = root / "am_diffusers"
-    readers = sorted((package / "run").rglob("*.py"))
+    readers = [*sorted((package / "run").rglob("*.py")), *sorted((package / "methods").rglob("*.py"))]
     source = "".join(path.read_text() for path in [*readers, root / "scripts/finetune.py"])
-    fields = [*FIELDS, *(field.name for field in dataclasses.fields(RewardConfig))]
-    assert [name for name in fields if not re.search(rf"\.{name}\b", source)] == []
+    fields = [*FLAGS, *(field.name for field in dataclasses.fields(RewardConfig))]
+    assert [name for name in fields if not re.search(rf"(?<!\bself)\.{name}\b", source)] == []
 
 
 def test_a_flag_of_another_method_is_refused(minimal, monkeypatch):
-    monkeypatch.setitem(METHODS, "other", METHODS["adjoint_matching"])
+    reads_nothing = type("Other", (METHODS["adjoint_matching"],), {"reads": ()})
+    monkeypatch.setitem(METHODS, "other", reads_nothing)
     with pytest.raises(
         ValueError, match=r"--pairing is for adjoint_matching, .*, not for other: leave it out"
     ):
         parse_config([*minimal, "--method", "other", "--pairing", "left"])
     assert parse_config([*minimal, "--method", "other"]).method.method == "other"
-    assert set(READ_BY) <= set(FIELDS)
+    shared = {field.name for field in dataclasses.fields(SharedSettings)} - set(FOR_ALL)
+    for method in METHODS.values():
+        own = {field.name for field in dataclasses.fields(method.Settings)}
+        assert set(method.reads) <= shared | {"offload_trajectories"}
+        assert {*method.decisive, *method.free} <= own
 
 
 def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():
@@ -196,7 +220,7 @@ def test_lr_schedules_are_those_of_diffusers_that_need_no_further_argument():
 
 
 def test_every_stochastic_table_can_be_chosen():
-    choices = typing.get_args(typing.get_type_hints(MethodConfig)["transitions"])
+    choices = typing.get_args(typing.get_type_hints(SharedSettings)["transitions"])
     assert set(choices) == set(TRANSITIONS) - {"ode_euler"}
 
 

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from am_diffusers.evaluation.held_out import Evaluation
-from am_diffusers.evaluation.statistics import Diversity, Interval, RewardGain
+from am_diffusers.evaluation.statistics import Comparison, Diversity, Estimate
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.system.text import escape_markdown
@@ -46,8 +46,21 @@ FACTS = CardFacts(
 EVALUATION = Evaluation(
     16,
     4,
-    {"hpsv2": RewardGain("held-out", 0.8, 0.82, 0.05, Interval(0.281, 0.18, 0.38))},
-    Diversity("hpsv2", 0.5, 0.48, Interval(0.97, 0.87, 1.09)),
+    {"hpsv2": "held-out"},
+    {
+        "hpsv2": Comparison(
+            num_prompts=16,
+            images_per_prompt=4,
+            base_mean=0.8,
+            tuned_mean=0.82,
+            base_sd=0.05,
+            difference=Estimate(0.014, 0.009, 0.019),
+            gain=Estimate(0.281, 0.18, 0.38),
+            win_rate=Estimate(0.6, 0.5, 0.7),
+            p_value=0.01,
+        )
+    },
+    Diversity("hpsv2", 0.5, 0.48, Estimate(0.97, 0.87, 1.09)),
 )
 
 

@@ -14,7 +14,8 @@ from am_diffusers.matching import MatchingBatch, matching_loss
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.run.folder import lock_folder
 from am_diffusers.run.resume import find_checkpoint
-from am_diffusers.system.processes import Interrupted, Processes, StopSignal
+from am_diffusers.system.processes import Processes
+from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.training.checkpoint import Saver, changes
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.training.metrics import MetricsLog

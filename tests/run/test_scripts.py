@@ -23,7 +23,7 @@ from am_diffusers.models.sd3 import SD3
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.plan import make_plan
-from am_diffusers.training.metrics import read_lines
+from am_diffusers.system.files import read_lines
 from finetune_runs import FINETUNE, read_metrics, tiny_config, write_rewards
 
 SCRIPTS = FINETUNE.parent
@@ -180,7 +180,7 @@ def test_sample_renders_base_and_lora(finished, folder, tiny_sd3_dir, tmp_path, 
 
 def test_benchmark_prints_the_breakdown(folder, tiny_sd3_dir, tmp_path, monkeypatch, capsys):
     config = tiny_config(tiny_sd3_dir, folder)
-    run_script(monkeypatch, "benchmark_iteration.py", "--config", config)
+    run_script(monkeypatch, "docs/benchmark_iteration.py", "--config", config)
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "median of 7",

@@ -13,14 +13,8 @@ from accelerate import Accelerator
 from am_diffusers.rewards import Brightness, RewardScale, WeightedRewards
 from am_diffusers.run.training import raw_rewards
 from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.system.processes import (
-    Interrupted,
-    PeerError,
-    PeerNotFiniteError,
-    Processes,
-    StopSignal,
-    is_secondhand,
-)
+from am_diffusers.system.processes import PeerError, PeerNotFiniteError, Processes, is_secondhand
+from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.training.checkpoint import Saver
 from am_diffusers.training.checkpoint_folder import CheckpointError, DiskFullError
 
@@ -109,6 +103,40 @@ def test_what_one_process_raises_all_leave_with(before, index, error, others):
     results = run_both(work)
     assert results[index] is error
     assert type(results[1 - index]) is others
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_failure_in_a_block_within_another_ends_both_blocks(index):
+    def work(processes):
+        with processes.together():
+            with processes.together():
+                if processes.index == index:
+                    raise ArithmeticError("bad")
+            processes.sum(torch.ones(1))
+
+    results = run_both(work)
+    assert type(results[index]) is ArithmeticError
+    assert type(results[1 - index]) is PeerError
+    assert str(results[1 - index]) == "another process failed with ArithmeticError: see its message"
+
+
+def test_a_failure_while_all_leave_because_of_another_is_everybodys_too():
+    """As when a run fails and its last checkpoint can't be written either."""
+
+    def work(processes):
+        try:
+            with processes.together():
+                if processes.index:
+                    raise ArithmeticError("bad")
+        except ValueError as error:
+            processes.on_main(lambda: 1 / 0)
+            raise error
+        except ArithmeticError:
+            processes.on_main(lambda: None)
+
+    main, other = run_both(work)
+    assert isinstance(main, ZeroDivisionError)
+    assert isinstance(other, PeerError)
 
 
 def test_failing_counts_more_than_being_stopped():

@@ -96,8 +96,9 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
 
     def report(self, columns: dict[str, Tensor]) -> tuple[dict[str, float], Sequence[str]]:
         """Return numbers to log and warnings from the statistics of the samples of all ranks, (N,) each."""
-        if self.terminal is not None:
-            self.terminal.update(columns["reward_gradient_norm"])
+        if self.terminal is None:
+            return means(columns), ()
+        self.terminal.update(columns["reward_gradient_norm"])
         return means(columns), self.monitor.update(adjoint_norms(columns))
 
     def loss(self, example: MatchingBatch) -> tuple[Tensor, dict[str, float]]:

@@ -4,7 +4,6 @@ Some rewards are published as pickles. They are read with `weights_only=True`, a
 with the pinned or the given one; `scripts/convert_reward.py` turns them into safetensors once.
 """
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from am_diffusers.system.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,7 @@ def check_sha256(file: Path, expected: str | None) -> None:
     Raises:
         ValueError: if they differ.
     """
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    actual = digest.hexdigest()
+    actual = sha256(file)
     if expected is None:
         logger.warning("%s isn't pinned: add `sha256: %s` to this reward's config", file.name, actual)
     elif actual != expected.lower():

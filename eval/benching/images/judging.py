@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 
 from am_diffusers.evaluation.statistics import Array, compare
-from am_diffusers.training.checkpoint_folder import sha256
+from am_diffusers.system.files import digest, sha256
 from benching.images.likeness import Judged, RunLikeness, likeness_file, write_likeness
 from benching.images.records import record_file
 from benching.images.work import Work
 from evaluating.measuring.features import EfficientNet
 from evaluating.measuring.weights import fingerprint
-from evaluating.store import digest, read_about, read_image
+from evaluating.store import read_about, read_image
 from evaluating.summary.frechet import frechet_distance
 
 BATCH = 64

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_diffusers.prompts.sets import load_prompts
-from am_diffusers.system.files import asset_path, write_text
+from am_diffusers.prompts.sets import load_texts
+from am_diffusers.system.files import write_text
 from am_diffusers.system.text import replace_table, suggest
 from benching.images.curves import Curve, make_curve
 from benching.images.figures import draw
@@ -132,6 +132,6 @@ def write_page(name: str, work: Work, docs: Path) -> None:
     )
     images = pictures_of(work, [curve.setting for curve in curves])
     if work.study.select == "best" and len(images) == len(curves) + 1:  # the base and all others
-        prompts = load_prompts(asset_path(work.study.evaluation.prompts))
+        prompts = load_texts(work.study.evaluation.prompts)
         shown = [prompts[int(file.name.split("-")[0])] for file in images[BASE]]
         draw_sheet(images, shown, docs / "images" / f"{name}_pictures.png")

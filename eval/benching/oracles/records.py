@@ -99,12 +99,11 @@ def _of_variant(key: Key) -> Record:
     start = problem.tilt() if variant.schedule.from_tilt else problem.law
     field, parameters = control(start, key.seed)
     method = variant.make(field, problem)
-    samplers: list[Sampler] = ["sde", "ode"] if variant.aims_at_tilt else ["ode"]
     try:
         made = train(method, parameters, variant.schedule, seed=key.seed, done=reaches(field, problem))
     except NonFiniteError:
-        return {"iterations": None, "found": dict.fromkeys(samplers), "densities": {}}
-    return {"iterations": made, **_judge(field, key, samplers)}
+        return {"iterations": None, "found": dict.fromkeys(variant.samplers), "densities": {}}
+    return {"iterations": made, **_judge(field, key, variant.samplers)}
 
 
 def _of_reference(key: Key) -> Record:

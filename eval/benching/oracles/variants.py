@@ -15,10 +15,13 @@ from am_diffusers.methods.parts.surroundings import Sizes, Surroundings
 from am_diffusers.noise import LatentSpec
 from am_diffusers.transitions import uniform_sigmas
 from am_diffusers.velocity import CallableField
+from benching.oracles.laws import Sampler
 from benching.oracles.problems import REWARD_SCALE, Problem
 from benching.oracles.training import Schedule
 
 LOCAL_LINEAR = "memoryless_local_linear"
+NO_REWEIGHTING = ("deterministic_adjoint_matching", "draft", "refl")
+"""Methods that move or push images: no memoryless SDE belongs to their velocity."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,21 @@ class Variant:
         return {name: value for name, value in asdict(shared).items() if name in names} | asdict(own)
 
     @property
-    def aims_at_tilt(self) -> bool:
-        """True if the method aims at the tilt, so that its velocity has a memoryless SDE to be sampled by."""
-        return METHODS[self.method].aims_at_tilt
+    def samplers(self) -> list[Sampler]:
+        """Samplers of the law: the memoryless SDE too if the method is to reweight the base."""
+        return ["ode"] if self.method in NO_REWEIGHTING else ["sde", "ode"]
 
     def _settings(self) -> tuple[SharedSettings, Any]:
         shared = SharedSettings(reward_scale=REWARD_SCALE, **self.shared)
         return shared, METHODS[self.method].Settings(**self.own)
 
 
-def _steps(number: int, transitions: str = "memoryless_local_linear", **more: Any) -> dict[str, Any]:
-    """Return flags of a rollout of `number` steps, without a mask unless one is asked for."""
-    return {"num_inference_steps": number, "transitions": transitions, "mask_quantile": None} | more
+def _steps(number: int) -> dict[str, Any]:
+    """Return flags of a rollout of `number` local-linear steps, without a mask."""
+    return {"num_inference_steps": number, "transitions": LOCAL_LINEAR, "mask_quantile": None}
 
 
+_PUBLISHED: dict[str, Any] = {"transitions": "memoryless_euler", "pairing": "left"}
 _UNMASKED: dict[str, Any] = {"mask_quantile": None}
 _GROUPS: dict[str, Any] = {"samples_per_prompt": 16}
 _BUFFER: dict[str, Any] = {"buffer_size": 4 * Schedule().batch, "buffer_refresh": 4}
@@ -86,18 +90,20 @@ _RENOISED: dict[str, Any] = {"eam_score": "renoised", "eam_sigma": 0.1}
 VARIANTS: dict[str, Variant] = {
     "am_local_linear_10": Variant("Adjoint Matching, local-linear, K = 10", "adjoint_matching", _steps(10)),
     "am_local_linear_10_masked": Variant(
-        "Adjoint Matching, local-linear, K = 10, mask .9", "adjoint_matching", _steps(10, mask_quantile=0.9)
+        "Adjoint Matching, local-linear, K = 10, mask .9",
+        "adjoint_matching",
+        _steps(10) | {"mask_quantile": 0.9},
     ),
     "am_local_linear_40": Variant("Adjoint Matching, local-linear, K = 40", "adjoint_matching", _steps(40)),
     "am_published_10": Variant(
         "Adjoint Matching, published, K = 10",
         "adjoint_matching",
-        _steps(10, "memoryless_euler", pairing="left"),
+        _steps(10) | _PUBLISHED,
     ),
     "am_published_40": Variant(
         "Adjoint Matching, published, K = 40",
         "adjoint_matching",
-        _steps(40, "memoryless_euler", pairing="left"),
+        _steps(40) | _PUBLISHED,
     ),
     "buffered_am_10": Variant(
         "Buffered AM, local-linear, K = 10", "buffered_adjoint_matching", _steps(10), _BUFFER

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from am_diffusers.evaluation.statistics import Array
+from am_diffusers.system.files import sha256
 from am_diffusers.system.processes import Processes
-from am_diffusers.training.checkpoint_folder import sha256
 from evaluating.measuring.measures import Measure
 from evaluating.store import Store, read_image
 

@@ -67,7 +67,7 @@ def measure_units(store: Store, measure: Measure, units: Units, plan: Plan, proc
         for picture, value in zip(pictures, values, strict=True):
             if not value.isfinite().all():
                 raise ValueError(
-                    f"{measure.name} gives {value} for {store.image(candidate, picture)} "
+                    f"{measure.name} gives {value} for {store.image(candidate, image)} "
                     f"({prompts[picture.prompt]!r}): look at the image; everything measured before is kept"
                 )
         array = values.float().numpy() if measure.kind == "features" else values.double().numpy()

@@ -1,6 +1,5 @@
 """Fingerprints of a model's weights, so that values of other weights aren't taken for its own."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -11,8 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from am_diffusers.rewards.parts.packaged import PREFIX
-from am_diffusers.system.files import asset_path
-from am_diffusers.training.checkpoint_folder import sha256
+from am_diffusers.system.files import asset_path, sha256, sha256_of_text
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEXTS = (".md", ".html")
@@ -48,7 +46,7 @@ def _of_files(root: Path, files: Sequence[Path]) -> str:
 def _digest(root: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
     """Hash names and contents; read files again only if a size or date changed."""
     lines = [f"{file.relative_to(root)} {sha256(file)}" for file, *_ in states]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return sha256_of_text("\n".join(lines))[:16]
 
 
 def _commit(repository: str, revision: str) -> str:

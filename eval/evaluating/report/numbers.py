@@ -18,25 +18,17 @@ def change(difference: float) -> str:
 
 def signed(gain: Estimate) -> str:
     """Format as `+0.53 [+0.41, +0.66]`."""
-    return _with_interval(gain, "{:+.2f}")
+    return gain.text("+.2f").replace("-", MINUS)
 
 
 def share(kept: Estimate) -> str:
     """Format as `97 % [87 %, 109 %]`."""
-    return _with_interval(kept, "{:.0%}").replace("%", "\N{NO-BREAK SPACE}%")
+    return kept.text(".0%").replace("-", MINUS).replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def digits(estimate: Estimate) -> str:
     """Format three digits: `12.3 [10.1, 14.8]`."""
-    return _with_interval(estimate, "{:#.3g}")
-
-
-def _with_interval(estimate: Estimate, form: str) -> str:
-    """Format the value, and the interval where there is one."""
-    value = form.format(estimate.value)
-    if estimate.low is not None and estimate.high is not None:
-        value += f" [{form.format(estimate.low)}, {form.format(estimate.high)}]"
-    return value.replace("-", MINUS)
+    return estimate.text("#.3g").replace("-", MINUS)
 
 
 def p_value(value: float) -> str:

@@ -3,7 +3,6 @@
 Text stays text: it can be searched, and is set in the font of the reader.
 """
 
-import hashlib
 import html
 import io
 import re
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from am_diffusers.evaluation.statistics import Array, Estimate
+from am_diffusers.system.files import sha256_of_text
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -80,7 +80,7 @@ def to_svg(figure: Figure, description: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
-    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    own = f"f{sha256_of_text(text)[:8]}-"
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

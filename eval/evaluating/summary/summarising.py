@@ -1,6 +1,5 @@
 """Results to their summary."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,9 +10,9 @@ from am_diffusers.evaluation.statistics import (
     Comparison,
     Estimate,
     compare,
+    diversity_kept,
     estimate,
     pairwise_distance,
-    ratio_of_means,
 )
 from evaluating.candidates import Candidate
 from evaluating.summary.frechet import FrechetFromBase, frechet_distance, frechet_from_base
@@ -26,9 +25,6 @@ from evaluating.summary.summary import (
     fingerprint_of,
     prompts_sha256,
 )
-
-# Below it images are alike and their distance is rounding.
-_NO_DISTANCE = 1e-9
 
 
 def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
@@ -165,11 +161,8 @@ def _reward(results: Results, candidate: Candidate, name: str, resamples: int) -
 
 
 def _kept(base: Mapping[str, Array], tuned: Mapping[str, Array], resamples: int) -> dict[str, Estimate]:
-    return {
-        name: estimate(ratio_of_means, base[name], each, span=(0, math.inf), resamples=resamples)
-        for name, each in tuned.items()
-        if base[name].mean() > _NO_DISTANCE
-    }
+    found = {name: diversity_kept(base[name], each, resamples=resamples) for name, each in tuned.items()}
+    return {name: kept for name, kept in found.items() if kept is not None}
 
 
 def _frechet(base: Mapping[str, Array], tuned: Mapping[str, Array]) -> dict[str, FrechetFromBase]:

@@ -4,7 +4,6 @@ It is a function of the results alone: no time, no machine, the same bytes again
 prompts in general; so intervals, 95 %, are over prompts (`am_diffusers.evaluation.statistics`).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from am_diffusers.evaluation.statistics import Comparison, Estimate
 from am_diffusers.prompts.sets import PromptSet
-from am_diffusers.system.files import write_text
+from am_diffusers.system.files import sha256_of_text, write_text
 from am_diffusers.system.text import redact_values
 from evaluating.summary.frechet import FrechetFromBase
 
@@ -154,8 +153,7 @@ def prompts_sha256(prompts: PromptSet) -> str:
 
 
 def _sha256(data: object) -> str:
-    text = json.dumps(data, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_of_text(json.dumps(data, sort_keys=True, allow_nan=False, ensure_ascii=False))
 
 
 def write_summary(summary: Summary, file: Path) -> None:

@@ -1,0 +1,216 @@
+"""Network calls counted on a field of one dimension: as by hand, and as the tiny model makes them."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from am_diffusers.config.command_line import parse_config
+from am_diffusers.methods import METHODS
+from am_diffusers.methods.parts.step_selection import StepSelection
+from am_diffusers.models.field import SD3Field
+from am_diffusers.models.sd3 import SD3
+from am_diffusers.run.build import build
+from am_diffusers.run.counting import PERIODS, count
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.plan import make_plan
+from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
+from finetune_runs import tiny_config
+
+FORWARD, VJP, LOSS = "forward", "forward and backward", "forward and backward of the loss"
+POLICY, BASE, SWEEP = f"policy, {FORWARD}", f"base, {FORWARD}", f"base, {VJP}"
+TRAINED = f"policy, {LOSS}"
+GUIDED = {"rollout_guidance_scale": 2.0}
+EVERYWHERE = GUIDED | {"guidance_mode": "everywhere"}
+BUFFERED = {"method": "buffered_adjoint_matching", "buffer_size": 2}
+EFFICIENT = {"method": "efficient_adjoint_matching", "num_inference_steps": 20, "eam_ode_steps": 3}
+DETERMINISTIC = {"method": "deterministic_adjoint_matching", "mask_quantile": None}
+GRPO = {"method": "flow_grpo", "samples_per_prompt": 2}
+RAM = {"method": "ram", "samples_per_prompt": 2}
+SHORT = {
+    "rewards": [{"name": "brightness"}],
+    "eval_prompts": None,
+    "eval_rewards": None,
+    "train_batch_size": 2,
+    "report_to": "none",
+}
+
+
+def config_of(folder, **changes):
+    return parse_config(["--config", str(tiny_config("asset:tiny_sd3", folder, **(SHORT | changes)))])
+
+
+# --------------------------------------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "rows", "period"),
+    [
+        ({}, {POLICY: 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        # The policy's own velocities are asked for the mask.
+        (GUIDED, {POLICY: 2 * 7 + 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        (
+            EVERYWHERE | {"adjoint": "full"},
+            # A guided vector-Jacobian product is a call and two products.
+            {
+                POLICY: 2 * 7 + 6,
+                f"policy, {VJP}": 2 * 6,
+                SWEEP: 2 * 7,
+                BASE: 2 + 7,
+                TRAINED: 2 * 7,
+            },
+            7,
+            1,
+        ),
+        (
+            BUFFERED | {"buffer_refresh": 4},
+            {POLICY: 7 / 4, SWEEP: 7 / 4, BASE: 1 / 4, TRAINED: 7},
+            7,
+            4,
+        ),
+        (DETERMINISTIC | {"truncate_steps": 3}, {POLICY: 8, SWEEP: 2, BASE: 1, TRAINED: 3}, 3, 1),
+        (EFFICIENT, {POLICY: 3, SWEEP: 1, TRAINED: 4}, 4, 1),
+        (EFFICIENT | {"eam_score": "renoised", "eam_rows": 2}, {POLICY: 3, BASE: 1, TRAINED: 2}, 2, 1),
+        (RAM | {"ram_noises": 3}, {POLICY: 8 + 3, BASE: 3, TRAINED: 3}, 3, 1),
+        ({"method": "draft", "draft_steps": 2} | GUIDED, {POLICY: 2 * 6, TRAINED: 2 * 2}, 1, 1),
+        ({"method": "refl", "refl_last_steps": 1}, {POLICY: 7, TRAINED: 1}, 1, 1),
+        (GRPO | {"grpo_passes": 2}, {POLICY: 7 / 2, BASE: (7 + 1) / 2, TRAINED: 7}, 7, 2),
+        (GRPO | {"loss_steps": 2}, {POLICY: 7, BASE: 2 + 1, TRAINED: 2}, 2, 1),
+    ],
+)
+def test_calls_rows_and_periods_are_those_counted_by_hand(tmp_path, changes, calls, rows, period):
+    counted = count(config_of(tmp_path, **({"num_inference_steps": 8} | changes)))
+    assert counted.calls == pytest.approx(calls, rel=1e-12)
+    assert (counted.rows, counted.period) == (rows, period)
+    assert type(counted.method) is METHODS[changes.get("method", "adjoint_matching")]
+
+
+# ------------------------------------------------------------------------------- calls of the first step
+
+DRAWS = 2000
+NUMBERS = [1, 2, 5, 6, 7, "all"]
+
+
+def calls_at_first(folder, **changes):
+    return count(config_of(folder, **({"num_inference_steps": 8} | changes))).calls.get(BASE, 0)
+
+
+def chance_of_first(number, kind):
+    """Share of the iterations that train the first of 7 steps with noise; of pps at its start."""
+    number = 7 if number == "all" else number
+    if kind == "last_and_random":
+        return (number - number // 2) / (7 - number // 2)
+    return 1 / (7 // number) if kind == "stratified" else number / 7
+
+
+def error_of(chance, draws):
+    """Four standard errors of a share."""
+    return 4 * (chance * (1 - chance) / draws) ** 0.5 + 1e-12
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("kind", ["last_and_random", "stratified", "pps"])
+def test_the_base_call_at_step_0_counts_as_often_as_the_step_is_drawn(tmp_path, kind, number):
+    """Of 7 steps with noise; within 4 standard errors, pps before it saw a residual.
+
+    What is counted follows residuals with pps, and is only a share then.
+    """
+    kind = "last_and_random" if number == "all" else kind
+    generator, selection = torch.Generator().manual_seed(0), StepSelection(number, kind)
+    table, chance = memoryless_local_linear(uniform_sigmas(8)), chance_of_first(number, kind)
+    drawn = sum(0 in selection.select(table, generator).steps for _ in range(DRAWS)) / DRAWS
+    assert 0 < chance <= 1
+    assert drawn == pytest.approx(chance, abs=error_of(chance, DRAWS))
+    changes = {"loss_steps": number} | ({} if number == "all" else {"step_selection": kind})
+    counted = calls_at_first(tmp_path, **changes)
+    share = calls_at_first(tmp_path, **changes, **BUFFERED, buffer_refresh=4)
+    if kind == "pps":
+        assert 0 < counted <= 1
+        assert 0 < share <= 1 / 4
+    else:
+        assert counted == pytest.approx(chance, abs=error_of(chance, PERIODS))
+        assert share == pytest.approx(chance / 4, abs=error_of(chance, PERIODS) / 4)
+
+
+def test_a_guided_base_call_at_step_0_counts_twice(tmp_path):
+    """Beside the call of each of the 7 guided vector-Jacobian products."""
+    plain = calls_at_first(tmp_path, loss_steps=2)
+    assert calls_at_first(tmp_path, loss_steps=2, **EVERYWHERE) == pytest.approx(2 * plain + 7, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------- of a real run
+
+CASES = {
+    "adjoint_matching": [{}, {"adjoint": "full"}, GUIDED, EVERYWHERE | {"adjoint": "full"}],
+    "buffered_adjoint_matching": [BUFFERED | {"buffer_refresh": 3}],
+    "deterministic_adjoint_matching": [
+        DETERMINISTIC,
+        DETERMINISTIC | {"truncate_steps": 2, "cost_power": 1.5},
+        DETERMINISTIC | {"truncate_steps": 1} | GUIDED,
+    ],
+    "draft": [{"method": "draft", "draft_steps": 2} | GUIDED],
+    "efficient_adjoint_matching": [
+        EFFICIENT | {"eam_rows": 2, "eam_score": "renoised"},
+        EFFICIENT | {"eam_rows": 3, "eam_sigma": 0.3},
+        EFFICIENT | GUIDED,
+    ],
+    "flow_grpo": [GRPO | {"grpo_passes": 2}, GRPO | {"loss_steps": 2} | GUIDED],
+    "ram": [RAM | GUIDED],
+    "refl": [{"method": "refl", "refl_last_steps": 1}],
+}
+"""Settings of each method whose calls are the same in every period."""
+
+
+def calls_made(config, monkeypatch, iterations):
+    """Return transformer calls by kind, a sample's in an iteration, of a real run."""
+    accelerator, calls, inside = make_accelerator(config), Counter(), []
+    run = build(make_plan(config, 1), accelerator)
+    velocity, call, vjp = SD3.velocity, SD3Field.__call__, SD3Field.vjp
+
+    def counted(self, transformer, x, sigma, cond):
+        calls[inside[-1]] += len(x)
+        return velocity(self, transformer, x, sigma, cond)
+
+    def within(kind, method):
+        def run_it(self, *args):
+            forward = LOSS if torch.is_grad_enabled() else FORWARD
+            inside.append(f"{'policy' if self.adapter else 'base'}, {kind or forward}")
+            try:
+                return method(self, *args)
+            finally:
+                inside.pop()
+
+        return run_it
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SD3, "velocity", counted)
+        patched.setattr(SD3Field, "__call__", within(None, call))
+        patched.setattr(SD3Field, "vjp", within(VJP, vjp))
+        for _ in range(iterations):
+            run.trainer.iterate()
+            run.trainer.state.progress.iteration += 1
+    samples = config.optimizer.train_batch_size * iterations
+    return {kind: number / samples for kind, number in calls.items()}
+
+
+def test_every_method_has_a_case():
+    assert set(CASES) == set(METHODS)
+    assert all(case.get("method", "adjoint_matching") == name for name, own in CASES.items() for case in own)
+
+
+@pytest.mark.parametrize("changes", [case for cases in CASES.values() for case in cases], ids=str)
+def test_the_counted_calls_of_every_method_are_those_a_real_run_makes(tmp_path, monkeypatch, changes):
+    masks = "mask_quantile" in METHODS[changes.get("method", "adjoint_matching")].reads
+    unmasked = {"mask_quantile": None} if masks else {}
+    config = config_of(tmp_path, **(unmasked | {"loss_micro_batch_size": 1} | changes))
+    counted = count(config)
+    assert calls_made(config, monkeypatch, counted.period) == pytest.approx(counted.calls, rel=1e-12)
+
+
+def test_a_real_run_that_draws_its_steps_makes_the_other_calls_as_counted(tmp_path, monkeypatch):
+    """One of three steps is drawn: its base call is made in an iteration or it isn't."""
+    config = config_of(tmp_path, loss_steps=1, mask_quantile=None)
+    counted, made = count(config).calls, calls_made(config, monkeypatch, 1)
+    assert 0 < counted.pop(BASE) < 1
+    assert made.pop(BASE, 0) in (0, 1)
+    assert made == pytest.approx(counted, rel=1e-12)
