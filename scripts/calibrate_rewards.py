@@ -4,7 +4,7 @@
     accelerate launch scripts/finetune.py --config configs/X.yaml --config rewards.yaml
 
 A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; images
-are those of its evaluation: the ODE sampler and `eval_guidance_scale`, on training prompts.
+are made as in its evaluation: by the ODE sampler and `eval_guidance_scale`, on training prompts.
 """
 
 import argparse

@@ -16,7 +16,7 @@ class RunConfig:
         logging_dir: folder of the tracker's files, inside output_dir.
         allow_tf32: let CUDA multiply float32 matrices in TF32.
         push_to_hub: upload LoRA, model card, images and settings to the Hugging Face hub after the run; the
-            token is that of `hf auth login` or HF_TOKEN, checked before the run.
+            token of `hf auth login` or HF_TOKEN is checked before the run.
         hub_model_id: where to upload, owner/name, or name in one's own namespace; null = name of output_dir.
         hub_private_repo: make the repository private, if it isn't there yet.
         gpu: graphics card for which `dry_run` estimates hours and says whether the run fits, e.g. H100;

@@ -67,7 +67,7 @@ def check_hub(model_id: str, *, private: bool) -> HubTarget:
         raise ValueError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN")
     try:
         user = HfApi().whoami()
-    except Exception as error:  # the client raises those of several libraries
+    except Exception as error:  # the client raises errors of several libraries
         raise ValueError(
             f"--push_to_hub: the hub didn't confirm the token ({_first_line(error)}): run `hf auth "
             "login`, check HF_TOKEN and the network, or don't push"

@@ -20,7 +20,7 @@ class EqualReward:
             numbers. In base standard deviations.
         reference: point of the reference.
         other: point of the other setting.
-        difference: held-out gain of the other less that of the reference.
+        difference: held-out gain of the other minus the reference's.
         likeness: the same difference of the likeness to real images; NaN where it isn't known of both.
         seconds: training seconds of the other, as a multiple of the reference's.
         calls: transformer calls of the other, as a multiple of the reference's.

@@ -22,7 +22,7 @@ class Judged:
     """Comparison of images with real ones.
 
     Attributes:
-        gain: gain of the likeness over that of the base's images, in base standard deviations.
+        gain: gain of the likeness over the base's images, in base standard deviations.
         by_prompt: gain of each prompt, (P,).
         frechet: squared Frechet distance to the real images, in squared units of the features.
     """

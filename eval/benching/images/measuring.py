@@ -26,7 +26,7 @@ from evaluating.summary.summary import CandidateSummary
 def measure(
     study: Study, run: str, reached: Sequence[Reached], folder: Path, evaluations: Path
 ) -> list[Snapshot]:
-    """Make and measure the images of every LoRA of a run; those of the base are made once per study.
+    """Make and measure the images of every LoRA of a run; the base's are made once per study.
 
     Results of an earlier attempt at the run are removed: its LoRAs and its clock were different.
 
@@ -56,7 +56,7 @@ def _forget(evaluations: Path, name: str) -> None:
 
 
 def _arguments(study: Study) -> list[str]:
-    """Return the flags of evaluate.py that are the same for all runs; the model's are those of training."""
+    """Return the flags of evaluate.py that all runs share; the model's flags are as in training."""
     options = study.evaluation
     steps, images = options.num_inference_steps, options.num_images_per_prompt
     model = ("pretrained_model_name_or_path", "resolution", "max_sequence_length")

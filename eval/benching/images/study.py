@@ -90,7 +90,7 @@ class Study:
         seeds: seeds of training; settings are chosen on the first.
         select: best = of each method the setting that is best on the first seed is run on all; all = all are.
         common: flags of finetune.py for all settings.
-        settings: further flags by name of the setting; `method` is among those of one or the other.
+        settings: further flags by name of the setting; `method` is in `common` or here.
         evaluation: the same for all.
         reference: setting to compare with at equal trained reward, beside the first method's.
     """

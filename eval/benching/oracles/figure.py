@@ -1,4 +1,4 @@
-"""Densities of the tuned laws over that of the tilt, one small plot a row, from the committed results."""
+"""Densities of the tuned laws over the tilt's density, one small plot per row, from the committed results."""
 
 from pathlib import Path
 

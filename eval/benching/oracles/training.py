@@ -35,7 +35,7 @@ class Schedule:
         iterations: optimizer steps.
         batch: samples per iteration.
         learning_rate: learning rate of the first iteration.
-        until_reward: end once the mean reward of the policy's ODE is that of the tilt, with a constant
+        until_reward: end once the mean reward of the policy's ODE is the tilt's, with a constant
             learning rate: for methods that nothing else stops.
         from_tilt: begin at the tilt's own velocity instead of the base's, to tell a method that leaves the
             tilt from one that is slow to come near it.

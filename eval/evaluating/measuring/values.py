@@ -17,7 +17,7 @@ Units = list[tuple[Candidate, int]]
 
 
 def units_of(measure: Measure, candidates: Sequence[Candidate], chunks: Sequence[int]) -> Units:
-    """Return the chunks that `measure` is taken of: all, or for changes those of tuned candidates."""
+    """Return the chunks that `measure` is taken of: all, or for changes only of tuned candidates."""
     wanted = [each for each in candidates if measure.kind != "changes" or not each.is_base]
     return [(candidate, chunk) for candidate in wanted for chunk in chunks]
 
@@ -67,7 +67,7 @@ def measure_units(store: Store, measure: Measure, units: Units, plan: Plan, proc
         for picture, value in zip(pictures, values, strict=True):
             if not value.isfinite().all():
                 raise ValueError(
-                    f"{measure.name} gives {value} for {store.image(candidate, image)} "
+                    f"{measure.name} gives {value} for {store.image(candidate, picture)} "
                     f"({prompts[picture.prompt]!r}): look at the image; everything measured before is kept"
                 )
         array = values.float().numpy() if measure.kind == "features" else values.double().numpy()

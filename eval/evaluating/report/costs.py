@@ -94,7 +94,7 @@ def _charts(
     labels: Mapping[str, str],
     draw: Callable[[str, str, Sequence[Point]], str],
 ) -> list[list[Markup]]:
-    """Draw the candidates whose cost is known; those of rising LoRA scale are joined."""
+    """Draw the candidates whose cost is known; rising LoRA scales are joined."""
     bases: dict[str, dict[str, list[Point]]] = {}
     known = zip(findings, costs, strict=True)
     for finding, cost in sorted(known, key=lambda each: each[0].candidate.lora_scale):

@@ -35,7 +35,7 @@ def gain_order(base: Array, tuned: Array) -> list[tuple[int, int]]:
 def prompts_to_show(results: Results, number: int) -> list[int]:
     """Return the prompts whose images are embedded, most wanted first.
 
-    Two thirds are those of the largest gains and losses of every candidate by every reward, the rest is
+    Two thirds have the largest gains and losses of every candidate by every reward, the rest is
     spread evenly over the others.
 
     Args:

@@ -1,7 +1,7 @@
 """The comparison table of a summary, laid out as published tables are, and all its comparisons as CSV.
 
-A row a model, a column a reward in the order and with the decimals that papers use. The scores are those of
-the rewards as they were given: they can stand beside published numbers if weights, prompts, resolution and
+A row per model, a column per reward in the order and with the decimals that papers use. Scores are as the
+rewards gave them: they can stand beside published numbers if weights, prompts, resolution and
 sampler are the published ones.
 """
 

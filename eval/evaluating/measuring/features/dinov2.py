@@ -1,6 +1,6 @@
 """DINOv2: the class token of a self-supervised vision transformer (Oquab et al. 2023, arXiv 2304.07193).
 
-Frechet distances of it agree with people better than those of Inception features (Stein et al. 2023,
+Frechet distances of it agree with people better than Inception features do (Stein et al. 2023,
 arXiv 2306.04675), who take the ViT-L/14; the default here is the smaller ViT-B/14.
 """
 
