@@ -1,6 +1,6 @@
 """README.md of an output folder: what the LoRA is, how to load it, how it was made and what it is worth.
 
-By `huggingface_hub`'s card classes and a template of our own: Diffusers' template leaves TODOs to the user, and
+By `huggingface_hub`'s card classes and a template of our own: Diffusers' leaves TODOs to the user, and
 its helper asks the hub whether there is a card already.
 """
 

@@ -108,7 +108,7 @@ def choose_features(
     declared: Mapping[str, str],
     trained: Mapping[str, Sequence[str]],
 ) -> list[Measure]:
-    """Return the features of `--features`; None = features of the last reward with some, held-out if possible.
+    """Return the features of `--features`; None = those of the last reward with some, if possible held-out.
 
     Raises:
         ValueError: unknown or repeated name, or a reward without image features.
