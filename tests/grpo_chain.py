@@ -2,11 +2,10 @@
 
 import torch
 
-from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
-from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
+from methods_around import make_method
 from oracles import gaussian
 
 K = 5
@@ -37,11 +36,10 @@ def shifted(shifts):
     return CallableField(velocity)
 
 
-def make(policy, base=BASE, table=TABLE, scale=2.0, group=4, kind="centred", **changes):
-    gather = {"gather": changes.pop("gather")} if "gather" in changes else {}
-    function = changes.pop("reward", quadratic)
-    settings = FlowGRPOSettings(Advantages(scale, group, kind), **changes)
-    return FlowGRPO(policy, base, function, table, latents=LATENTS, settings=settings, **gather)
+def make(policy, base=BASE, **given):
+    """Rewards of groups of 4 are compared; 5 steps, reward scale 2."""
+    plain = {"reward": quadratic, "latents": LATENTS, "samples_per_prompt": 4, "num_inference_steps": K}
+    return make_method("flow_grpo", policy, base, **(plain | given))
 
 
 def collect(method, num=8, iteration=0, first=0, group=4):

@@ -7,8 +7,7 @@ import torch
 
 from am_diffusers.adjoint import full_adjoint, lean_adjoint
 from am_diffusers.matching import matching_target
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.noise import LatentSpec
 from am_diffusers.rollout import rollout
 from am_diffusers.transitions import (
     Transitions,
@@ -18,6 +17,7 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField
+from methods_around import adjoint_matching, collect
 from oracles import affine, gaussian, unconditional
 
 LAW = gaussian(0.4, 0.3)
@@ -111,13 +111,19 @@ def test_the_exact_linear_quadratic_control_is_the_fixed_point(build, kind):
 def test_adjoint_matching_passes_the_state_cost_on(kind):
     """At the exact control, targets average to its velocities: within 4 standard errors, 4000 samples."""
     num, chain = 4000, Chain.solve(memoryless_local_linear(uniform_sigmas(6)))
-    settings = AdjointMatchingSettings(
-        reward_scale=REWARD_SCALE, adjoint=kind, mask_quantile=None, state_cost=state_cost
+    policy = chain.policy()
+    method = adjoint_matching(
+        policy,
+        BASE,
+        reward=reward,
+        latents=LatentSpec((1,), dtype=torch.float64),
+        state_cost=state_cost,
+        num_inference_steps=6,
+        reward_scale=REWARD_SCALE,
+        adjoint=kind,
+        mask_quantile=None,
     )
-    policy, latents = chain.policy(), LatentSpec((1,), dtype=torch.float64)
-    method = AdjointMatching(policy, BASE, reward, chain.table, latents=latents, settings=settings)
-    generators = generators_for(0, 0, range(num))
-    collected = method.collect(unconditional(num), generators, generator_for(0, 0, "shared"))
+    collected = collect(method, num)
     rows = collected.examples
     for sigma in rows.sigmas.unique():
         part = rows.index((rows.sigmas == sigma).nonzero().flatten())

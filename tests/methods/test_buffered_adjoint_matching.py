@@ -5,32 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adjoint_matching import Ranks, collect, make, total_loss
-from test_adjoint_matching_training import end_moments, linear_policy, train
 
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
-from am_diffusers.methods.buffered_adjoint_matching import (
-    BufferedAdjointMatching,
-    BufferSettings,
-    buffer_bytes,
-)
 from am_diffusers.methods.parts.kept import PartShare
-from am_diffusers.methods.parts.replay import DiskTensors, Replay, in_memory
-from am_diffusers.methods.parts.rows import SampleRows, Swept
+from am_diffusers.methods.parts.replay import DiskTensors, Replay
+from am_diffusers.methods.parts.rows import Rows, Swept
+from am_diffusers.methods.parts.surroundings import Sizes
 from am_diffusers.noise import LatentSpec, generators_for
 from am_diffusers.training.state_files import load_state, save_state
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import Conditioning
 from live_bytes import LiveBytes
-from oracles import THREE_MODES, CountingField, gaussian, unconditional
+from method_training import end_moments, linear_policy, train
+from methods_around import adjoint_matching as make
+from methods_around import collect, make_method, total_loss
+from oracles import THREE_MODES, CountingField, gaussian
+from ranks import Ranks
 
 
 def encode(prompts):
     return Conditioning(tuple(prompts))
 
 
-def buffered(generations=3, refresh=2, store=in_memory, **changes):
-    return BufferedAdjointMatching(make(**changes), encode, BufferSettings(generations, refresh), store)
+def buffered(generations=3, refresh=2, folder=None, **given):
+    """Keep some collections of 6 samples, in memory or in a folder."""
+    flags = {"buffer_size": 6 * generations, "buffer_refresh": refresh, "sizes": Sizes(batch=6)}
+    where = {} if folder is None else {"buffer_storage": "disk", "folder": folder}
+    return make_method("buffered_adjoint_matching", **(flags | where | given))
 
 
 def filled(iterations=7, **changes):
@@ -50,7 +50,7 @@ def assert_same_examples(got, expected):
 
 
 def test_a_buffer_of_one_collection_that_is_always_new_is_adjoint_matching():
-    on_policy, method = make(mask_quantile=0.7, steps=4), buffered(1, 1, mask_quantile=0.7, steps=4)
+    on_policy, method = make(mask_quantile=0.7, loss_steps=4), buffered(1, 1, mask_quantile=0.7, loss_steps=4)
     for iteration in range(3):
         ours, theirs = (collect(each, iteration=iteration) for each in (method, on_policy))
         assert_same_examples(ours.examples, theirs.examples)
@@ -84,7 +84,7 @@ def numbered_rows(generation, samples, steps):
     places = torch.cartesian_prod(torch.arange(samples), torch.arange(steps)).view(samples, steps, 2)
     latents = torch.cat([torch.full((samples, steps, 1), generation), places], 2).double()
     ones = torch.ones(samples, steps, dtype=torch.float64)
-    return SampleRows(latents, -latents, ones, ones, ones)
+    return Rows(latents, -latents, ones, ones, ones)
 
 
 def test_each_stored_row_is_drawn_as_often_as_any_other_and_each_place_once():
@@ -107,8 +107,12 @@ def test_each_stored_row_is_drawn_as_often_as_any_other_and_each_place_once():
 
 def test_rows_keep_their_prompts_and_only_those_that_are_drawn_are_encoded():
     encoded = []
-    method = buffered(generations=2, refresh=1, mask_quantile=None)
-    method.encode = lambda prompts: encoded.append(tuple(prompts)) or encode(prompts)
+
+    def noted(prompts):
+        encoded.append(tuple(prompts))
+        return encode(prompts)
+
+    method = buffered(generations=2, refresh=1, mask_quantile=None, encode=noted)
     for iteration in range(2):
         cond = Conditioning(tuple(f"iteration {iteration} sample {b}" for b in range(6)))
         examples = method.collect(cond, generators_for(0, iteration, range(6)), None).examples
@@ -143,8 +147,8 @@ def states_of(methods, folder):
 
 @pytest.mark.parametrize("storage", ["cpu", "disk"])
 def test_a_restored_buffer_goes_on_bit_by_bit(tmp_path, storage):
-    store = in_memory if storage == "cpu" else DiskTensors(tmp_path)
-    method, again = filled(store=store), buffered(store=store)
+    folder = None if storage == "cpu" else tmp_path
+    method, again = filled(folder=folder), buffered(folder=folder)
     again.load_state_dict(method.state_dict())
     again.load_local_state_dicts(states_of([method], tmp_path), PartShare())
     for iteration in range(7, 12):
@@ -155,7 +159,7 @@ def test_a_restored_buffer_goes_on_bit_by_bit(tmp_path, storage):
 
 
 def test_what_is_on_the_disk_is_what_is_in_memory_and_no_file_is_left(tmp_path):
-    ours = collect(filled(store=DiskTensors(tmp_path)), iteration=7)
+    ours = collect(filled(folder=tmp_path), iteration=7)
     assert_same_examples(ours.examples, collect(filled(), iteration=7).examples)
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +212,7 @@ def test_any_number_of_ranks_goes_on_with_the_same_rows(tmp_path, before, after)
 def test_a_roll_back_restores_the_buffer_without_copies(tmp_path, monkeypatch, where):
     monkeypatch.chdir(tmp_path)
     folder = {"memory": None, "absolute": tmp_path, "relative": Path(".")}[where]
-    method = filled() if folder is None else filled(store=DiskTensors(folder))
+    method = filled(folder=folder)
     before, roll_back = method.local_state_dict()["generations"], method.snapshot()
     expected = [collect(method, iteration=i) for i in (7, 8, 9)]
     roll_back(None)
@@ -229,17 +233,21 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
         method.load_local_state_dicts([method.local_state_dict()], PartShare(0, 4, 1))
     with pytest.raises(ValueError, match="full adjoints depend on the policy"):
         buffered(adjoint="full")
-    for wrong in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="at least 1"):
-            BufferSettings(*wrong)
+    for wrong in ("buffer_size", "buffer_refresh"):
+        with pytest.raises(ValueError, match=f"--{wrong} must be at least 1, got 0"):
+            buffered(**{wrong: 0})
+    for size in (3, 15):
+        with pytest.raises(
+            ValueError, match=f"--buffer_size must be a multiple of train_batch_size, 6.*{size}"
+        ):
+            buffered(buffer_size=size)
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_the_bytes_announced_are_the_most_that_is_held(tmp_path, storage):
     """Identity: measured over iterations of a full buffer, as the trainer makes them, with all rows kept."""
     samples, steps, spec = 6, 7, LatentSpec((500,), dtype=torch.float64)
-    store = in_memory if storage == "memory" else DiskTensors(tmp_path)
-    method = buffered(3, 2, store=store, mask_quantile=None)
+    method = buffered(3, 2, tmp_path if storage == "disk" else None, mask_quantile=None)
 
     def swept(cond, generators, shared):
         generator, shape = generators[0], (samples, steps)
@@ -247,7 +255,7 @@ def test_the_bytes_announced_are_the_most_that_is_held(tmp_path, storage):
             torch.randn((*shape, *spec.shape), generator=generator, dtype=spec.dtype) for _ in range(2)
         )
         ones = torch.ones(shape, dtype=spec.dtype)
-        return Swept(SampleRows(latents, target, ones, ones, ones), ones[:, 0], {}, ())
+        return Swept(Rows(latents, target, ones, ones, ones), ones[:, 0], {}, ())
 
     method.inner.sweep = swept
     with LiveBytes(samples * steps * spec.shape[0] * 8) as measured:
@@ -256,7 +264,7 @@ def test_the_bytes_announced_are_the_most_that_is_held(tmp_path, storage):
             collected = collect(method, iteration=iteration)
             assert len(collected.examples) == samples * steps
             del collected, roll_back
-    found, kept = buffer_bytes(samples, 3, steps, spec), measured.live
+    found, kept = method.kept_bytes(steps, spec), measured.live
     if storage == "memory":
         assert measured.peak == {"memory": found.peak, "files": 0}
         assert kept == {"memory": found.stored, "files": 0}
@@ -276,19 +284,20 @@ def test_the_law_reached_is_that_of_adjoint_matching():
     """
     law, table = gaussian(0.3, 0.5), memoryless_local_linear(uniform_sigmas(80))
     moments = {}
-    for name in ("on-policy", "buffered"):
+    buffer = {"buffer_size": 256, "buffer_refresh": 4, "sizes": Sizes(batch=64)}
+    for name, own in (("adjoint_matching", {}), ("buffered_adjoint_matching", buffer)):
         policy, weights = linear_policy(law, table)
-        method = AdjointMatching(
+        method = make_method(
+            name,
             policy,
             law.field(),
-            lambda x, prompts: -0.5 * (x[:, 0] - 1) ** 2,
-            table,
+            reward=lambda x, prompts: -0.5 * (x[:, 0] - 1) ** 2,
             latents=LatentSpec((1,), dtype=torch.float64),
-            settings=AdjointMatchingSettings(reward_scale=2.0, mask_quantile=None),
+            num_inference_steps=80,
+            mask_quantile=None,
+            **own,
         )
-        if name == "buffered":
-            method = BufferedAdjointMatching(method, lambda p: unconditional(len(p)), BufferSettings(4, 4))
         train(method, [weights], num_samples=64, iterations=100, lr=0.05)
         moments[name] = end_moments(table, policy, law.field())
-    assert moments["buffered"] == pytest.approx((0.65, 0.5), rel=0.02)
-    assert moments["buffered"] == pytest.approx(moments["on-policy"], rel=0.02)
+    assert moments["buffered_adjoint_matching"] == pytest.approx((0.65, 0.5), rel=0.02)
+    assert moments["buffered_adjoint_matching"] == pytest.approx(moments["adjoint_matching"], rel=0.02)

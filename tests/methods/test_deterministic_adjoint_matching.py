@@ -1,66 +1,29 @@
 """Deterministic Adjoint Matching: passes, adjoints, costs, and the law it learns, which isn't the tilt."""
 
-import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from am_diffusers.methods.parts.control_cost import optimal_control
-from test_adjoint_matching import Ranks, total_loss
-from test_adjoint_matching_training import linear_policy, train
 
 from am_diffusers.adjoint import truncated_adjoint
-from am_diffusers.methods import METHODS
-from am_diffusers.methods.deterministic_adjoint_matching import (
-    DeterministicAdjointMatching,
-    DeterministicSettings,
-)
-from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.methods.deterministic_adjoint_matching import DeterministicAdjointMatching, optimal_control
+from am_diffusers.noise import LatentSpec, generators_for
 from am_diffusers.rollout import rollout, sample
-from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal_cost import GradientOptions
-from am_diffusers.transitions import (
-    jitter_sigmas,
-    memoryless_local_linear,
-    ode_euler,
-    shifted_sigmas,
-    uniform_sigmas,
-)
+from am_diffusers.transitions import ode_euler, shifted_sigmas, uniform_sigmas
 from am_diffusers.velocity import CallableField
+from method_training import linear_policy, train
+from methods_around import BASE, LATENTS, OFFSET, collect, make_method, total_loss
+from methods_around import concave as reward
+from methods_around import deterministic as make
 from oracles import THREE_MODES, CountingField, affine, float64, gaussian, unconditional
 
-BASE = THREE_MODES.field()
-OFFSET = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) + 0.3 * torch.tanh(x))
 SIGMAS = shifted_sigmas(8, 3.0)
 TABLE = ode_euler(SIGMAS)
-LATENTS = LatentSpec((2,), dtype=torch.float64)
-SETTINGS = DeterministicSettings(reward_scale=2.0, steps=3, mask_quantile=None)
 
 
-def reward(x, prompts):
-    return x[:, 0] - 0.3 * x.square().sum(1)
-
-
-def make(policy=OFFSET, base=BASE, transitions=TABLE, rollout_policy=None, gather=None, **changes):
-    more = {} if gather is None else {"gather": gather}
-    return DeterministicAdjointMatching(
-        policy,
-        base,
-        reward,
-        transitions,
-        latents=LATENTS,
-        settings=replace(SETTINGS, **changes),
-        rollout_policy=rollout_policy,
-        **more,
-    )
-
-
-def collect(method, num=6, iteration=0, first=0):
-    """Samples first .. first + num - 1 of an iteration."""
-    generators = generators_for(0, iteration, range(first, first + num))
-    cond = unconditional(first + num).index(range(first, first + num))
-    return method.collect(cond, generators, generator_for(0, iteration, "shared"))
+def make_plain(policy, base, **given):
+    """The method on a uniform grid, by its defaults."""
+    return make_method("deterministic_adjoint_matching", policy, base, **given)
 
 
 # ---------------------------------------------------------------------------------- passes and adjoints
@@ -70,7 +33,7 @@ def collect(method, num=6, iteration=0, first=0):
 def test_no_pass_is_wasted(steps):
     grid, trained = SIGMAS.tolist(), steps or 8
     policy, base = CountingField(OFFSET), CountingField(BASE)
-    method = make(policy, base, steps=steps)
+    method = make(policy, base, truncate_steps=steps)
     examples = collect(method).examples
     assert policy.calls == grid[:8]
     assert base.vjps == grid[7 : 8 - trained : -1]
@@ -81,7 +44,7 @@ def test_no_pass_is_wasted(steps):
     assert len(policy.calls) - 8 == -(-6 * trained // 5)
     assert policy.vjps == []
     policy, other = CountingField(OFFSET), CountingField(BASE)
-    collect(make(policy, rollout_policy=other, steps=steps))
+    collect(make(policy, rollout=other, truncate_steps=steps))
     assert other.calls == grid[:8]
     assert policy.calls == grid[8 - trained : 8]
 
@@ -149,16 +112,16 @@ def test_rows_are_what_the_formulas_say(cost_power):
     assert norms == [f"adjoint_norm/{k:02d}" for k in (6, 7, 8)]
 
 
-# --------------------------------------------------------------------------- masks, ranks, state, grids
+# ------------------------------------------------------------------------------- masks, wrong settings
 
 
-@pytest.mark.parametrize("rollout_policy", [None, BASE])
-def test_masked_rows_leave_loss_and_denominator(rollout_policy):
-    method = make(mask_quantile=0.7, rollout_policy=rollout_policy)
+@pytest.mark.parametrize("rollout_field", [None, BASE])
+def test_masked_rows_leave_loss_and_denominator(rollout_field):
+    method = make(mask_quantile=0.7, rollout=rollout_field)
     kept = collect(method, num=20)
     assert kept.metrics["masked"] == pytest.approx(1 - len(kept.examples) / 60)
     assert 0.25 < kept.metrics["masked"] < 0.35
-    rows = collect(make(rollout_policy=rollout_policy), num=20).examples
+    rows = collect(make(rollout=rollout_field), num=20).examples
     residuals = rows.weight * 60 * (OFFSET(rows.latents, rows.sigmas, None) - rows.target).square().sum(1)
     thresholds = method.state_dict()["mask"]
     limit = float64(*[thresholds[str(k)] for k in torch.searchsorted(-SIGMAS, -rows.sigmas).tolist()])
@@ -166,67 +129,16 @@ def test_masked_rows_leave_loss_and_denominator(rollout_policy):
     assert total_loss(method, kept) == pytest.approx(expected, rel=1e-10)
 
 
-def test_batch_sizes_and_ranks_change_nothing():
-    options = {"mask_quantile": 0.6, "gradient": GradientOptions(clip_quantile=0.5)}
-
-    def two_iterations(first, num, gather=None, **more):
-        method = make(gather=gather, **options, **more)
-        collected = [collect(method, num=num, iteration=i, first=first) for i in range(2)]
-        losses = [total_loss(method, c) for c in collected]
-        return losses, [c.metrics for c in collected], method.state_dict()
-
-    losses, metrics, state = two_iterations(0, 12)
-    chunked = two_iterations(0, 12, collect_batch_size=5, offload=True)
-    assert chunked[0] == pytest.approx(losses, rel=1e-12)
-    ranks = Ranks(3).run(lambda rank, gather: two_iterations(rank * 4, 4, gather=gather))
-    assert torch.tensor([r[0] for r in ranks]).sum(0).tolist() == pytest.approx(losses, rel=1e-6)
-    for _, rank_metrics, rank_state in ranks:
-        assert rank_metrics[1] == pytest.approx(metrics[1], rel=1e-9)
-        assert rank_state["mask"] == pytest.approx(state["mask"], rel=1e-12)
-        assert rank_state["clip_norm"] == pytest.approx(state["clip_norm"], rel=1e-12)
-
-
-def test_the_state_continues_a_run():
-    options = {"mask_quantile": 0.5, "gradient": GradientOptions(clip_quantile=0.5)}
-    method, resumed, fresh = make(**options), make(**options), make(**options)
-    for i in range(3):
-        collect(method, iteration=i)
-    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
-    expected = total_loss(method, collect(method, iteration=3))
-    assert total_loss(resumed, collect(resumed, iteration=3)) == expected
-    assert resumed.state_dict() == method.state_dict()
-    assert total_loss(fresh, collect(fresh, iteration=3)) != expected
-
-
-def test_a_jittered_grid_is_drawn_from_the_shared_generator():
-    def jittered(generator):
-        return ode_euler(jitter_sigmas(SIGMAS, 0.3, generator))
-
-    sigmas = [
-        set(collect(make(transitions=jittered, steps=None), iteration=i).examples.sigmas.tolist())
-        for i in (0, 0, 1)
-    ]
-    assert sigmas[0] == sigmas[1]
-    assert sigmas[0] & sigmas[2] == {1.0}
-
-
-def test_wrong_settings_and_tables_are_errors():
-    for wrong, match in (({"reward_scale": 0.0}, "reward_scale"), ({"cost_power": 1.0}, "cost_power")):
+def test_wrong_settings_are_errors():
+    for wrong, match in (
+        ({"reward_scale": 0.0}, "--reward_scale must be positive"),
+        ({"cost_power": 1.0}, "--cost_power must be above 1, for a convex cost, got 1.0"),
+        ({"truncate_steps": 0}, "--truncate_steps must be at least 1"),
+        ({"truncate_steps": 9}, "--truncate_steps must be from 1 to num_inference_steps, 8, or null.*got 9"),
+    ):
         with pytest.raises(ValueError, match=match):
             make(**wrong)
-    with pytest.raises(ValueError, match=r"1 \.\. 8 or None, got 9"):
-        collect(make(steps=9))
-    with pytest.raises(ValueError, match="without noise"):
-        collect(make(transitions=memoryless_local_linear(uniform_sigmas(8))))
-    method = make()
-    method.terminal.reward = lambda x, prompts: (
-        x.sum(1) / torch.tensor([float(p != "prompt 2") for p in prompts])
-    )
-    with pytest.raises(NonFiniteError, match="prompt 2"):
-        collect(method)
-    assert METHODS["deterministic_adjoint_matching"] is DeterministicAdjointMatching
     assert not DeterministicAdjointMatching.aims_at_tilt
-    assert DeterministicAdjointMatching.needs_reward_gradient
 
 
 # ------------------------------------------------------------------------------------- the law learned
@@ -240,13 +152,15 @@ def shifted_ends(variance, num_steps, cost_power, scale):
     """
     law, grid = gaussian(0.3, variance), uniform_sigmas(num_steps)
     base = law.field()
-    method = DeterministicAdjointMatching(
+    method = make_plain(
         base,
         base,
-        lambda x, prompts: x[:, 0],
-        ode_euler(grid),
+        reward=lambda x, prompts: x[:, 0],
         latents=LatentSpec((1,), dtype=torch.float64),
-        settings=DeterministicSettings(scale, mask_quantile=None, cost_power=cost_power),
+        num_inference_steps=num_steps,
+        reward_scale=scale,
+        mask_quantile=None,
+        cost_power=cost_power,
     )
     batch = collect(method, num=1).examples
     shift = batch.target - law.velocity(batch.latents, batch.sigmas)
@@ -295,13 +209,13 @@ def test_training_with_a_quadratic_reward_reaches_the_proximal_map_and_not_the_t
     """
     law, table = gaussian(0.3, 0.5), ode_euler(uniform_sigmas(40))
     policy, weights = linear_policy(law, table)
-    method = DeterministicAdjointMatching(
+    method = make_plain(
         policy,
         law.field(),
-        lambda x, prompts: -0.5 * (x[:, 0] - 1) ** 2,
-        table,
+        reward=lambda x, prompts: -0.5 * (x[:, 0] - 1) ** 2,
         latents=LatentSpec((1,), dtype=torch.float64),
-        settings=DeterministicSettings(reward_scale=2.0, mask_quantile=None),
+        num_inference_steps=40,
+        mask_quantile=None,
     )
     train(method, [weights], num_samples=32, iterations=300, lr=0.1)
     x = float64(0.0, 1.0)[:, None]
@@ -320,13 +234,11 @@ def test_training_with_a_quadratic_reward_reaches_the_proximal_map_and_not_the_t
 def test_a_linear_reward_goes_up(steps):
     """32 samples, the same noise before and after: reward differences are the policy's alone."""
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    method = DeterministicAdjointMatching(
+    method = make_plain(
         CallableField(lambda x, sigma, cond: BASE(x, sigma, cond) + shift),
         BASE,
-        lambda x, prompts: x[:, 0],
-        ode_euler(uniform_sigmas(8)),
-        latents=LATENTS,
-        settings=DeterministicSettings(reward_scale=2.0, steps=steps),
+        reward=lambda x, prompts: x[:, 0],
+        truncate_steps=steps,
     )
     rewards = train(method, [shift], num_samples=32, iterations=30, lr=0.1)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.5

@@ -1,54 +1,20 @@
 """Efficient Adjoint Matching: passes, rows, and the law it learns, in closed form and by training."""
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
-from test_adjoint_matching import Ranks, total_loss
-from test_adjoint_matching_training import train
 
-from am_diffusers.methods import METHODS
-from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatching, EfficientSettings
 from am_diffusers.methods.parts.linear_base import linear_target, renoised_score
-from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.noise import LatentSpec, generators_for
 from am_diffusers.rollout import sample, sample_ode
-from am_diffusers.system.failures import NonFiniteError
-from am_diffusers.terminal_cost import GradientOptions
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, clean_from_velocity, interpolate, score_from_velocity
-from oracles import THREE_MODES, CountingField, affine, float64, gaussian, unconditional
+from method_training import train
+from methods_around import BASE, LATENTS, OFFSET, collect, total_loss
+from methods_around import concave as reward
+from methods_around import efficient as make
+from oracles import CountingField, affine, float64, gaussian, unconditional
 
-BASE = THREE_MODES.field()
-OFFSET = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) + 0.3 * torch.tanh(x))
-LATENTS = LatentSpec((2,), dtype=torch.float64)
-SETTINGS = EfficientSettings(reward_scale=2.0, rows=4)
 SCORES = ("renoised", "stopped")
-
-
-def reward(x, prompts):
-    return x[:, 0] - 0.3 * x.square().sum(1)
-
-
-def make(policy=OFFSET, base=BASE, steps=6, rollout_policy=None, gather=None, **changes):
-    settings, more = replace(SETTINGS, **changes), {} if gather is None else {"gather": gather}
-    return EfficientAdjointMatching(
-        policy,
-        base,
-        reward,
-        uniform_sigmas(steps),
-        latents=LATENTS,
-        settings=settings,
-        rollout_policy=rollout_policy,
-        **more,
-    )
-
-
-def collect(method, num=6, iteration=0, first=0):
-    """Samples first .. first + num - 1 of an iteration."""
-    generators = generators_for(0, iteration, range(first, first + num))
-    cond = unconditional(first + num).index(range(first, first + num))
-    return method.collect(cond, generators, generator_for(0, iteration, "shared"))
 
 
 # ------------------------------------------------------------------------------------ passes and rows
@@ -57,7 +23,7 @@ def collect(method, num=6, iteration=0, first=0):
 @pytest.mark.parametrize("score", SCORES)
 def test_no_pass_is_wasted(score):
     policy, base = CountingField(OFFSET), CountingField(BASE)
-    method = make(policy, base, score=score, sigma=0.1)
+    method = make(policy, base, eam_score=score, eam_sigma=0.1)
     examples = collect(method).examples
     lowest = 0.1 if score == "stopped" else 0.0
     nodes = lowest + (1 - lowest) * uniform_sigmas(6)[:-1]
@@ -69,14 +35,14 @@ def test_no_pass_is_wasted(score):
     assert len(policy.calls) - 6 == -(-6 * 4 // 5)
     assert policy.vjps == []
     other = CountingField(BASE)
-    collect(make(CountingField(OFFSET), rollout_policy=other, score=score))
+    collect(make(CountingField(OFFSET), rollout=other, eam_score=score))
     assert len(other.calls) == 6
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_rows_are_what_the_formulas_say(score):
     """Noises are drawn again in the same order; the target of each row is put together from its parts."""
-    method, num = make(score=score, sigma=0.2, variance=0.3, max_weight=5.0), 6
+    method, num = make(eam_score=score, eam_sigma=0.2, eam_c=0.3, eam_max_weight=5.0), 6
     batch = collect(method, num=num).examples
     generators, cond = generators_for(0, 0, range(num)), unconditional(num)
     noise, lowest = LATENTS.draw(generators), 0.2 if score == "stopped" else 0.0
@@ -113,58 +79,21 @@ def test_rows_are_what_the_formulas_say(score):
     assert total_loss(method, collect(method)) == pytest.approx((weight * distance).sum().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_batch_sizes_and_ranks_change_nothing(score):
-    options = {"score": score, "gradient": GradientOptions(clip_quantile=0.5)}
-
-    def two_iterations(first, num, gather=None, **more):
-        method = make(gather=gather, **options, **more)
-        collected = [collect(method, num=num, iteration=i, first=first) for i in range(2)]
-        losses = [total_loss(method, c) for c in collected]
-        return losses, [c.metrics for c in collected], method.state_dict()
-
-    losses, metrics, state = two_iterations(0, 12)
-    chunked = two_iterations(0, 12, collect_batch_size=5, offload=True)
-    assert chunked[0] == pytest.approx(losses, rel=1e-12)
-    assert state["clip_norm"] > 0
-    ranks = Ranks(3).run(lambda rank, gather: two_iterations(rank * 4, 4, gather=gather))
-    assert torch.tensor([r[0] for r in ranks]).sum(0).tolist() == pytest.approx(losses, rel=1e-6)
-    for rank in ranks:
-        assert rank[1][1] == pytest.approx(metrics[1], rel=1e-9)
-        assert rank[2]["clip_norm"] == pytest.approx(state["clip_norm"], rel=1e-12)
-
-
-def test_the_state_continues_a_run():
-    options = {"gradient": GradientOptions(clip_quantile=0.5)}
-    method, resumed = make(**options), make(**options)
-    for i in range(3):
-        collect(method, iteration=i)
-    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
-    assert total_loss(resumed, collect(resumed, iteration=3)) == total_loss(
-        method, collect(method, iteration=3)
-    )
-    fresh = make(**options)
-    assert total_loss(fresh, collect(fresh, iteration=3)) != total_loss(method, collect(method, iteration=3))
-
-
 def test_metrics_and_wrong_input():
-    metrics = collect(make(score="renoised")).metrics
+    metrics = collect(make(eam_score="renoised")).metrics
     assert set(metrics) == {
         *("reward", "reward_std", "reward_gradient_norm", "reward_slope", "adjoint_norm", "score_norm")
     }
     assert metrics["adjoint_norm"] == pytest.approx(2 * metrics["reward_gradient_norm"])
-    for wrong in ({"variance": 0.0}, {"sigma": 1.0}, {"score": "exact"}, {"rows": 0}, {"reward_scale": -1.0}):
-        (name,) = wrong
-        with pytest.raises(ValueError, match=name):
-            make(**wrong)
-    method = make()
-    method.terminal.reward = lambda x, prompts: (
-        x.sum(1) / torch.tensor([float(p != "prompt 2") for p in prompts])
-    )
-    with pytest.raises(NonFiniteError, match="prompt 2"):
-        collect(method)
-    assert METHODS["efficient_adjoint_matching"] is EfficientAdjointMatching
-    assert EfficientAdjointMatching.needs_reward_gradient
+    for name, wrong in (
+        ("eam_c", 0.0),
+        ("eam_sigma", 1.0),
+        ("eam_score", "exact"),
+        ("eam_rows", 0),
+        ("reward_scale", -1.0),
+    ):
+        with pytest.raises(ValueError, match=f"--{name} must be .*, got {wrong}"):
+            make(**{name: wrong})
 
 
 # ----------------------------------------------------------------------------------- the law learned
@@ -256,13 +185,14 @@ def test_few_euler_steps_would_collapse_the_spread():
 def test_a_linear_reward_goes_up(score):
     """64 samples of standard deviation ~1: the gain is above half the tilt's, 2 * variance."""
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    method = EfficientAdjointMatching(
+    method = make(
         CallableField(lambda x, sigma, cond: BASE(x, sigma, cond) + shift),
         BASE,
-        lambda x, prompts: x[:, 0],
-        uniform_sigmas(8),
-        latents=LATENTS,
-        settings=EfficientSettings(reward_scale=2.0, variance=0.2, score=score, sigma=0.1),
+        reward=lambda x, prompts: x[:, 0],
+        eam_ode_steps=8,
+        eam_c=0.2,
+        eam_score=score,
+        eam_sigma=0.1,
     )
     rewards = train(method, [shift], num_samples=64, iterations=30, lr=0.05)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.5
@@ -277,13 +207,17 @@ def test_training_on_a_gaussian_with_a_quadratic_reward_reaches_the_law_learned(
     correction = piecewise(nodes, weights)
     field = LAW.field()
     policy = CallableField(lambda x, sigma, cond: field(x, sigma, cond) + correction(x, sigma, cond))
-    method = EfficientAdjointMatching(
+    method = make(
         policy,
         field,
-        lambda x, prompts: -0.5 * (x[:, 0] - GOAL) ** 2,
-        uniform_sigmas(20),
+        reward=lambda x, prompts: -0.5 * (x[:, 0] - GOAL) ** 2,
         latents=LatentSpec((1,), dtype=torch.float64),
-        settings=EfficientSettings(reward_scale=SCALE, variance=0.2, score=score, sigma=SIGMA, rows=8),
+        reward_scale=SCALE,
+        eam_ode_steps=20,
+        eam_c=0.2,
+        eam_score=score,
+        eam_sigma=SIGMA,
+        eam_rows=8,
     )
     train(method, [weights], num_samples=128, iterations=200, lr=0.05)
     learned = end_law(policy, uniform_sigmas(80), "ab2")

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from am_diffusers.methods import METHODS
 from am_diffusers.methods.flow_grpo import FlowGRPO
 from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import generator_for, generators_for
-from am_diffusers.transitions import ode_euler, uniform_sigmas
+from am_diffusers.transitions import TRANSITIONS, ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField, Conditioning
 from grpo_chain import (
     LATENTS,
@@ -32,7 +31,7 @@ from oracles import affine
 def test_with_one_pass_the_gradient_is_the_reinforce_estimator(kind):
     """States remade by hand: minus the mean of A times the scores of all its steps, plus that of the KL."""
     shifts, num = some_shifts(), 8
-    method = make(shifted(shifts), kind=kind, kl_weight=0.3)
+    method = make(shifted(shifts), advantages=kind, grpo_kl_weight=0.3)
     collected = collect(method, num)
     generators = generators_for(0, 0, range(num))
     x, log_prob, path_kl = LATENTS.draw(generators), 0.0, 0.0
@@ -61,7 +60,7 @@ def test_rounding_that_depends_on_the_batch_clips_nothing_in_the_first_pass():
     def rounded(x, sigma, cond):
         return exact(x, sigma, cond) + (0.5 if len(x) == 1 else 0.0)
 
-    method = make(CallableField(rounded), passes=2, clip_range=0.05)
+    method = make(CallableField(rounded), grpo_passes=2, grpo_clip_range=0.05)
     _, metrics = total_loss(method, collect(method), size=1)
     assert metrics["clipped"] == 0
     _, metrics = total_loss(method, collect(method, iteration=1), size=1)
@@ -71,7 +70,7 @@ def test_rounding_that_depends_on_the_batch_clips_nothing_in_the_first_pass():
 def test_the_expected_gradient_is_that_of_the_mean_reward():
     """Linear reward on a 1-D Gaussian chain, 4 standard errors of 50 batches of 200 samples."""
     shifts, num_batches = some_shifts(), 50
-    method = make(shifted(shifts), reward=reward, kl_weight=0.0)
+    method = make(shifted(shifts), reward=reward, grpo_kl_weight=0.0)
     found = torch.stack(
         [gradient(method, shifts, collect(method, 200, iteration=i)) for i in range(num_batches)]
     )
@@ -90,7 +89,7 @@ def test_the_expected_gradient_is_that_of_the_mean_reward():
 def test_the_gradient_of_the_kl_is_exact():
     """Equal rewards have no advantage; the KL of a step is (v_coef / std * shift)^2 / 2."""
     shifts = some_shifts()
-    method = make(shifted(shifts), reward=lambda x, prompts: x[:, 0] * 0, kl_weight=0.3)
+    method = make(shifted(shifts), reward=lambda x, prompts: x[:, 0] * 0, grpo_kl_weight=0.3)
     collected = collect(method)
     ratio = (TABLE.v_coef[:-1] / TABLE.std[:-1]) ** 2
     expected = torch.zeros(K, dtype=torch.float64)
@@ -108,7 +107,7 @@ def test_a_subset_of_steps_stands_for_all():
     full = make(shifted(shifts))
     expected = (K - 1) * gradient(full, shifts, collect(full))
     for i in range(200):
-        method = make(shifted(shifts), steps=1)
+        method = make(shifted(shifts), loss_steps=1)
         cond = Conditioning(("a",) * 4 + ("b",) * 4)
         shared = generator_for(i, "shared")
         collected = method.collect(cond, generators_for(0, 0, range(8)), shared)
@@ -125,7 +124,7 @@ def test_a_subset_of_steps_stands_for_all():
 def test_a_ratio_beyond_the_clip_has_no_gradient_where_that_would_gain():
     """Each row against PPO's minimum, once the policy has moved; the hinge adds a constant to it."""
     shifts = some_shifts()
-    method = make(shifted(shifts), passes=2, kl_weight=0.0, clip_range=0.1)
+    method = make(shifted(shifts), grpo_passes=2, grpo_kl_weight=0.0, grpo_clip_range=0.1)
     before = collect(method, 40)
     with torch.no_grad():
         shifts += torch.tensor([0.1, -0.2, 0.15, 0.1, 0.0])
@@ -159,7 +158,7 @@ def test_a_ratio_beyond_the_clip_has_no_gradient_where_that_would_gain():
 def test_a_quadratic_reward_goes_up_with_several_passes(kind):
     """From -.99 of the base to above -.6, far above the noise of 64 samples."""
     shifts = torch.zeros(K, dtype=torch.float64, requires_grad=True)
-    method = make(shifted(shifts), kind=kind, passes=2, kl_weight=0.1)
+    method = make(shifted(shifts), advantages=kind, grpo_passes=2, grpo_kl_weight=0.1)
     optimizer, rewards = torch.optim.Adam([shifts], lr=0.05), []
     for iteration in range(60):
         collected = collect(method, 64, iteration)
@@ -172,22 +171,8 @@ def test_a_quadratic_reward_goes_up_with_several_passes(kind):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.25
 
 
-def test_batch_sizes_and_ranks_change_nothing():
-    shifts = some_shifts()
-    whole = make(shifted(shifts), steps=2)
-    expected = total_loss(whole, collect(whole, 12))[0].item()
-    parts = make(shifted(shifts), steps=2, collect_batch_size=5, reward_batch_size=1)
-    assert total_loss(parts, collect(parts, 12), size=3)[0].item() == pytest.approx(expected, rel=1e-12)
-    ranks = [
-        total_loss(method, collect(method, 4, first=first))[0].item()
-        for first in (0, 4, 8)
-        for method in [make(shifted(shifts), steps=2, gather=lambda values: values.repeat(3))]
-    ]
-    assert sum(ranks) == pytest.approx(expected, rel=1e-12)
-
-
 def test_the_rows_say_what_they_are():
-    method = make(LAW.field(), steps=1)
+    method = make(LAW.field(), loss_steps=1)
     collected = collect(method)
     row = collected.examples.split(1)[0]
     assert row.describe().startswith(f"steps {row.steps.tolist()}, prompts ['prompt 0'], advantages [")
@@ -195,16 +180,21 @@ def test_the_rows_say_what_they_are():
     assert collected.metrics["reward_std"] == pytest.approx(collected.rewards.std(correction=0).item())
 
 
-def test_names_and_wrong_settings():
-    assert METHODS["flow_grpo"] is FlowGRPO
-    assert not FlowGRPO.needs_reward_gradient
+def test_wrong_settings_tables_and_groups(monkeypatch):
     assert FlowGRPO.compares_samples
-    for wrong in ({"passes": 0}, {"clip_range": 1.0}, {"kl_weight": -1.0}):
-        with pytest.raises(ValueError, match="passes >= 1, 0 < clip_range < 1 and kl_weight >= 0"):
+    for wrong, match in (
+        ({"grpo_passes": 0}, "--grpo_passes must be at least 1, got 0"),
+        ({"grpo_clip_range": 1.0}, r"--grpo_clip_range must be in \(0, 1\), got 1.0"),
+        ({"grpo_kl_weight": -1.0}, "--grpo_kl_weight must be 0 or positive, got -1.0"),
+        ({"advantages": "raw"}, "--advantages must be centred or normalised, got raw"),
+        ({"loss_steps": 5}, "--loss_steps must be 'all' or from 1 to num_inference_steps - 1.*, got 5"),
+    ):
+        with pytest.raises(ValueError, match=match):
             make(LAW.field(), **wrong)
-    with pytest.raises(ValueError, match=r"1 \.\. 4 or 'all', got 5"):
-        collect(make(LAW.field(), steps=5))
-    with pytest.raises(ValueError, match="memoryless table"):
-        collect(make(LAW.field(), table=ode_euler(uniform_sigmas(4))))
+    with pytest.raises(ValueError, match=r"1 \.\. 3 or 'all', got 4"):
+        collect(make(LAW.field(), loss_steps=4, sigmas=lambda steps: uniform_sigmas(steps - 1)))
     with pytest.raises(ValueError, match="groups of 4 neighbouring samples"):
         collect(make(LAW.field()), 6)
+    monkeypatch.setitem(TRANSITIONS, "memoryless_local_linear", ode_euler)
+    with pytest.raises(ValueError, match="memoryless table"):
+        collect(make(LAW.field()))

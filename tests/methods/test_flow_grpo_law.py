@@ -12,11 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from am_diffusers.methods.flow_grpo import FlowGRPO, FlowGRPOSettings
-from am_diffusers.methods.parts.advantages import Advantages
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField
+from methods_around import make_method
 from oracles import affine, float64, gaussian, unconditional
 
 LAW, BEST = gaussian(0.3, 0.5), 1.5
@@ -109,14 +108,16 @@ def mean_gradient(steps, policy, scale, kl_weight):
     latents = Quadrature((1,), dtype=torch.float64)
     number = latents.start(len(steps))
     # Advantages are against the mean of the others, which makes them number / (number - 1) times as large.
-    advantages = Advantages(scale * (number - 1) / number, number)
-    method = FlowGRPO(
+    method = make_method(
+        "flow_grpo",
         CallableField(velocity),
         LAW.field(),
-        lambda x, prompts: -0.5 * (x[:, 0] - BEST) ** 2,
-        table,
+        reward=lambda x, prompts: -0.5 * (x[:, 0] - BEST) ** 2,
         latents=latents,
-        settings=FlowGRPOSettings(advantages, kl_weight=kl_weight),
+        num_inference_steps=len(steps),
+        reward_scale=scale * (number - 1) / number,
+        samples_per_prompt=number,
+        grpo_kl_weight=kl_weight,
     )
     cond = unconditional(1).index([0] * number)
     rows = method.collect(cond, generators_for(0, 0, range(number)), generator_for(0, "shared")).examples

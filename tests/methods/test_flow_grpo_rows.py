@@ -4,14 +4,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_trainer import make_trainer
 
 from am_diffusers.methods.parts.kept import PartShare
 from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.system.processes import PeerNotFiniteError
 from am_diffusers.system.signals import Interrupted
 from am_diffusers.training.state_files import load_state, save_state
-from am_diffusers.transitions import jitter_sigmas, memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField
 from grpo_chain import (
     LAW,
@@ -24,10 +22,11 @@ from grpo_chain import (
     total_loss,
 )
 from oracles import CountingField
+from small_trainer import make_trainer
 
 
 @pytest.mark.parametrize(("steps", "passes"), [("all", 1), (2, 3)])
-def test_passes_through_the_networks_are_those_announced(steps, passes):
+def test_no_pass_is_wasted(steps, passes):
     seen = []
 
     def counted(x, prompts):
@@ -35,7 +34,7 @@ def test_passes_through_the_networks_are_those_announced(steps, passes):
         return torch.round(quadratic(x, prompts), decimals=1)  # not differentiable
 
     policy, base = CountingField(shifted(some_shifts())), CountingField(LAW.field())
-    method = make(policy, base, steps=steps, passes=passes, reward=counted)
+    method = make(policy, base, loss_steps=steps, grpo_passes=passes, reward=counted)
     trained = K - 1 if steps == "all" else steps
     for iteration in range(2 * passes):
         collected = collect(method, iteration=iteration)
@@ -65,20 +64,16 @@ def same_rows(a, b):
     return True
 
 
-def jittered(shared):
-    return memoryless_local_linear(jitter_sigmas(uniform_sigmas(K), 0.3, shared))
-
-
 def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
-    whole = make(LAW.field(), table=jittered, passes=3)
+    whole = make(LAW.field(), sigma_jitter=0.3, grpo_passes=3)
     runs = [collect(whole, iteration=i) for i in range(5)]
     for stop in range(1, 5):
-        method = make(LAW.field(), table=jittered, passes=3)
+        method = make(LAW.field(), sigma_jitter=0.3, grpo_passes=3)
         for i in range(stop):
             collect(method, iteration=i)
         state = saved(method, tmp_path)
         assert bool(state["local"]) == (stop % 3 != 0)  # nothing to keep after the last pass
-        resumed = make(LAW.field(), table=jittered, passes=3)
+        resumed = make(LAW.field(), sigma_jitter=0.3, grpo_passes=3)
         resumed.load_state_dict(state["own"])
         resumed.load_local_state_dicts([state["local"]], PartShare())
         for i in range(stop, 5):
@@ -90,7 +85,7 @@ def test_a_run_goes_on_in_the_middle_of_its_passes(tmp_path):
 
 def test_only_a_new_rollout_reports_rewards():
     """Of the rewards of a kept rollout nothing is repeated: they would look like the policy's of now."""
-    method = make(LAW.field(), passes=2)
+    method = make(LAW.field(), grpo_passes=2)
     runs = [collect(method, iteration=i) for i in range(4)]
     for first, second in (runs[:2], runs[2:]):
         assert set(first.metrics) == {"reward", "reward_std", "advantage_std", "grpo_pass"}
@@ -101,7 +96,7 @@ def test_only_a_new_rollout_reports_rewards():
 
 
 def test_an_iteration_that_failed_does_not_use_up_a_pass_and_its_rows_are_made_again():
-    method = make(LAW.field(), passes=2)
+    method = make(LAW.field(), grpo_passes=2)
     roll_back = method.snapshot()
     failed = collect(method, iteration=0).examples
     roll_back(None)  # as the trainer does
@@ -121,7 +116,7 @@ def grpo_trainer(tmp_path, passes):
     sizes = {"train_batch_size": 8, "samples_per_prompt": 4, "max_skipped_iterations": 1}
     trainer, _, weight = make_trainer(tmp_path, **sizes)
     policy = CallableField(lambda x, sigma, cond: LAW.velocity(x, sigma) + weight[0])
-    trainer.method = method = make(policy, passes=passes)
+    trainer.method = method = make(policy, grpo_passes=passes)
     return trainer, method
 
 
@@ -168,13 +163,13 @@ def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
     """Two ranks of 8 samples to one of 16 to four of 4, the loss of all being the same."""
     shifts = some_shifts()
     double, times = {"gather": lambda values: values.repeat(2)}, []
-    methods = [make(shifted(shifts), passes=2, steps=2, **double) for _ in range(2)]
+    methods = [make(shifted(shifts), grpo_passes=2, loss_steps=2, **double) for _ in range(2)]
     collected = [collect(method, 8, first=8 * rank) for rank, method in enumerate(methods)]
     times.append(sum(total_loss(m, c)[0].item() for m, c in zip(methods, collected, strict=True)))
     states = [saved(method, tmp_path / str(rank)) for rank, method in enumerate(methods)]
 
     def restored(rank, ranks):
-        method = make(shifted(shifts), passes=2, steps=2)
+        method = make(shifted(shifts), grpo_passes=2, loss_steps=2)
         method.load_state_dict(states[0]["own"])
         share = PartShare(rank, ranks, parts=2)
         method.load_local_state_dicts([states[part]["local"] for part in share.needed], share)
@@ -188,7 +183,7 @@ def test_rows_are_shared_anew_when_the_number_of_ranks_changes(tmp_path):
     for ranks in (1, 2, 4):
         times.append(sum(restored(rank, ranks) for rank in range(ranks)))
     assert times == pytest.approx([times[0]] * 4, rel=1e-12)
-    lost = make(shifted(shifts), passes=2)
+    lost = make(shifted(shifts), grpo_passes=2)
     lost.load_state_dict(states[0]["own"])
     lost.load_local_state_dicts([{}], PartShare(1, 2, 2))
     assert collect(lost, iteration=1).metrics["grpo_pass"] == 1

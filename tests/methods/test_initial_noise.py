@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_adjoint_matching import Ranks
 
 from am_diffusers.matching import matching_loss
 from am_diffusers.methods.parts.initial_noise import sample_noise, stage_rows
@@ -13,6 +12,7 @@ from am_diffusers.rollout import sample
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField
 from oracles import affine, float64, gaussian, unconditional
+from ranks import Ranks
 
 LAW, SIGMAS, FINE = gaussian(0.3, 0.5), uniform_sigmas(100), uniform_sigmas(400)
 SCALE, GOAL, SLOPE = 2.0, 1.0, 0.6

@@ -5,15 +5,13 @@ import logging
 import math
 
 import pytest
-import test_deterministic_adjoint_matching as deterministic
-import test_efficient_adjoint_matching as efficient
 import torch
-from test_adjoint_matching import collect, make
-from test_trainer import make_trainer
 
 from am_diffusers.methods.parts.reports import AdjointMonitor
 from am_diffusers.velocity import CallableField
+from methods_around import adjoint_matching, collect, deterministic, efficient
 from oracles import THREE_MODES
+from small_trainer import make_trainer
 
 SOUND = {1: 0.5, 2: 1.0, 3: 1.5, 4: 1.0}
 
@@ -47,14 +45,14 @@ def test_growth_over_iterations_is_noticed_long_before_it_overflows():
 
 
 def test_adjoint_matching_warns_where_its_base_expands_and_not_where_it_is_sound():
-    sound = make()
+    sound = adjoint_matching()
     for iteration in range(5):
         assert collect(sound, iteration=iteration).warnings == []
 
     def expanding(x, sigma, cond):
         return THREE_MODES.velocity(x, sigma) - 25 * torch.tanh(x)
 
-    method = make(base=CallableField(expanding), mask_quantile=None)
+    method = adjoint_matching(base=CallableField(expanding), mask_quantile=None)
     (text,) = collect(method).warnings
     assert "times that of the last step" in text
     assert collect(method, iteration=1).warnings == []
@@ -62,33 +60,33 @@ def test_adjoint_matching_warns_where_its_base_expands_and_not_where_it_is_sound
 
 def test_deterministic_adjoint_matching_warns_where_its_base_expands():
     """The ODE's adjoint, of all steps; a truncated one has less of a way to grow."""
-    sound = deterministic.make(steps=None)
+    sound = deterministic(truncate_steps=None)
     for iteration in range(5):
-        assert deterministic.collect(sound, iteration=iteration).warnings == []
+        assert collect(sound, iteration=iteration).warnings == []
     base = CallableField(lambda x, sigma, cond: THREE_MODES.velocity(x, sigma) - 8 * torch.tanh(x))
-    method = deterministic.make(base=base, steps=None)
-    (text,) = deterministic.collect(method).warnings
+    method = deterministic(base=base, truncate_steps=None)
+    (text,) = collect(method).warnings
     assert "times that of the last step" in text
-    resumed = deterministic.make(base=base, steps=None)
+    resumed = deterministic(base=base, truncate_steps=None)
     resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
     for again in (method, resumed):
-        assert deterministic.collect(again, iteration=1).warnings == []
+        assert collect(again, iteration=1).warnings == []
 
 
-@pytest.mark.parametrize("score", efficient.SCORES)
+@pytest.mark.parametrize("score", ["renoised", "stopped"])
 def test_efficient_adjoint_matching_warns_when_its_adjoint_grows_from_one_iteration_to_the_next(score):
-    method = efficient.make(score=score)
+    method = efficient(eam_score=score)
     for iteration in range(5):
-        assert efficient.collect(method, iteration=iteration).warnings == []
-    resumed = efficient.make(score=score)
+        assert collect(method, iteration=iteration).warnings == []
+    resumed = efficient(eam_score=score)
     resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
     for again in (method, resumed):
         plain = again.terminal.reward
         again.terminal.reward = lambda x, prompts, plain=plain: 30 * plain(x, prompts)
-        (text,) = efficient.collect(again, iteration=5).warnings
+        (text,) = collect(again, iteration=5).warnings
         assert "adjoint norm of step 6 " in text
         assert "times its running mean over earlier iterations" in text
-        assert efficient.collect(again, iteration=6).warnings == []
+        assert collect(again, iteration=6).warnings == []
 
 
 def test_the_trainer_names_the_iteration(tmp_path, caplog):

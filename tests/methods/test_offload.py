@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from test_adjoint_matching import collect, make, total_loss
 
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.parts.rows import Rows
+from am_diffusers.methods.parts.surroundings import Sizes
+from methods_around import adjoint_matching as make
+from methods_around import collect, total_loss
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def moves(monkeypatch):
 
 
 def test_chunks_go_to_the_cpu_and_micro_batches_come_back(moves):
-    method = make(offload=True, collect_batch_size=4, mask_quantile=None)
+    method = make(sizes=Sizes(rollout=4, offload=True), mask_quantile=None)
     collected = collect(method)
     assert moves == [("cpu", 4), ("cpu", 2)]
     moves.clear()
@@ -40,7 +42,7 @@ def test_chunks_go_to_the_cpu_and_micro_batches_come_back(moves):
 def test_losses_are_those_of_a_run_without(moves):
     kept = total_loss(method := make(), collect(method), 5)
     assert [where for where, _ in moves] == ["cpu"] * len(moves), "only the loss moves its rows"
-    offloaded = make(offload=True, collect_batch_size=4)
+    offloaded = make(sizes=Sizes(rollout=4, offload=True))
     assert total_loss(offloaded, collect(offloaded), 5) == pytest.approx(kept, rel=1e-12)
 
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.advantages import Advantages
-from am_diffusers.methods.ram import RAM, RAMSettings
-from am_diffusers.noise import LatentSpec, generator_for, generators_for
-from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
-from am_diffusers.velocity import CallableField, Conditioning
+from am_diffusers.methods.parts.surroundings import Sizes
+from am_diffusers.methods.ram import RAM
+from am_diffusers.noise import LatentSpec, generators_for
+from am_diffusers.transitions import ode_euler, uniform_sigmas
+from am_diffusers.velocity import CallableField
+from methods_around import collect as collect_samples
+from methods_around import make_method, total_loss
 from oracles import CountingField, affine, gaussian
 from ram_fixed_point import (
     SIGMAS,
@@ -34,21 +36,14 @@ def reward(x, prompts):
     return REWARD.slope * x[:, 0] - REWARD.curvature / 2 * (x[:, 0] - REWARD.best) ** 2
 
 
-def make(policy=POLICY_FIELD, base=BASE_FIELD, table=TABLE, scale=0.5, group=4, **changes):
-    gather = {"gather": changes.pop("gather")} if "gather" in changes else {}
-    function = changes.pop("reward", reward)
-    settings = RAMSettings(Advantages(scale, group), **changes)
-    return RAM(policy, base, function, table, latents=LATENTS, settings=settings, **gather)
+def make(policy=POLICY_FIELD, base=BASE_FIELD, **given):
+    """Rewards of groups of 4 are compared, by half their centred values."""
+    plain = {"reward": reward, "latents": LATENTS, "reward_scale": 0.5, "samples_per_prompt": 4}
+    return make_method("ram", policy, base, **(plain | given))
 
 
-def collect(method, num, iteration=0, first=0, group=4):
-    prompts = tuple(f"prompt {i // group}" for i in range(first, first + num))
-    generators = generators_for(0, iteration, range(first, first + num))
-    return method.collect(Conditioning(prompts), generators, generator_for(0, iteration, "shared"))
-
-
-def total_loss(method, collected, size=100):
-    return sum(method.loss(part)[0].item() for part in collected.examples.split(size))
+def collect(method, num, iteration=0):
+    return collect_samples(method, num, iteration, group=4)
 
 
 # ------------------------------------------------------------------------------------------- the law
@@ -62,7 +57,7 @@ def test_the_mean_of_the_targets_given_the_state_is_that_of_the_closed_form():
         factor = 1 + TABLE.v_coef[k].item() * slope
         mean, gain = factor * mean + TABLE.v_coef[k].item() * intercept, factor * gain
     ends = Gaussian(mean, gain**2)  # not the law whose velocity the policy is: the steps are few
-    examples = collect(make(scale=scale), 4000).examples
+    examples = collect(make(reward_scale=scale), 4000).examples
     x, sigma = examples.latents[:, 0].numpy(), examples.sigmas.numpy()
     expected = mean_target(
         x,
@@ -134,8 +129,8 @@ def test_training_reaches_the_fixed_point_and_not_the_tilt():
 
     method = make(
         CallableField(velocity),
-        table=ode_euler(uniform_sigmas(40)),
-        scale=scale,
+        num_inference_steps=40,
+        reward_scale=scale,
         reward=lambda x, prompts: -0.5 * (x[:, 0] - 1.5) ** 2,
     )
     optimizer = torch.optim.Adam([weights], lr=0.03)
@@ -159,7 +154,7 @@ def test_training_reaches_the_fixed_point_and_not_the_tilt():
 
 
 def test_a_target_is_the_bases_velocity_plus_the_advantage_times_the_distance_to_the_pictures_own():
-    examples = collect(make(noises=3), 8).examples
+    examples = collect(make(ram_noises=3), 8).examples
     assert len(examples) == 24
     bins = (examples.sigmas.reshape(8, 3) * 3).ceil()
     assert torch.equal(bins, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).expand(8, 3))
@@ -179,8 +174,8 @@ def collect_pictures(num):
     return x
 
 
-@pytest.mark.parametrize("table", [TABLE, memoryless_local_linear(uniform_sigmas(8))])
-def test_passes_are_those_announced_and_the_reward_has_no_gradient(table):
+@pytest.mark.parametrize("sampler", ["ode_euler", "memoryless_local_linear"])
+def test_no_pass_is_wasted_and_the_reward_has_no_gradient(sampler):
     seen = []
 
     def counted(x, prompts):
@@ -188,7 +183,7 @@ def test_passes_are_those_announced_and_the_reward_has_no_gradient(table):
         return torch.round(reward(x, prompts), decimals=1)  # not differentiable
 
     policy, base = CountingField(OTHER.field()), CountingField(BASE.field())
-    method = make(policy, base, table, noises=3, reward=counted, reward_batch_size=6)
+    method = make(policy, base, rollout_sampler=sampler, ram_noises=3, reward=counted, sizes=Sizes(reward=6))
     collected = collect(method, 8)
     assert (len(policy.calls), len(base.calls)) == (8 + 3, 3)
     assert seen == [(6, False), (2, False)]
@@ -197,27 +192,8 @@ def test_passes_are_those_announced_and_the_reward_has_no_gradient(table):
     assert policy.vjps == base.vjps == []
 
 
-def test_batch_sizes_and_ranks_change_nothing():
-    whole = collect(make(), 12)
-    parts = collect(make(collect_batch_size=5, reward_batch_size=1), 12)  # groups cut by chunks
-    for name in ("latents", "sigmas", "target", "weight", "samples"):
-        torch.testing.assert_close(
-            getattr(parts.examples, name), getattr(whole.examples, name), rtol=1e-12, atol=1e-12
-        )
-    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-12)
-    expected = total_loss(make(), whole)
-    assert expected == pytest.approx(total_loss(make(), parts, size=7), rel=1e-12)
-    halves = [
-        total_loss(method, collect(method, 4, first=first))
-        for first in (0, 4, 8)
-        for method in [make(gather=lambda values: values.repeat(3))]
-    ]
-    assert sum(halves) == pytest.approx(expected, rel=1e-12)
-    assert not torch.isclose(collect(make(), 12, iteration=1).examples.latents, whole.examples.latents).any()
-
-
 def test_what_is_logged():
-    collected = collect(make(noises=2), 12)
+    collected = collect(make(ram_noises=2), 12)
     rewards = collected.rewards
     assert rewards.tolist() == pytest.approx(reward(collect_pictures(12), None).tolist(), rel=1e-12)
     assert collected.metrics["reward"] == pytest.approx(rewards.mean().item())
@@ -228,13 +204,11 @@ def test_what_is_logged():
     assert collected.metrics["velocity_shift"] == pytest.approx(shift, rel=1e-12)
 
 
-def test_names_and_wrong_settings():
-    assert METHODS["ram"] is RAM
-    assert not RAM.needs_reward_gradient
+def test_wrong_settings_and_groups():
     assert RAM.compares_samples
-    with pytest.raises(ValueError, match="at least 1 noise level, got noises=0"):
-        make(noises=0)
+    with pytest.raises(ValueError, match="--ram_noises must be at least 1, got 0"):
+        make(ram_noises=0)
+    with pytest.raises(ValueError, match="--advantages must be centred or normalised, got raw"):
+        make(advantages="raw")
     with pytest.raises(ValueError, match="groups of 4 neighbouring samples"):
         collect(make(), 6)
-    method = make()
-    method.load_state_dict(method.state_dict())

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-from test_adjoint_matching import TABLE, collect, make, total_loss
 
 from am_diffusers.methods.parts.step_selection import UNIFORM, StepSelection, inclusion, systematic
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
+from methods_around import adjoint_matching as make
+from methods_around import collect, total_loss
 from oracles import float64
 
+EIGHT = memoryless_local_linear(uniform_sigmas(8))
 TWENTY = memoryless_local_linear(uniform_sigmas(20))
 DRAWS = 2000
 
@@ -87,7 +89,7 @@ def test_sizes_are_running_means_of_kept_rows_mixed_with_equal_shares():
 @pytest.mark.parametrize("kind", ["stratified", "pps"])
 def test_the_methods_loss_has_the_factors(kind):
     """The weighted mean over the rows of the selected steps, exactly."""
-    method = make(steps=3, step_selection=kind, mask_quantile=None)
+    method = make(loss_steps=3, step_selection=kind, mask_quantile=None)
     for iteration in range(3):
         collect(method, iteration=iteration)
     before, picked = method.state_dict(), []
@@ -105,20 +107,10 @@ def test_the_methods_loss_has_the_factors(kind):
     assert (before["selection"] != {}) == (kind == "pps")
 
 
-def test_pps_state_goes_on_after_a_restart():
-    method, resumed = (make(steps=3, step_selection="pps") for _ in range(2))
-    for iteration in range(4):
-        collect(method, iteration=iteration)
-    resumed.load_state_dict(json.loads(json.dumps(method.state_dict())))
-    ours, theirs = (collect(each, iteration=4).examples for each in (resumed, method))
-    assert torch.equal(ours.latents, theirs.latents)
-    assert torch.equal(ours.weight, theirs.weight)
-
-
 def test_selections_that_select_nothing_or_do_not_exist_are_errors():
     with pytest.raises(ValueError, match="give their number"):
         StepSelection("all", "pps")
     with pytest.raises(ValueError, match="one of last_and_random, stratified, pps"):
         StepSelection(3, "best")  # pyright: ignore[reportArgumentType]
-    selected = StepSelection(7, "pps").select(TABLE, torch.Generator())
+    selected = StepSelection(7, "pps").select(EIGHT, torch.Generator())
     assert selected == (list(range(7)), [1.0] * 7)

@@ -8,32 +8,25 @@ import pytest
 import torch
 
 from am_diffusers.adjoint import lean_adjoint, terminal_adjoint
-from am_diffusers.methods.draft import DRaFT
-from am_diffusers.methods.parts.tails import TailSettings
-from am_diffusers.methods.refl import ReFL
-from am_diffusers.noise import LatentSpec, generator_for, generators_for
+from am_diffusers.methods.parts.surroundings import Sizes
+from am_diffusers.noise import generators_for
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal_cost import reward_gradient
-from am_diffusers.transitions import (
-    ancestral,
-    memoryless_local_linear,
-    ode_euler,
-    shifted_sigmas,
-    uniform_sigmas,
-)
+from am_diffusers.transitions import TRANSITIONS, shifted_sigmas, uniform_sigmas
 from am_diffusers.velocity import CallableField
 from derivatives import swept
+from methods_around import LATENTS, make_method
+from methods_around import collect as collect_samples
 from oracles import THREE_MODES, CountingField, float64, unconditional
 
 K = 6
-LATENTS = LatentSpec((2,), dtype=torch.float64)
-SETTINGS = TailSettings(reward_scale=3.0)
-TABLES = [
-    ode_euler(uniform_sigmas(K)),
-    memoryless_local_linear(uniform_sigmas(K)),
-    ancestral(shifted_sigmas(K, 3)),
+SAMPLERS = [
+    ("ode_euler", uniform_sigmas),
+    ("memoryless_local_linear", uniform_sigmas),
+    ("ancestral", lambda steps: shifted_sigmas(steps, 3)),
 ]
+TABLES = [TRANSITIONS[name](sigmas(K)) for name, sigmas in SAMPLERS]
 
 
 def reward(x, prompts):
@@ -56,13 +49,18 @@ def some_shifts(requires_grad=True):
 
 
 def collect(method, num=4, iteration=0):
-    generators, shared = generators_for(0, iteration, range(num)), generator_for(0, iteration, "shared")
-    return method.collect(unconditional(num), generators, shared)
+    return collect_samples(method, num, iteration)
 
 
-def draft(shifts, table, steps, **changes):
-    settings = {"latents": LATENTS, "settings": SETTINGS} | changes
-    return DRaFT(shifted(shifts, table), reward, table, steps=steps, **settings)
+def make(name, policy, i, **given):
+    """A method with the sampler of TABLES[i]; no reward of the base is asked for."""
+    sampler, sigmas = SAMPLERS[i]
+    plain = {"reward": reward, "reward_scale": 3.0, "num_inference_steps": K}
+    return make_method(name, policy, **(plain | {"rollout_sampler": sampler, "sigmas": sigmas} | given))
+
+
+def draft(shifts, i, steps, **given):
+    return make("draft", shifted(shifts, TABLES[i]), i, draft_steps=steps, **given)
 
 
 def losses(method, collected, size=100):
@@ -91,7 +89,7 @@ def central_differences(i):
 def test_draft_is_the_derivative_of_the_reward_with_respect_to_its_last_steps(i, steps):
     """Against central differences of error 1e-9; earlier steps have no gradient."""
     shifts = some_shifts()
-    method = draft(shifts, TABLES[i], steps)
+    method = draft(shifts, i, steps)
     loss, mean_reward = losses(method, collect(method))
     loss.backward()
     assert loss.item() == pytest.approx(-3.0 * mean_reward, rel=1e-12)
@@ -101,12 +99,12 @@ def test_draft_is_the_derivative_of_the_reward_with_respect_to_its_last_steps(i,
     assert not shifts.grad[: K - steps].any()
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_all_steps_differentiated_equal_the_chain_of_vector_jacobian_products(table):
+@pytest.mark.parametrize("i", range(len(TABLES)))
+def test_all_steps_differentiated_equal_the_chain_of_vector_jacobian_products(i):
     """The loss changes with shift k as v_coef_k * adjoint_{k+1}, along the policy's own rollout."""
-    shifts, num = some_shifts(), 4
+    shifts, num, table = some_shifts(), 4, TABLES[i]
     policy = shifted(shifts, table)
-    method = draft(shifts, table, K)
+    method = draft(shifts, i, K)
     losses(method, collect(method, num))[0].backward()
     generators = generators_for(0, 0, range(num))
     noise = LATENTS.draw(generators)
@@ -127,10 +125,9 @@ def noise_of(table, k, generators):
 
 
 def test_no_pass_is_wasted():
-    table = TABLES[1]
     for steps in (1, 2, K):
-        policy = CountingField(shifted(some_shifts(), table))
-        method = DRaFT(policy, reward, table, steps=steps, latents=LATENTS, settings=SETTINGS)
+        policy = CountingField(shifted(some_shifts(), TABLES[1]))
+        method = make("draft", policy, 1, draft_steps=steps)
         collected = collect(method)
         assert len(policy.calls) == K - steps
         losses(method, collected, size=2)
@@ -138,20 +135,19 @@ def test_no_pass_is_wasted():
         assert policy.vjps == []
 
 
-def refl(shifts, table, last_steps, **changes):
-    settings = {"latents": LATENTS, "settings": SETTINGS} | changes
-    return ReFL(shifted(shifts, table), reward, table, last_steps=last_steps, **settings)
+def refl(shifts, i, last_steps, **given):
+    return make("refl", shifted(shifts, TABLES[i]), i, refl_last_steps=last_steps, **given)
 
 
 def test_refl_draws_one_of_the_last_steps_for_all_and_rewards_its_clean_estimate():
     table, shifts, seen = TABLES[0], some_shifts(), set()
     for iteration in range(20):
-        method = refl(shifts, table, 3)
+        method = refl(shifts, 0, 3)
         collected = collect(method, iteration=iteration)
         sigma = collected.examples.table.sigmas[0]
         k = int((table.sigmas == sigma).nonzero()[0])
         seen.add(k)
-        again = collect(refl(shifts, table, 3), iteration=iteration).examples
+        again = collect(refl(shifts, 0, 3), iteration=iteration).examples
         assert torch.equal(again.latents, collected.examples.latents)
         shifts.grad = None
         loss, mean_reward = losses(method, collected)
@@ -165,34 +161,17 @@ def test_refl_draws_one_of_the_last_steps_for_all_and_rewards_its_clean_estimate
 
 def test_refl_of_the_last_step_is_draft_of_one_step():
     found = []
-    for make in (lambda s: refl(s, TABLES[1], 1), lambda s: draft(s, TABLES[1], 1)):
+    for method_of in (lambda s: refl(s, 1, 1), lambda s: draft(s, 1, 1)):
         shifts = some_shifts()
-        method = make(shifts)
+        method = method_of(shifts)
         losses(method, collect(method))[0].backward()
         found.append(shifts.grad)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
-def test_batch_sizes_and_ranks_change_nothing():
-    table, shifts = TABLES[1], some_shifts()
-    whole = draft(shifts, table, 2)
-    expected = losses(whole, collect(whole, 6))[0].item()
-    parts = draft(shifts, table, 2, settings=TailSettings(3.0, collect_batch_size=4))
-    assert losses(parts, collect(parts, 6), size=4)[0].item() == pytest.approx(expected, rel=1e-12)
-    ranks = []
-    for first in (0, 3):
-        method = draft(shifts, table, 2, gather=lambda values: torch.cat([values, values]))
-        cond = unconditional(6).index(range(first, first + 3))
-        own = method.collect(
-            cond, generators_for(0, 0, range(first, first + 3)), generator_for(0, 0, "shared")
-        )
-        ranks.append(losses(method, own)[0].item())
-    assert sum(ranks) == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize(
     "method_of",
-    [lambda s, c: draft(s, TABLES[1], 2, settings=c), lambda s, c: refl(s, TABLES[1], 2, settings=c)],
+    [lambda s, **given: draft(s, 1, 2, **given), lambda s, **given: refl(s, 1, 2, **given)],
 )
 @pytest.mark.parametrize("size", [1, 2, 5, None])
 def test_rewards_take_so_many_samples_at_once_and_the_gradient_stays(method_of, size):
@@ -200,7 +179,6 @@ def test_rewards_take_so_many_samples_at_once_and_the_gradient_stays(method_of, 
     found = []
     for own in (None, size):
         shifts, calls, graphs = some_shifts(), [], []
-        method = method_of(shifts, TailSettings(3.0, reward_batch_size=own))
 
         def noted(x, prompts, calls=calls, graphs=graphs):
             assert all(graph() is None for graph in graphs)
@@ -209,7 +187,7 @@ def test_rewards_take_so_many_samples_at_once_and_the_gradient_stays(method_of, 
             graphs.append(weakref.ref(inside))
             return inside.log()[:, 0].sin() - 0.3 * x.square().sum(1)
 
-        method.reward = noted
+        method = method_of(shifts, sizes=Sizes(reward=own), reward=noted)
         loss, mean_reward = losses(method, collect(method, 5))
         loss.backward()
         found.append((loss.item(), mean_reward, shifts.grad))
@@ -220,12 +198,11 @@ def test_rewards_take_so_many_samples_at_once_and_the_gradient_stays(method_of, 
     assert found[0][2].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("make", [lambda s: draft(s, TABLES[0], 2), lambda s: refl(s, TABLES[0], 2)])
-def test_a_linear_reward_goes_up(make):
+@pytest.mark.parametrize("method_of", [draft, refl])
+def test_a_linear_reward_goes_up(method_of):
     """By far more than the .2 of noise of 32 samples."""
     shifts = torch.zeros(K, 2, dtype=torch.float64, requires_grad=True)
-    method, rewards = make(shifts), []
-    method.reward = lambda x, prompts: x[:, 0]
+    method, rewards = method_of(shifts, 0, 2, reward=lambda x, prompts: x[:, 0]), []
     optimizer = torch.optim.Adam([shifts], lr=0.1)
     for iteration in range(30):
         optimizer.zero_grad()
@@ -237,20 +214,27 @@ def test_a_linear_reward_goes_up(make):
 
 
 def test_wrong_settings_and_rewards_are_errors():
-    with pytest.raises(ValueError, match=r"expected 1 \.\. 6, those of the rollout, got 7"):
-        draft(some_shifts(), TABLES[0], K + 1)
-    with pytest.raises(ValueError, match=r"expected 1 \.\. 6, those of the rollout, got 0"):
-        refl(some_shifts(), TABLES[0], 0)
-    with pytest.raises(ValueError, match="reward_scale must be > 0"):
-        TailSettings(-1.0)
-    method = draft(some_shifts(), TABLES[0], 1)
+    for steps, rule in ((K + 1, "from 1 to num_inference_steps, 6, got 7"), (0, "from 1 .*, got 0")):
+        with pytest.raises(ValueError, match=f"--draft_steps must be {rule}"):
+            draft(some_shifts(), 0, steps)
+    for steps, rule in ((K + 1, "from 1 to num_inference_steps, 6, or null, got 7"), (0, "from 1 .*, got 0")):
+        with pytest.raises(ValueError, match=f"--refl_last_steps must be {rule}"):
+            refl(some_shifts(), 0, steps)
+    with pytest.raises(ValueError, match="--reward_scale must be positive"):
+        draft(some_shifts(), 0, 1, reward_scale=-1.0)
+    method = draft(some_shifts(), 0, 1, reward=lambda x, prompts: x.detach().sum(1))
     examples = collect(method).examples
-    method.reward = lambda x, prompts: x.detach().sum(1)
     with pytest.raises(ValueError, match="requires_grad=False; use a reward with `differentiable = True`"):
-        method.loss(examples)
-    method.reward = lambda x, prompts: x.sum(1) / float64(1, 0, 1, 1) - x.sum(1) / float64(1, 0, 1, 1)
-    with pytest.raises(NonFiniteError, match="prompt 1"):
         method.loss(examples)
     assert examples.describe().startswith("ends from sigma 0.1667, prompts ['prompt 0'")
     assert method.needs_reward_gradient
     assert not method.aims_at_tilt
+
+
+def test_a_reward_that_is_not_a_number_names_the_prompt():
+    def broken(x, prompts):
+        return x.sum(1) / float64(1, 0, 1, 1) - x.sum(1) / float64(1, 0, 1, 1)
+
+    method = draft(some_shifts(), 0, 1, reward=broken)
+    with pytest.raises(NonFiniteError, match="prompt 1"):
+        method.loss(collect(method).examples)

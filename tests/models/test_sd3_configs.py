@@ -5,12 +5,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.models import lora
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
-from am_diffusers.transitions import memoryless_local_linear
 from conftest import tiny_t5, tiny_text_encoder, tiny_tokenizer, tiny_vae
+from methods_around import adjoint_matching
 
 # config.json of stabilityai/stable-diffusion-3-medium and -3.5-medium, which have 24 layers.
 RELEASED = {
@@ -74,13 +73,15 @@ def test_two_iterations_of_adjoint_matching(transformer: SD3Transformer2DModel, 
     def brightness(latents: Tensor, prompts: object) -> Tensor:
         return model.decode(latents).mean(dim=(1, 2, 3))
 
-    method = AdjointMatching(
+    method = adjoint_matching(
         model.policy,
         model.base,
-        brightness,
-        memoryless_local_linear(model.sde_sigmas(2)),
+        reward=brightness,
         latents=LatentSpec(model.latent_shape(64, 64)),
-        settings=AdjointMatchingSettings(reward_scale=100.0, mask_quantile=None),
+        sigmas=model.sde_sigmas,
+        num_inference_steps=2,
+        reward_scale=100.0,
+        mask_quantile=None,
     )
     x, sigma = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
     with torch.no_grad():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from am_diffusers.methods.adjoint_matching import AdjointMatching, AdjointMatchingSettings
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.rewards import OCR
 from am_diffusers.rewards.parts.packaged import RAPIDOCR
 from am_diffusers.rollout import sample
-from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
+from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import CallableField
+from methods_around import adjoint_matching
 from oracles import unconditional
 from text_pictures import picture_of
 
@@ -45,13 +45,14 @@ def test_adjoint_matching_raises_the_log_probability_of_the_word() -> None:
     shift = torch.zeros_like(mean, requires_grad=True)
     base = CallableField(velocity)
     policy = CallableField(lambda x, sigma, cond: velocity(x, sigma, cond) + shift)
-    method = AdjointMatching(
+    method = adjoint_matching(
         policy,
         base,
-        reward,
-        memoryless_local_linear(uniform_sigmas(6)),
+        reward=reward,
         latents=LatentSpec(tuple(mean.shape)),
-        settings=AdjointMatchingSettings(reward_scale=100.0, mask_quantile=None),
+        num_inference_steps=6,
+        reward_scale=100.0,
+        mask_quantile=None,
     )
     optimizer = torch.optim.Adam([shift], lr=0.03)
     num = 4

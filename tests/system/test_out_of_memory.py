@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from test_adjoint_matching import BASE, OFFSET, collect, make
-from test_trainer import make_trainer
 
+from am_diffusers.methods.parts.surroundings import Sizes
 from am_diffusers.system.failures import PhaseMemoryError, phase
 from am_diffusers.training.trainer import IterationError
+from methods_around import BASE, OFFSET, collect
+from methods_around import adjoint_matching as make
+from small_trainer import make_trainer
 
 
 class Exhausted(torch.autograd.Function):
@@ -56,7 +58,7 @@ def with_reward(reward, **changes):
     [
         (lambda: make(Field(call=True)), r"in the rollout with 6 at once: set --rollout_micro_batch_size 3"),
         (
-            lambda: make(base=Field(vjp_too=True), collect_batch_size=4),
+            lambda: make(base=Field(vjp_too=True), sizes=Sizes(rollout=4)),
             r"in the adjoint sweep with 4 at once: set --rollout_micro_batch_size 2",
         ),
         (
@@ -64,11 +66,11 @@ def with_reward(reward, **changes):
             r"in decoding and rewards with 6 at once: set --reward_micro_batch_size 3",
         ),
         (
-            lambda: with_reward(lambda x, prompts: Exhausted.apply(x).sum(1), collect_batch_size=1),
+            lambda: with_reward(lambda x, prompts: Exhausted.apply(x).sum(1), sizes=Sizes(rollout=1)),
             r"in decoding and rewards with 1 at once: lower --rollout_micro_batch_size.*checkpointing",
         ),
         (
-            lambda: make(Field(call=True), collect_batch_size=1),
+            lambda: make(Field(call=True), sizes=Sizes(rollout=1)),
             r"in the rollout with 1 at once: --gradient_checkpointing true, .*bf16 .*resolution",
         ),
     ],
