@@ -82,7 +82,7 @@ def test_a_missing_token_names_the_command(hub: Hub, monkeypatch, tmp_path):
 
 def test_an_unknown_token_names_the_command(hub: Hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(ValueError, match=r"didn't confirm the token \(Invalid user token(.|\n)*hf auth login"):
+    with pytest.raises(ValueError, match=r"confirm the token \(Invalid user token(.|\n)*hf auth login"):
         check_hub("my-lora", private=False)
 
 

@@ -212,7 +212,7 @@ BAD_INPUT = {
     "binary prompts": ({"train_prompts": "binary.txt"}, [], "binary.txt: cannot be read"),
     "column": ({"train_prompts": "other.csv"}, [], "no column 'prompt'; it has 'text'"),
     "one eval prompt": ({"max_eval_prompts": 1}, [], "need at least 2 prompts"),
-    "eval rewards": ({"eval_prompts": None}, [], "--eval_rewards without --eval_prompts"),
+    "eval rewards": ({"eval_prompts": None}, [], "--eval_rewards needs --eval_prompts"),
     "method": ({"method": "adjoint"}, [], "unknown method 'adjoint': did you mean 'adjoint_matching'"),
     "output": ({"output_dir": "empty.txt/out"}, [], "cannot write there"),
 }
