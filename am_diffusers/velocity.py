@@ -28,8 +28,10 @@ class Conditioning:
         prompts: the B prompts the rows were made from.
         embeddings: token embeddings, (B, tokens, dim), or None for an unconditional field.
         pooled: pooled embeddings, (B, dim), or None.
+        mask: which tokens are part of the prompt, (B, tokens), or None = all.
         negative_embeddings: embeddings of the negative prompt, (B, tokens, dim); None without guidance.
         negative_pooled: pooled embeddings of the negative prompt, (B, dim); None without guidance.
+        negative_mask: mask of the negative prompt, (B, tokens), or None.
 
     Raises:
         ValueError: if a tensor's first dimension is not the number of prompts.
@@ -38,8 +40,10 @@ class Conditioning:
     prompts: tuple[str, ...]
     embeddings: Tensor | None = None
     pooled: Tensor | None = None
+    mask: Tensor | None = None
     negative_embeddings: Tensor | None = None
     negative_pooled: Tensor | None = None
+    negative_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in self._tensors().items():
@@ -67,7 +71,12 @@ class Conditioning:
         """
         if self.negative_embeddings is None:
             raise ValueError("guidance needs negative embeddings: encode the prompts with `negative_prompt`")
-        return replace(self, embeddings=self.negative_embeddings, pooled=self.negative_pooled)
+        return replace(
+            self,
+            embeddings=self.negative_embeddings,
+            pooled=self.negative_pooled,
+            mask=self.negative_mask,
+        )
 
 
 class VelocityField(Protocol):

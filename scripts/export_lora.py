@@ -15,7 +15,6 @@ from diffusers.utils import logging as diffusers_logging
 
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.system.files import asset_path
 from am_diffusers.system.text import guard_output, redact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +26,7 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()  # it warns that text encoders have no LoRA, as is right
     try:
-        base = Pretrained(asset_path(options.model), options.revision, options.variant)
+        base = Pretrained(options.model, options.revision, options.variant)
         what = ExportOptions(options.lora_path, options.scale, DTYPES[options.dtype])
         proof = export_lora(base, what, options.output, options.format)
     except ValueError as error:

@@ -7,14 +7,13 @@ For example `python scripts/sample.py --model asset:tiny_sd3 --lora outputs/tiny
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
 
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.sets import load_texts
-from am_diffusers.system.files import asset_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +22,8 @@ def main() -> None:
     options = parse()
     try:
         prompts = options.prompts or load_texts(options.prompt_file)
-        pipe = load(options)
+        source = Pretrained(options.model, options.revision, options.variant)
+        pipe = load(source, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -35,10 +35,9 @@ def main() -> None:
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
             height=options.resolution,
             width=options.resolution,
-            max_sequence_length=options.max_sequence_length,
+            **source.family.call(options.guidance_scale, options.max_sequence_length),
         ).images
         for seed, image in zip(seeds, made, strict=True):
             image.save(options.output / f"{row:04d}-seed{seed}.png")
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Render prompts with an SD3 pipeline and an optional LoRA.")
+    parser = argparse.ArgumentParser(description="Render prompts with a pipeline and an optional LoRA.")
     parser.add_argument("--model", required=True, help="pipeline: folder, asset: path or hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
@@ -68,10 +67,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(options: argparse.Namespace) -> StableDiffusion3Pipeline:
+def load(source: Pretrained, options: argparse.Namespace) -> Any:
     """Load the pipeline with its LoRA, on the GPU if there is one."""
-    source = Pretrained(asset_path(options.model), options.revision, options.variant)
-    source.check(options.resolution, options.resolution)
+    source.family.latent_shape(source.config_of, options.resolution, options.resolution)
     pipe = source.load(DTYPES[options.dtype])
     if options.lora is not None:
         file = options.lora / "pytorch_lora_weights.safetensors" if options.lora.is_dir() else options.lora

@@ -27,7 +27,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 
 WORDS = ("fox", "red", "blue", "background", "clock")
 
@@ -143,9 +144,9 @@ def tiny_sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(tiny_sd3_dir: Path) -> SD3:
+def model(tiny_sd3_dir: Path) -> Model:
     """The pipeline as the package loads it, freshly for each test."""
-    return SD3.from_pretrained(str(tiny_sd3_dir))
+    return Model.from_pretrained(Pretrained(str(tiny_sd3_dir)))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from finetune_runs import write_rewards
 
 EVALUATE = Path(__file__).parents[1] / "eval/evaluate.py"
@@ -20,7 +21,7 @@ PROMPTS = (
 
 def write_lora(model: Path | str, folder: Path, *, seed: int = 0, size: float = 0.5) -> Path:
     """A LoRA far from zero for the model, in `folder`."""
-    sd3 = SD3.from_pretrained(str(model))
+    sd3 = Model.from_pretrained(Pretrained(str(model)))
     sd3.attach_lora(rank=4, lora_alpha=8, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sd3.lora_parameters().items():

@@ -7,13 +7,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_diffusers.models.sd3 import SD3
-from am_diffusers.models.sharding import shard_frozen
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from derivatives import vjp
 
 
-def make_model(path: str) -> SD3:
-    model = SD3.from_pretrained(path)
+def make_model(path: str) -> Model:
+    model = Model.from_pretrained(Pretrained(path))
     model.attach_lora(rank=4, lora_alpha=8, seed=0)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.lora_parameters().values():
@@ -25,8 +25,8 @@ def main() -> None:
     path, folder = sys.argv[1:]
     dist.init_process_group("gloo")
     whole, sharded = make_model(path), make_model(path)
-    shard_frozen(sharded.transformer, init_device_mesh("cpu", (dist.get_world_size(),)))
-    frozen = [p for p in sharded.transformer.parameters() if not p.requires_grad]
+    sharded.shard(init_device_mesh("cpu", (dist.get_world_size(),)))
+    frozen = [p for p in sharded.network.parameters() if not p.requires_grad]
     kept = sum(p.to_local().numel() for p in frozen) / sum(p.numel() for p in frozen)
     assert 0.45 < kept < 0.55, f"each of two processes holds half of the frozen weights, here {kept}"
     cond = whole.encode_prompts(["a fox", "red"], max_sequence_length=8)

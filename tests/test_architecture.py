@@ -1,7 +1,11 @@
 """The layout of CONTRIBUTING: which folder may import which, and how long things may be."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from am_diffusers.models import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "am_diffusers"
@@ -157,3 +161,39 @@ def test_whole_files_fingerprints_and_nearest_names_are_made_in_one_place() -> N
 def test_size_guides() -> None:
     files = [*FILES, *EVAL_FILES]
     assert {str(file.relative_to(ROOT)): found for file in files if (found := too_long(file))} == {}
+
+
+# These make an SD3 pipeline.
+MAKE_PIPELINES = ("scripts/pretrain", "scripts/assets")
+FAMILY_FILES = {
+    file.stem
+    for file in (PACKAGE / "models").glob("*.py")
+    if re.search(r"\bFamily\($", file.read_text(), re.M)
+}
+OF_A_FAMILY = re.compile(
+    "|".join([r"SD3\w*", r"\w*StableDiffusion\w*", r"(?!Diffusion)\w+Pipeline", *FAMILIES])
+)
+
+
+def words(file: Path) -> Iterator[str]:
+    """Yield the names in a file's code and in its strings; docstrings and comments are free."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield from re.findall(r"\w+", node.value)
+        for part in ("id", "attr", "name", "module"):
+            yield from re.findall(r"\w+", getattr(node, part, None) or "")
+
+
+def test_only_its_own_file_names_a_family_or_a_pipeline_class() -> None:
+    assert "sd3" in FAMILY_FILES
+    own_files = {PACKAGE / "models" / f"{name}.py" for name in ("__init__", *FAMILY_FILES)}
+    files = [*FILES, *EVAL_FILES, *(ROOT / "scripts").rglob("*.py")]
+    found = {
+        name: named
+        for file in files
+        if not (name := str(file.relative_to(ROOT))).startswith(MAKE_PIPELINES) and file not in own_files
+        if (named := {word for word in words(file) if OF_A_FAMILY.fullmatch(word) or word in FAMILY_FILES})
+    }
+    assert found == {}

@@ -9,7 +9,7 @@ class ModelConfig:
     """Model and adapter.
 
     Attributes:
-        pretrained_model_name_or_path: Diffusers folder, `asset:` path or hub id of an SD3 pipeline.
+        pretrained_model_name_or_path: Diffusers folder, `asset:` path or hub id of a pipeline.
         revision: branch, tag or commit of a hub model; null = its main branch.
         variant: weight file variant of the model, e.g. fp16; null = none.
         resolution: side of the square images in training and evaluation, in pixels.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker, Usage
-from am_diffusers.models.field import SD3Field
+from am_diffusers.models.base import AdapterField
 from am_diffusers.terminal_cost import RewardOfLatents, Terminal, TerminalCost
 from am_diffusers.velocity import Conditioning, Pull
 
@@ -34,7 +34,7 @@ class Noise:
 class Field:
     """A transformer's velocity field, each kind of call run once and then only counted."""
 
-    def __init__(self, field: SD3Field, tracker: Tracker, costs: Costs) -> None:
+    def __init__(self, field: AdapterField, tracker: Tracker, costs: Costs) -> None:
         self._field, self._tracker, self._costs = field, tracker, costs
         self._graph = 0
 

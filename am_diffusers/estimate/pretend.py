@@ -4,6 +4,7 @@ Saying CPU, not meta, keeps every choice a real one: autocast, the attention ker
 on a CPU as on a GPU), where a tensor is moved. `norms_in_float32` adds what a GPU does differently.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from am_diffusers.config import Config, RewardConfig
-from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
+from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.models.sd3 import SD3
-from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
+from am_diffusers.models.text_encoders import PromptEncoder
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rewards.learned import Skeleton
 from am_diffusers.run.fields import micro_batch
@@ -41,7 +41,7 @@ class Pretence:
         mode: fake mode that makes further tensors.
     """
 
-    model: SD3
+    model: Model
     rewards: list[Reward]
     held_out: list[Reward]
     text_bytes: int
@@ -66,30 +66,25 @@ def pretend(plan: Plan, *, on_gpu: bool) -> Pretence:
     config, options = plan.config, plan.config.model
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = DTYPES[options.mixed_precision]
-    path = asset_path(options.pretrained_model_name_or_path)
-    source = Pretrained(path, options.revision, options.variant)
-    model = sd3_skeleton(source, dtype)
+    source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
+    pipe, prompts = source.skeleton(dtype), PromptsWithoutData(source, dtype, mode)
+    model = Model(pipe, source.family, source=source, prompts=prompts)
     with torch.device("meta"):
-        layers = DEFAULT_LORA_LAYERS if options.lora_layers is None else options.lora_layers
-        model.attach_lora(rank=options.rank, lora_alpha=options.lora_alpha, layers=layers)
+        model.attach_lora(rank=options.rank, lora_alpha=options.lora_alpha, layers=options.lora_layers)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    for module in (model.transformer, model.vae):
+    for module in (model.network, model.vae):
         remove_data(module, mode)
     if on_gpu:
-        norms_in_float32(model.transformer)
-    weights, tokens = text_encoders(source)
-    sizes: Any = model.transformer.config
-    row = (tokens + options.max_sequence_length) * sizes["joint_attention_dim"] + sizes[
-        "pooled_projection_dim"
-    ]
+        norms_in_float32(model.network)
     rewards, held_out = (
         [_pretend_reward(reward, config, mode) for reward in some]
         for some in (config.method.rewards, plan.held_out)
     )
-    pretence = Pretence(model, rewards, held_out, weights * dtype.itemsize, row * dtype.itemsize, mode)
-    _encode_without_text(pretence, tokens, dtype)
-    return pretence
+    text_bytes = source.text_weights() * dtype.itemsize
+    shapes = prompts.shapes(options.max_sequence_length)
+    prompt_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    return Pretence(model, rewards, held_out, text_bytes, prompt_bytes, mode)
 
 
 def _pretend_reward(reward: RewardConfig, config: Config, mode: FakeTensorMode) -> Reward:
@@ -108,24 +103,27 @@ def _pretend_reward(reward: RewardConfig, config: Config, mode: FakeTensorMode) 
     return made
 
 
-def _encode_without_text(pretence: Pretence, tokens: int, dtype: torch.dtype) -> None:
-    """Let the model encode any prompt to embeddings without data."""
-    sizes: Any = pretence.model.transformer.config
+class PromptsWithoutData(PromptEncoder):
+    """Conditioning without data, for any prompt."""
 
-    def encode_prompts(
-        prompts: Sequence[str], *, max_sequence_length: int = 256, negative_prompt: str | None = None
+    def __init__(self, source: Pretrained, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+        """Take the shapes from the model's configuration files."""
+        self._source, self._dtype, self._mode = source, dtype, mode
+
+    def shapes(self, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each part of an encoded prompt."""
+        return self._source.family.prompt_shapes(self._source.config_of, max_sequence_length)
+
+    def encode(
+        self, prompts: Sequence[str], max_sequence_length: int, negative_prompt: str | None, batch_size: int
     ) -> Conditioning:
-        def embeddings() -> tuple[Tensor, Tensor]:
-            length, rows = tokens + max_sequence_length, len(prompts)
-            return (
-                pretence.empty(rows, length, sizes["joint_attention_dim"], dtype=dtype),
-                pretence.empty(rows, sizes["pooled_projection_dim"], dtype=dtype),
-            )
-
-        # A negative prompt is one row, seen as many.
-        return Conditioning(tuple(prompts), *embeddings(), *([] if negative_prompt is None else embeddings()))
-
-    pretence.model.encode_prompts = encode_prompts  # pyright: ignore[reportAttributeAccessIssue]
+        """Return conditioning; the negative prompt, one row that is seen as many, counts as many."""
+        parts = {}
+        for prefix in [""] if negative_prompt is None else ["", "negative_"]:
+            for name, shape in self.shapes(max_sequence_length).items():
+                rows = torch.empty(len(prompts), *shape, dtype=self._dtype, device="meta")
+                parts[prefix + name] = without_data(rows, self._mode)
+        return Conditioning(tuple(prompts), **parts)
 
 
 def remove_data(module: nn.Module, mode: FakeTensorMode) -> None:

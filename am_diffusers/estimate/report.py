@@ -15,7 +15,6 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.run.counting import Counted, count, described_latents
 from am_diffusers.run.fields import micro_batch
 from am_diffusers.run.plan import Plan
-from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.training.state import TrainState
 
@@ -124,7 +123,7 @@ def _hold_weights(plan: Plan, pretence: Pretence, tracker: Tracker) -> dict[str,
     """Count the bytes of all weights by owner; the tracker holds those that are tensors."""
     model = pretence.model
     resident = {"LoRA": tracker.hold(model.lora_parameters().values())}
-    resident["transformer"] = tracker.hold([*model.transformer.parameters(), *model.transformer.buffers()])
+    resident["transformer"] = tracker.hold([*model.network.parameters(), *model.network.buffers()])
     resident["VAE"] = tracker.hold(model.vae.parameters())
     for reward in [*pretence.rewards, *pretence.held_out]:
         resident[f"reward {reward.name}"] = tracker.hold(weights_of(reward))
@@ -156,7 +155,7 @@ def _samples(plan: Plan, on_gpu: bool, rows: int) -> tuple[int, int]:
 def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     """Return a process's share of what the method keeps."""
     model = plan.config.model
-    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
+    source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.resolution))
     return kept.of_one(plan.num_processes)
 

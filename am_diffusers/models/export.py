@@ -1,32 +1,25 @@
 """A trained LoRA in the forms of other programs, each proved by loading it back.
 
-- `diffusers`: what `StableDiffusion3Pipeline.load_lora_weights` reads.
-- `comfyui`: keys `lora_transformer_<module with _>.lora_up.weight`, `.lora_down.weight` and `.alpha`, the
-  OneTrainer names that ComfyUI's loader maps for SD3; it applies `W + alpha / rank * up @ down`.
+- `diffusers`: what the pipeline's `load_lora_weights` reads.
+- `comfyui`: keys `<name>.lora_up.weight`, `.lora_down.weight` and `.alpha`, with a name of the module that
+  ComfyUI's loader maps for the family; it applies `W + alpha / rank * up @ down`.
 - `merged`: the base pipeline with `W + scale * B A` as its weights, read by plain `from_pretrained`.
 """
 
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from am_diffusers.models import lora
+from am_diffusers.models.base import Model
+from am_diffusers.models.lora import lora_layers, scaled_weights
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.models.proof import Proof, compare, random_point
 
-# Of the blocks' layers those that ComfyUI keeps as they are, or as parts of one fused qkv matrix. The last
-# block's text modulation is stored in another order there.
-_COMFYUI_MODULE = re.compile(
-    r"transformer_blocks\.\d+\."
-    r"(attn2?\.(to_[qkv]|to_out\.0)|attn\.(add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
-)
 # Relative to the LoRA's effect, in float32: rounding of one forward pass. A merged half-precision file also
 # rounds every weight to 8 (bfloat16) or 11 (float16) bits.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-1}
@@ -45,19 +38,6 @@ class ExportOptions:
     lora_path: Path
     scale: float = 1.0
     dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How an export, loaded back, compares at a fixed input.
-
-    Attributes:
-        effect: largest change of the velocity by the LoRA, relative to the largest velocity.
-        error: largest difference between export and tuned model, relative to the LoRA's largest change.
-    """
-
-    effect: float
-    error: float
 
 
 def export_lora(base: Pretrained, options: ExportOptions, target: Path, form: str) -> Proof:
@@ -81,112 +61,91 @@ def export_lora(base: Pretrained, options: ExportOptions, target: Path, form: st
     if options.scale == 0:
         raise ValueError("--scale 0 is the base model: choose the strength of the LoRA, 1 as trained")
     before, after = _outputs(base, options)
-    size, change = before.abs().max().item(), (after - before).abs().max().item()
-    if not change > 0:
-        raise ValueError(f"{options.lora_path} does not change the model's output: was it trained at all?")
+    compare(options.lora_path, before, after, after)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
         written = Path(staging) / target.name
-        exported = writer(base, options, written)
-        error = (exported - after).abs().max().item() / change
-        if not error <= TOLERANCE[options.dtype if form == "merged" else torch.float32]:
+        proof = compare(options.lora_path, before, after, writer(base, options, written))
+        if not proof.error <= TOLERANCE[options.dtype if form == "merged" else torch.float32]:
             raise ValueError(
-                f"loaded back, the {form} export differs from the tuned model by {error:.1e} of the LoRA's "
-                f"change{_remedy(form, options.dtype)}"
+                f"loaded back, the {form} export differs from the tuned model by {proof.error:.1e} of the "
+                f"LoRA's change{_remedy(form, options.dtype)}"
             )
         written.rename(target)
-    return Proof(change / size, error)
+    return proof
 
 
 @torch.no_grad()
-def probe(transformer: SD3Transformer2DModel) -> Tensor:
-    """Velocity of a transformer, which becomes float32, at two fixed random inputs on the CPU."""
-    config: Any = transformer.float().eval().config
-    draw = torch.Generator().manual_seed(0)
-    side = 4 * config["patch_size"]
-    return transformer(
-        hidden_states=torch.randn(2, config["in_channels"], side, side, generator=draw),
-        encoder_hidden_states=torch.randn(2, 8, config["joint_attention_dim"], generator=draw),
-        pooled_projections=torch.randn(2, config["pooled_projection_dim"], generator=draw),
-        timestep=torch.tensor([300.0, 900.0]),
-        return_dict=False,
-    )[0]
+def _velocity(model: Model) -> Tensor:
+    return model.policy(*random_point(model))
 
 
-def _transformer(base: Pretrained) -> SD3Transformer2DModel:
-    return base.load(torch.float32, text_and_vae=False).transformer
-
-
-def _tuned(base: Pretrained, options: ExportOptions) -> SD3Transformer2DModel:
-    transformer = _transformer(base)
-    lora.load_lora(transformer, options.lora_path, scale=options.scale)
-    return transformer
-
-
+@torch.no_grad()
 def _outputs(base: Pretrained, options: ExportOptions) -> tuple[Tensor, Tensor]:
-    """Velocities of the base and of the tuned model."""
-    transformer = _tuned(base, options)
-    with lora.adapters(transformer, enabled=False):
-        before = probe(transformer)
-    return before, probe(transformer)
+    """Return velocities of the base and of the tuned model."""
+    model = _tuned(base, options)
+    point = random_point(model)
+    return model.base(*point), model.policy(*point)
+
+
+def _base(source: Pretrained) -> Model:
+    return Model.from_pretrained(source, text_and_vae=False)
+
+
+def _tuned(base: Pretrained, options: ExportOptions) -> Model:
+    model = _base(base)
+    model.load_lora(options.lora_path, scale=options.scale)
+    return model
 
 
 def _write_diffusers(base: Pretrained, options: ExportOptions, file: Path) -> Tensor:
-    saved = lora.save_lora(_tuned(base, options), file.parent)
-    saved.rename(file)
-    pipe = base.load(torch.float32, text_and_vae=False)
-    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    return probe(pipe.transformer)
+    _tuned(base, options).save_lora(file.parent).rename(file)
+    model = _base(base)
+    model.pipeline().load_lora_weights(str(file.parent), weight_name=file.name)
+    return _velocity(model)
 
 
 def _write_comfyui(base: Pretrained, options: ExportOptions, file: Path) -> Tensor:
     state: dict[str, Tensor] = {}
-    for name, layer in lora.lora_layers(_tuned(base, options)).items():
-        if not _COMFYUI_MODULE.fullmatch(name):
+    for name, layer in lora_layers(_tuned(base, options).network).items():
+        key = base.family.comfyui(name)
+        if key is None:
             raise ValueError(
                 f"ComfyUI may read a LoRA on {name} otherwise than Diffusers: use --format diffusers or "
                 "merged"
             )
-        down, up = lora.scaled_weights(layer)
-        key = f"lora_transformer_{name.replace('.', '_')}"
+        down, up = scaled_weights(layer)
         state[f"{key}.lora_down.weight"] = down.cpu().contiguous()
         state[f"{key}.lora_up.weight"] = up.cpu().contiguous()
         state[f"{key}.alpha"] = torch.tensor(float(len(down)))  # the scaling is in `up`
     save_file(state, file, metadata={"format": "pt"})
-    transformer = _transformer(base)
-    apply_comfyui(transformer, load_file(file))
-    return probe(transformer)
+    model = _base(base)
+    _apply_comfyui(model, load_file(file))
+    return _velocity(model)
 
 
 @torch.no_grad()
-def apply_comfyui(transformer: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Add a LoRA in the `comfyui` form to the weights of a transformer.
-
-    Raises:
-        ValueError: if a key belongs to no linear layer.
-    """
-    linear = {
-        f"lora_transformer_{name.replace('.', '_')}": module
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    unknown = {key.split(".")[0] for key in state} - set(linear)
-    if unknown:
-        raise ValueError(f"no layer for {sorted(unknown)[0]} in this base model")
+def _apply_comfyui(model: Model, state: dict[str, Tensor]) -> None:
+    """Add a LoRA in the `comfyui` form to the weights of a model."""
+    modules = {model.family.comfyui(name): module for name, module in model.network.named_modules()}
     for key in {key.split(".")[0] for key in state}:
         up, down = state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"]
-        linear[key].weight += state[f"{key}.alpha"].item() / len(down) * up @ down
+        modules[key].weight += state[f"{key}.alpha"].item() / len(down) * up @ down
 
 
 def _write_merged(base: Pretrained, options: ExportOptions, folder: Path) -> Tensor:
-    merged = _tuned(base, options)
+    model = _tuned(base, options)
+    merged, name = model.network, model.family.network
     merged.fuse_lora(safe_fusing=True)  # at the scale that `load_lora` set
     merged.unload_lora()
     torch.nn.Module.to(merged, options.dtype)
     pipe = base.load(options.dtype)
-    pipe.register_modules(transformer=merged)
+    pipe.register_modules(**{name: merged})
     pipe.save_pretrained(folder)
-    return probe(Pretrained(str(folder)).load(options.dtype).transformer)
+    written = Pretrained(str(folder))
+    loaded = written.load(options.dtype)
+    getattr(loaded, name).float()
+    return _velocity(Model(loaded, written.family, source=written))
 
 
 def _remedy(form: str, dtype: torch.dtype) -> str:

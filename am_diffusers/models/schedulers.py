@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_diffusers.rollout import Solution, Solver, TableSolver
+from am_diffusers.models.family import Shape
+from am_diffusers.rollout import Solution, Solver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -34,47 +35,35 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def own_sigmas(scheduler: Any, num_steps: int) -> Tensor:
-    """A scheduler's own noise levels (num_steps + 1,), float64, 1 to 0."""
-    return _sigmas(scheduler, num_steps, None)
+def static_sigmas(scheduler: Any, num_steps: int, shape: Shape, stochastic: bool) -> Tensor:
+    """Return a scheduler's own levels, or for stochastic tables its shift of an even grid, for any shape."""
+    scheduler, grid = deepcopy(scheduler), np.linspace(1, 1 / num_steps, num_steps).tolist()
+    scheduler.set_timesteps(num_steps, sigmas=grid if stochastic else None)
+    return scheduler.sigmas.double()
 
 
-def even_sigmas(scheduler: Any, num_steps: int) -> Tensor:
-    """A scheduler's shift of an even grid (num_steps + 1,), float64, 1 to 0."""
-    return _sigmas(scheduler, num_steps, np.linspace(1, 1 / num_steps, num_steps).tolist())
-
-
-def check_solver(name: str) -> None:
-    """Raise ValueError unless `make_solver` knows `name`; lists those that fit."""
+def check_solver(name: str, num_steps: int = 1) -> None:
+    """Raise a ValueError unless a solver is known and makes a step; it lists those that fit."""
     if name not in TRANSITIONS and name not in SCHEDULERS:
         kind = "isn't fit for flow models" if hasattr(diffusers, name) else "is unknown"
         fit = ", ".join([*TRANSITIONS, *SCHEDULERS])
         raise ValueError(f"the sampler {name!r} {kind}: expected one of {fit}")
+    if num_steps < 1:
+        raise ValueError(f"expected at least 1 sampling step, got {num_steps}")
 
 
 def make_solver(own: Any, name: str, num_steps: int) -> Solver:
-    """A solver of `num_steps` steps by name.
+    """Return a class of `SCHEDULERS` as a solver, with the shift of `own`, the pipeline's scheduler.
 
-    Args:
-        own: the pipeline's scheduler; others get its shift.
-        name: a table of `TRANSITIONS`, on the noise levels that suit it, or a class of `SCHEDULERS`.
-        num_steps: steps K; calls of the network a picture, but a scheduler of order 2 makes 2 K - 1.
-
-    Raises:
-        ValueError: for any other name (lists those that fit), or too few steps for the solver.
+    It calls the network `num_steps` times an image, K; a scheduler of order 2 makes 2 K - 1 calls.
     """
-    check_solver(name)
-    if num_steps < 1:
-        raise ValueError(f"expected at least 1 sampling step, got {num_steps}")
-    if name in TRANSITIONS:
-        sigmas = own_sigmas if name == "ode_euler" else even_sigmas
-        return TableSolver(TRANSITIONS[name](sigmas(own, num_steps)))
+    check_solver(name, num_steps)
     return SchedulerSolver(_scheduler(own, name), num_steps)
 
 
 @dataclass(frozen=True)
 class SchedulerSolver:
-    """The steps of a scheduler, as `StableDiffusion3Pipeline` takes them. It has no path KL.
+    """The steps of a scheduler, as Diffusers' pipelines take them. It has no path KL.
 
     Attributes:
         scheduler: left as it is; every call steps a copy.
@@ -109,7 +98,7 @@ class SchedulerSolver:
 
 
 def _scheduler(own: Any, name: str) -> Any:
-    """The pipeline's scheduler where it is the one, with all its settings, or another with its shift."""
+    """Return the pipeline's scheduler where it is the one, with its settings, or another with its shift."""
     if type(own).__name__ == name:
         return own
     shift, extra = SCHEDULERS[name]
@@ -121,9 +110,3 @@ def _scheduler(own: Any, name: str) -> Any:
         )
     settings = {"num_train_timesteps": config.num_train_timesteps, shift: config.shift, **extra}
     return getattr(diffusers, name)(**settings)
-
-
-def _sigmas(scheduler: Any, num_steps: int, sigmas: list[float] | None) -> Tensor:
-    scheduler = deepcopy(scheduler)
-    scheduler.set_timesteps(num_steps, sigmas=sigmas)
-    return scheduler.sigmas.double()

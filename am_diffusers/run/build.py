@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_diffusers.models.sd3 import SD3
-from am_diffusers.models.sharding import shard_frozen
+from am_diffusers.models.base import Model
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.run.execution import Run
 from am_diffusers.run.folder import EMA_FOLDER, open_folder
@@ -55,7 +54,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         model = load_model(plan, accelerator.device)
     model.before_pass = processes.poll
     if config.model.shard_weights:
-        shard_frozen(model.transformer, init_device_mesh(accelerator.device.type, (processes.number,)))
+        model.shard(init_device_mesh(accelerator.device.type, (processes.number,)))
     with processes.together():
         trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
@@ -83,7 +82,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         save_lora=save_lora,
         verify_lora=make_verifier(plan, model),
         held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
-        share=make_sharing(plan, processes, target),
+        share=make_sharing(plan, processes, target, model.family),
         processes=processes,
         folder=folder,
         lock=lock,
@@ -96,7 +95,7 @@ def warn(plan: Plan) -> None:
         logger.warning("%s", text)
 
 
-def lora_writer(model: SD3, state: TrainState) -> Callable[[Path], list[Path]]:
+def lora_writer(model: Model, state: TrainState) -> Callable[[Path], list[Path]]:
     """Return a function that writes the LoRA into a folder, and its running mean into `ema` there."""
 
     def write(folder: Path) -> list[Path]:

@@ -35,6 +35,7 @@ class Loading:
     """Diffusers code that makes images with the result of a run.
 
     Attributes:
+        pipeline: class of the pipeline.
         base: hub id or folder of the base model.
         base_options: further arguments of its `from_pretrained`, as Python source by name.
         load_from: hub id or folder of the LoRA.
@@ -43,6 +44,7 @@ class Loading:
         call: numbers of the pipeline call, by argument.
     """
 
+    pipeline: str
     base: str
     base_options: dict[str, str]
     load_from: str
@@ -57,9 +59,9 @@ class Loading:
         return "\n".join(
             [
                 "import torch",
-                "from diffusers import StableDiffusion3Pipeline",
+                f"from diffusers import {self.pipeline}",
                 "",
-                f"pipe = StableDiffusion3Pipeline.from_pretrained({json.dumps(self.base)}{options})",
+                f"pipe = {self.pipeline}.from_pretrained({json.dumps(self.base)}{options})",
                 f"pipe.load_lora_weights({json.dumps(self.load_from)}{inside})",
                 "pipe(",
                 f"    {json.dumps(self.prompt)},",

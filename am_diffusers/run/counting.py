@@ -14,7 +14,7 @@ from torch import Tensor
 from am_diffusers.config import Config
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.parts.surroundings import Surroundings
-from am_diffusers.models.pretrained import Pretrained, vae_scale
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.fields import sizes, with_guidance
 from am_diffusers.transitions import uniform_sigmas
@@ -92,9 +92,7 @@ def count(config: Config) -> Counted:
 
 def described_latents(source: Pretrained, resolution: int) -> LatentSpec:
     """Return the shape of a latent, from configuration files alone."""
-    channels = source.config("transformer/config.json")["in_channels"]
-    side = resolution // vae_scale(source.config("vae/config.json"))
-    return LatentSpec((channels, side, side))
+    return LatentSpec(source.family.latent_shape(source.config_of, resolution, resolution))
 
 
 def _iterate(method: Method, cond: Conditioning, iteration: int) -> int:

@@ -8,7 +8,8 @@ from diffusers.utils import logging as diffusers_logging
 from am_diffusers.evaluation.held_out import HeldOut
 from am_diffusers.evaluation.pairs import Scorer, official
 from am_diffusers.evaluation.validation import Validation, ValidationLog
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.proof import prompt_point, verify_lora
 from am_diffusers.rewards import ImageFeatures, Reward
 from am_diffusers.run.fields import guided
 from am_diffusers.run.load import encoder, make_sampler
@@ -18,7 +19,7 @@ from am_diffusers.training.trackers import Trackers
 
 
 def make_scorer(
-    plan: Plan, model: SD3, trained: Sequence[Reward], held_out: Sequence[Reward]
+    plan: Plan, model: Model, trained: Sequence[Reward], held_out: Sequence[Reward]
 ) -> tuple[Scorer, dict[str, str]]:
     """Make the scorer of image pairs, with published preprocessing, and return each reward's role too.
 
@@ -57,17 +58,17 @@ def make_validation(
     )
 
 
-def make_verifier(plan: Plan, model: SD3) -> Callable[[Path], dict[str, float]]:
+def make_verifier(plan: Plan, model: Model) -> Callable[[Path], object]:
     """Return a function that compares a written LoRA with the model, at the first validation prompt."""
     cond = encoder(plan.config, model, 1.0)(plan.validation_prompts[:1])
-    side = plan.config.model.resolution
+    point = prompt_point(model, cond, plan.config.model.resolution, plan.config.model.resolution)
 
-    def verify(file: Path) -> dict[str, float]:
+    def verify(file: Path) -> object:
         # Diffusers warns that there's no LoRA for the text encoders, which is so on purpose.
         verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()
         try:
-            return model.verify_lora(file, cond, side, side)
+            return verify_lora(model, file, point)
         finally:
             diffusers_logging.set_verbosity(verbosity)
 

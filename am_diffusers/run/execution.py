@@ -34,7 +34,7 @@ class Run:
 
     trainer: Trainer
     save_lora: Callable[[Path], list[Path]]
-    verify_lora: Callable[[Path], dict[str, float]]
+    verify_lora: Callable[[Path], object]
     held_out: HeldOut | None
     share: Callable[[Evaluation | None], None]
     processes: Processes

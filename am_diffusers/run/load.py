@@ -7,8 +7,8 @@ import torch
 
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.evaluation.images import Sampler
-from am_diffusers.models.lora import DEFAULT_LORA_LAYERS
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.noise import LatentSpec
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
 from am_diffusers.rollout import TableSolver
@@ -58,17 +58,12 @@ def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[R
     return trained, held_out
 
 
-def load_model(plan: Plan, device: torch.device) -> SD3:
+def load_model(plan: Plan, device: torch.device) -> Model:
     """Load the model with a fresh LoRA; encode all prompts of the run if the text encoders are freed."""
     config = plan.config
     options = config.model
-    model = SD3.from_pretrained(
-        asset_path(options.pretrained_model_name_or_path),
-        weight_dtype=DTYPES[options.mixed_precision],
-        revision=options.revision,
-        variant=options.variant,
-        device=device,
-    )
+    source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
+    model = Model.from_pretrained(source, weight_dtype=DTYPES[options.mixed_precision], device=device)
     if options.free_text_encoders:
         texts = [*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts]
         guidance = max(config.shared.rollout_guidance_scale, config.evaluation.eval_guidance_scale)
@@ -78,7 +73,7 @@ def load_model(plan: Plan, device: torch.device) -> SD3:
     model.attach_lora(
         rank=options.rank,
         lora_alpha=options.lora_alpha,
-        layers=DEFAULT_LORA_LAYERS if options.lora_layers is None else options.lora_layers,
+        layers=options.lora_layers,
         seed=config.run.seed,
     )
     if options.gradient_checkpointing:
@@ -86,7 +81,7 @@ def load_model(plan: Plan, device: torch.device) -> SD3:
     return model
 
 
-def encoder(config: Config, model: SD3, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
+def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
     """Return a function from prompts to conditioning, with the empty negative prompt if guidance needs it."""
     return partial(
         model.encode_prompts,
@@ -95,7 +90,7 @@ def encoder(config: Config, model: SD3, guidance_scale: float) -> Callable[[Sequ
     )
 
 
-def latent_spec(config: Config, model: SD3) -> LatentSpec:
+def latent_spec(config: Config, model: Model) -> LatentSpec:
     """Return the shape and device of one latent."""
     side = config.model.resolution
     return LatentSpec(model.latent_shape(side, side), model.device)
@@ -107,14 +102,14 @@ def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:
     return WeightedRewards(rewards, scales)
 
 
-def make_sampler(config: Config, model: SD3, *, purpose: str = "picture") -> Sampler:
+def make_sampler(config: Config, model: Model, *, purpose: str = "picture") -> Sampler:
     """Make the ODE sampler of validation and evaluation; its noise depends on `purpose`."""
-    evaluation = config.evaluation
+    evaluation, latents = config.evaluation, latent_spec(config, model)
     return Sampler(
-        solver=TableSolver(ode_euler(model.ode_sigmas(evaluation.eval_inference_steps))),
+        solver=TableSolver(ode_euler(model.ode_sigmas(evaluation.eval_inference_steps, latents.shape))),
         encode=encoder(config, model, evaluation.eval_guidance_scale),
         decode=model.decode,
-        latents=latent_spec(config, model),
+        latents=latents,
         seed=config.run.seed,
         batch_size=evaluation.eval_batch_size,
         purpose=purpose,

@@ -15,7 +15,7 @@ from torch import Tensor
 from am_diffusers.config import OptimizerConfig
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.matching import MatchingBatch, matching_loss
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.noise import LatentSpec, generator_for
 from am_diffusers.rewards import Reward
 from am_diffusers.run.counting import count
@@ -127,7 +127,7 @@ def _fits(run: Callable[[int], None], size: int) -> bool:
 SETTINGS = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
 
-def find_micro_batches(plan: Plan, model: SD3, rewards: Sequence[Reward], processes: Processes) -> Plan:
+def find_micro_batches(plan: Plan, model: Model, rewards: Sequence[Reward], processes: Processes) -> Plan:
     """Return the plan with the largest sizes that fit in place of `auto`, and print them.
 
     Raises:
@@ -168,7 +168,7 @@ def _search(
     return dict(zip(SETTINGS, (rollout, reward, loss), strict=True))
 
 
-def make_passes(plan: Plan, model: SD3, rewards: Sequence[Reward]) -> Passes:
+def make_passes(plan: Plan, model: Model, rewards: Sequence[Reward]) -> Passes:
     """Return the passes of this run."""
     config, options = plan.config, plan.config.shared
     reward, fields = weighted(rewards, config), with_guidance(config, model.policy, model.base)

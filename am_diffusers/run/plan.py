@@ -136,9 +136,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if config.run.gpu is not None:
         find_gpu(config.run.gpu)
     model = config.model
-    source = Pretrained(asset_path(model.pretrained_model_name_or_path), model.revision, model.variant)
+    source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
-        source.check(model.resolution, model.resolution)
         counted.method.check_size(counted.rows, described_latents(source, model.resolution))
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory

@@ -15,6 +15,7 @@ from am_diffusers.config import Config
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.methods import METHODS
+from am_diffusers.models.family import Family
 from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
@@ -130,13 +131,13 @@ def hub_target(config: Config) -> HubTarget | None:
 
 
 def make_sharing(
-    plan: Plan, processes: Processes, target: HubTarget | None
+    plan: Plan, processes: Processes, target: HubTarget | None, family: Family
 ) -> Callable[[Evaluation | None], None]:
     """Return a function that writes the model card, then uploads; for the main process."""
     folder = Path(plan.config.run.output_dir)
 
     def share(evaluation: Evaluation | None) -> None:
-        write_card(folder, card_facts(plan, target), evaluation)
+        write_card(folder, card_facts(plan, target, family), evaluation)
         address = None if target is None else upload(target, folder)
         if address is not None:
             processes.accelerator.print(f"uploaded to {address}")
@@ -144,7 +145,7 @@ def make_sharing(
     return share
 
 
-def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
+def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFacts:
     """Return the facts about a run for its model card."""
     config = plan.config
     base = config.model.pretrained_model_name_or_path
@@ -163,17 +164,18 @@ def card_facts(plan: Plan, target: HubTarget | None) -> CardFacts:
         prompts=plan.train_prompts,
         settings=to_yaml(config),
         resolution=config.model.resolution,
-        loading=_loading(plan, str(folder) if target is None else target.repo_id),
+        loading=_loading(plan, family, str(folder) if target is None else target.repo_id),
     )
 
 
-def _loading(plan: Plan, load_from: str) -> Loading:
+def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
     model, evaluation = plan.config.model, plan.config.evaluation
     options = {"revision": model.revision, "variant": model.variant}
     source = {name: json.dumps(value) for name, value in options.items() if value is not None}
     if model.mixed_precision != "no":
         source["torch_dtype"] = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[model.mixed_precision]
     return Loading(
+        pipeline=family.pipeline.__name__,
         # As in the README: a path in a checkout of this project.
         base=re.sub("^asset:", "am_diffusers/assets/", model.pretrained_model_name_or_path),
         base_options=source,
@@ -183,8 +185,7 @@ def _loading(plan: Plan, load_from: str) -> Loading:
         call={
             "height": model.resolution,
             "width": model.resolution,
-            "max_sequence_length": model.max_sequence_length,
             "num_inference_steps": evaluation.eval_inference_steps,
-            "guidance_scale": evaluation.eval_guidance_scale,
+            **family.call(evaluation.eval_guidance_scale, model.max_sequence_length),
         },
     )

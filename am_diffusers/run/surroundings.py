@@ -16,7 +16,7 @@ from am_diffusers.evaluation.base_rewards import (
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.parts.replay import DiskTensors
 from am_diffusers.methods.parts.surroundings import Gather, Surroundings, gather_from_one
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
 from am_diffusers.run.fields import Fields, sizes, with_guidance
 from am_diffusers.run.load import encoder, latent_spec, make_sampler
@@ -24,7 +24,7 @@ from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
 
 
-def make_method(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Method:
+def make_method(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Method:
     """Make the method of a run."""
     config = plan.config
     processes.on_main(DiskTensors(Path(config.run.output_dir)).clean)
@@ -41,7 +41,7 @@ def make_method(plan: Plan, model: SD3, reward: Reward, processes: Processes) ->
 
 def surroundings(
     config: Config,
-    model: SD3,
+    model: Model,
     reward: Reward,
     fields: Fields,
     *,
@@ -58,11 +58,14 @@ def surroundings(
         gather: function that concatenates a 1-D tensor over ranks.
         tilt: law aimed at, if it isn't the reweighted base.
     """
+    latents = latent_spec(config, model)
     return Surroundings(
         *fields[:2],
         reward=lambda latents, prompts: reward(model.decode(latents), prompts),
-        latents=latent_spec(config, model),
-        sigmas=cache(lambda steps, noisy: model.sde_sigmas(steps) if noisy else model.ode_sigmas(steps)),
+        latents=latents,
+        sigmas=cache(
+            lambda steps, noisy: (model.sde_sigmas if noisy else model.ode_sigmas)(steps, latents.shape)
+        ),
         rollout=fields.rollout,
         encode=encoder(config, model, config.shared.rollout_guidance_scale),
         sizes=sizes(config),
@@ -72,7 +75,7 @@ def surroundings(
     )
 
 
-def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> Tilt | None:
+def make_tilt(plan: Plan, model: Model, reward: Reward, processes: Processes) -> Tilt | None:
     """Return the law of a divergence other than kl, its normalisers estimated on base images."""
     config, options = plan.config, plan.config.shared
     if options.divergence == "kl":
@@ -94,7 +97,7 @@ def make_tilt(plan: Plan, model: SD3, reward: Reward, processes: Processes) -> T
 
 
 def _base_rewards(
-    plan: Plan, model: SD3, reward: Reward, prompts: list[str], processes: Processes
+    plan: Plan, model: Model, reward: Reward, prompts: list[str], processes: Processes
 ) -> dict[str, Tensor]:
     sampler, number = (
         make_sampler(plan.config, model, purpose="divergence"),

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from am_diffusers.evaluation.images import Picture, Sampled, Sampler
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.proof import lora_effect, prompt_point
 from am_diffusers.noise import LatentSpec
 from am_diffusers.run.fields import guided
 from am_diffusers.run.load import DTYPES
@@ -59,7 +60,7 @@ class Generator:
 
     plan: Plan
     store: Store
-    model: SD3
+    model: Model
 
     def check(self) -> None:
         """Make every sampler and load every LoRA at every scale once, before hours are spent.
@@ -76,7 +77,7 @@ class Generator:
         for candidate in tuned.values():
             self._load(before, candidate)
             before = candidate
-            effect = self.model.lora_effect(cond, self.plan.side, self.plan.side)
+            effect = lora_effect(self.model, prompt_point(self.model, cond, self.plan.side, self.plan.side))
             if not EFFECT_FLOOR < effect < float("inf"):
                 name = f"{candidate.lora} at scale {candidate.lora_scale:g}"
                 raise ValueError(
@@ -130,12 +131,12 @@ class Generator:
 
     def sampler(self, candidate: Candidate) -> Sampler:
         """Make the sampler of a candidate's images; the noise is the same for all candidates."""
-        side = self.plan.side
+        shape = self.model.latent_shape(self.plan.side, self.plan.side)
         return Sampler(
-            solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps),
+            solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps, shape),
             encode=self._encode(candidate.guidance_scale),
             decode=self.model.decode,
-            latents=LatentSpec(self.model.latent_shape(side, side), self.model.device),
+            latents=LatentSpec(shape, self.model.device),
             seed=self.plan.options.seed,
             batch_size=self.plan.options.batch_size,
         )
@@ -148,15 +149,10 @@ class Generator:
         )
 
 
-def load_model(plan: Plan, batches: Batches, device: torch.device) -> SD3:
+def load_model(plan: Plan, batches: Batches, device: torch.device) -> Model:
     """Load the base model, encode the prompts of `batches` and free the text encoders."""
-    model = SD3.from_pretrained(
-        plan.source.path,
-        weight_dtype=DTYPES[plan.options.mixed_precision],
-        revision=plan.source.revision,
-        variant=plan.source.variant,
-        device=device,
-    )
+    dtype = DTYPES[plan.options.mixed_precision]
+    model = Model.from_pretrained(plan.source, weight_dtype=dtype, device=device)
     # Prompts are always encoded with the same neighbours: the last bits of an embedding depend on them.
     texts = list(dict.fromkeys(plan.prompts.prompts))
     places = {text: place for place, text in enumerate(texts)}

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from am_diffusers.models.text import token_counters
+from transformers import AutoTokenizer
+
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.leaks import find_leaks, normalised
 from am_diffusers.prompts.sets import PromptSet, load_prompts, load_texts
 from am_diffusers.system.files import asset_path
@@ -28,6 +30,27 @@ def make_notes(plan: Plan) -> tuple[str, ...]:
     for training in _training_lists(plan.options, configs):
         lines += _leaks(plan, training)
     return tuple(lines)
+
+
+def token_counters(
+    source: Pretrained, max_sequence_length: int
+) -> dict[str, tuple[Callable[[str], int], int]]:
+    """Return by tokenizer a function that counts a text's tokens, and how many of them the model reads.
+
+    Special tokens are counted. Tokenizers that the pipeline lacks are left out; no weights are read.
+    """
+    index = source.config("model_index.json")
+    counters: dict[str, tuple[Callable[[str], int], int]] = {}
+    for name, (folder, limit) in source.family.tokenizers(max_sequence_length).items():
+        if index.get(folder, [None])[0] is None:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(source.path, subfolder=folder, revision=source.revision)
+
+        def count(text: str, tokenizer: Any = tokenizer) -> int:
+            return len(tokenizer(text, verbose=False).input_ids)
+
+        counters[name] = (count, tokenizer.model_max_length if limit is None else limit)
+    return counters
 
 
 def _other_bases(configs: Mapping[str, dict[str, Any]], base: str) -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from am_diffusers.models.lora import LORA_FILE
-from am_diffusers.models.pretrained import Pretrained, vae_scale
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.schedulers import check_solver
 from am_diffusers.prompts.sets import PromptSet, load_prompts
-from am_diffusers.system.files import asset_path, digest
+from am_diffusers.system.files import digest
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
 from evaluating.measuring.features import LPIPS
@@ -62,11 +62,10 @@ def make_plan(options: Options) -> Plan:
             f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
     check_solver(options.sampler)
-    path = asset_path(options.pretrained_model_name_or_path)
-    source = Pretrained(path, options.revision, options.variant)
-    declared = declaration(path)
-    side = options.resolution or _own_resolution(source)
-    source.check(side, side)
+    source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
+    declared = declaration(source.path)
+    side = options.resolution or source.family.resolution(source.config_of)
+    source.family.latent_shape(source.config_of, side, side)
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
     candidates = make_candidates(options)
     rewards = choose_rewards(options.rewards, declared.get("rewards", {}))
@@ -96,7 +95,7 @@ def make_plan(options: Options) -> Plan:
         "num_images_per_prompt": options.num_images_per_prompt,
         "num_prompts": len(prompts),
         "prompts": digest(list(prompts.prompts)),
-        "base_weights": fingerprint(path, options.revision),
+        "base_weights": fingerprint(source.path, options.revision),
     }
     changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
     measures = (*rewards, *features, *changes)
@@ -175,9 +174,3 @@ def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
     if not files:
         return []
     raise ValueError("two of --lora_path have the same name, or one is called base: name them, NAME=PATH")
-
-
-def _own_resolution(source: Pretrained) -> int:
-    """Return the side the model was made for, as Diffusers pipelines have it."""
-    transformer, vae = source.config("transformer/config.json"), source.config("vae/config.json")
-    return transformer["sample_size"] * vae_scale(vae)

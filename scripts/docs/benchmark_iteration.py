@@ -15,8 +15,8 @@ from torch import Tensor
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
+from am_diffusers.models.base import Model
 from am_diffusers.models.lora import adapters
-from am_diffusers.models.sd3 import SD3
 from am_diffusers.rewards import Reward
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, latent_spec, load_model, load_reward, weighted
@@ -34,7 +34,7 @@ WARM_UP, ROUNDS = 2, 7
 class BarePasses:
     """The passes of one iteration on random inputs of the right sizes, nothing around them."""
 
-    def __init__(self, config: Config, model: SD3, reward: Reward, prompts: list[str]) -> None:
+    def __init__(self, config: Config, model: Model, reward: Reward, prompts: list[str]) -> None:
         batch = config.optimizer.train_batch_size
         self.prompts = (prompts * batch)[:batch]
         self.config, self.model, self.reward = config, model, reward
@@ -44,7 +44,7 @@ class BarePasses:
 
     def velocity(self, x: Tensor, cond: Conditioning) -> Tensor:
         """Make one transformer call at sigma 0.5."""
-        return self.model.velocity(self.model.transformer, x, x.new_full((len(x),), 0.5), cond)
+        return self.model.velocity(x, x.new_full((len(x),), 0.5), cond)
 
     def chunks(self, rows: int, size: int | None) -> Iterator[tuple[Tensor, list[int]]]:
         """Yield `rows` rows of random states with their samples, at most `size` at a time."""
@@ -54,13 +54,13 @@ class BarePasses:
 
     def rollout(self, adapter: bool) -> None:
         """Make one transformer call without gradient for every sample."""
-        with torch.no_grad(), adapters(self.model.transformer, enabled=adapter):
+        with torch.no_grad(), adapters(self.model.network, enabled=adapter):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 self.velocity(x, self.cond.index(rows))
 
     def vjp(self) -> None:
         """Make one base call and its backward pass to the state for every sample."""
-        with adapters(self.model.transformer, enabled=False):
+        with adapters(self.model.network, enabled=False):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 x = x.requires_grad_(True)
                 velocity = self.velocity(x, self.cond.index(rows))

@@ -22,7 +22,7 @@ import torch
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods.base import Method
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.prompts.order import prompt_rows
 from am_diffusers.run.folder import make_accelerator
@@ -44,7 +44,7 @@ OWN = [
 ]
 
 
-def row_gradients(method: Method, model: SD3, config: Config, prompts: list[str]) -> torch.Tensor:
+def row_gradients(method: Method, model: Model, config: Config, prompts: list[str]) -> torch.Tensor:
     """Return the gradients of the rows' losses, (N, S, D); summed over rows, of the mean over samples."""
     seed, parameters = config.run.seed, list(model.lora_parameters().values())
     texts = [prompts[row] for row in prompt_rows(seed, 0, SAMPLES, len(prompts))]

@@ -16,7 +16,6 @@ from am_diffusers.estimate.passes import ADJOINT, LOSS, REWARD, ROLLOUT
 from am_diffusers.estimate.pretend import pretend
 from am_diffusers.estimate.tracker import Tracker
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
-from am_diffusers.models.skeleton import sd3_skeleton, text_encoders
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardOptions
 from am_diffusers.run.counting import count
 from am_diffusers.run.folder import make_accelerator
@@ -385,15 +384,14 @@ def test_the_released_medium_model_is_that_of_the_other_tests() -> None:
         "dual_attention_layers": list(expected["dual_attention_layers"])
     }
     source = Pretrained(str(RELEASED_MEDIUM))
-    model = sd3_skeleton(source, torch.bfloat16)
-    assert model.transformer.dtype == torch.bfloat16
-    weights, tokens = text_encoders(source)
+    assert source.skeleton(torch.bfloat16).transformer.dtype == torch.bfloat16
     # CLIP-L 123.65, bigG 694.66 and T5-XXL's encoder 4762.31 million
-    assert (round(weights / 1e6), tokens) == (5581, 77)
+    assert round(source.text_weights() / 1e6) == 5581
+    assert source.family.prompt_shapes(source.config_of, 256)["embeddings"] == (77 + 256, 4096)
 
 
 def test_nothing_is_allocated(tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path) -> None:
     pretence = pretend(make_tiny_plan(tiny_sd3_dir, tmp_path, rewards_dir), on_gpu=False)
-    tensors = [*pretence.model.transformer.parameters(), *pretence.model.vae.parameters()]
+    tensors = [*pretence.model.network.parameters(), *pretence.model.vae.parameters()]
     assert all(tensor.untyped_storage().device.type == "meta" for tensor in tensors)
     assert all(tensor.device.type == "cpu" for tensor in tensors)

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from am_diffusers.models.base import Model
 from am_diffusers.models.lora import LORA_FILE
-from am_diffusers.models.sd3 import SD3
 from am_diffusers.system.processes import Processes
 from evaluate_runs import write_lora
 from evaluating.driver import evaluate
@@ -219,7 +219,9 @@ def test_other_settings_do_not_mix_in_one_folder(ask, folder, tmp_path):
 def test_pictures_that_are_not_finite_are_refused_not_scored(ask, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"at scale 1e\+30 changes the velocity by .* or too much"):
         do(ask(lora_path=str(folder / "first"), lora_scale=1e30, output_dir=tmp_path / "scale"))
-    monkeypatch.setattr(SD3, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
+    monkeypatch.setattr(
+        Model, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan)
+    )
     with pytest.raises(ValueError, match="base-steps2-guidance1 makes NaN or infinity of 'a red fox'"):
         do(ask(lora_path=str(folder / "first"), output_dir=tmp_path / "decode"))
     assert not list(tmp_path.glob("*/pictures/*/*.png"))

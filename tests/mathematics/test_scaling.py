@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.system import half_precision as scaling
 from am_diffusers.system.half_precision import SAFE_NORM, ScaledBackward, safe_scale
 from derivatives import vjp
-from sd3_points import point, strong_lora
+from families import point, strong_lora
 
 ROUNDING = 0.01  # float16 has 11 bits; some ten rounded layers between input and output
 
 
 @pytest.fixture
-def half(tiny_sd3_dir: Path) -> SD3:
-    return strong_lora(SD3.from_pretrained(str(tiny_sd3_dir), weight_dtype=torch.float16))
+def half(tiny_sd3_dir: Path) -> Model:
+    return strong_lora(Model.from_pretrained(Pretrained(str(tiny_sd3_dir)), weight_dtype=torch.float16))
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ NORMS = [[1e-6, 1e-6], [1.0, 1.0], [1e6, 1e6], [1e6, 1e-6]]
 
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("field", ["policy", "base"])
-def test_vjp_in_float16_is_that_of_float32_for_every_norm(model: SD3, half: SD3, field, norms):
+def test_vjp_in_float16_is_that_of_float32_for_every_norm(model: Model, half: Model, field, norms):
     x, sigma, cond = point(strong_lora(model))
     cotangent = norms_of(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), norms)
     velocity, product = vjp(getattr(half, field), x, sigma, cond, cotangent)
@@ -82,7 +83,7 @@ def test_vjp_in_float16_is_that_of_float32_for_every_norm(model: SD3, half: SD3,
 
 
 @pytest.mark.parametrize("norms", [NORMS[0], NORMS[2]])
-def test_without_scaling_float16_loses_the_vjp(model: SD3, half: SD3, norms, monkeypatch):
+def test_without_scaling_float16_loses_the_vjp(model: Model, half: Model, norms, monkeypatch):
     x, sigma, cond = point(strong_lora(model))
     cotangent = norms_of(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), norms)
     expected = vjp(model.base, x, sigma, cond, cotangent)
@@ -90,7 +91,7 @@ def test_without_scaling_float16_loses_the_vjp(model: SD3, half: SD3, norms, mon
     assert relative(vjp(half.base, x, sigma, cond, cotangent)[1], expected[1]) > 0.1
 
 
-def test_scaling_changes_no_bit_in_float32(model: SD3, monkeypatch):
+def test_scaling_changes_no_bit_in_float32(model: Model, monkeypatch):
     x, sigma, cond = point(strong_lora(model))
     scaled = vjp(model.policy, x, sigma, cond, 1e-3 * x)
     monkeypatch.setattr(scaling, "safe_scale", torch.ones_like)
@@ -98,7 +99,7 @@ def test_scaling_changes_no_bit_in_float32(model: SD3, monkeypatch):
     assert torch.equal(scaled[1], plain[1])
 
 
-def lora_gradient(model: SD3, size: float, *, checkpointed: bool = False) -> torch.Tensor:
+def lora_gradient(model: Model, size: float, *, checkpointed: bool = False) -> torch.Tensor:
     """Gradient of a matching loss whose weights are of order `size`, in one vector."""
     if checkpointed:
         model.enable_gradient_checkpointing()
@@ -115,14 +116,14 @@ def lora_gradient(model: SD3, size: float, *, checkpointed: bool = False) -> tor
 
 @pytest.mark.parametrize(("size", "checkpointed"), [(1e-10, False), (1.0, True), (1e8, False)])
 def test_lora_gradients_in_float16_are_those_of_float32_for_every_loss(
-    model: SD3, half: SD3, size, checkpointed
+    model: Model, half: Model, size, checkpointed
 ):
     expected = lora_gradient(strong_lora(model), size)
     assert relative(lora_gradient(half, size, checkpointed=checkpointed), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e8])
-def test_without_scaling_float16_loses_the_gradients(model: SD3, half: SD3, size, monkeypatch):
+def test_without_scaling_float16_loses_the_gradients(model: Model, half: Model, size, monkeypatch):
     expected = lora_gradient(strong_lora(model), size)
     monkeypatch.setattr(scaling, "safe_scale", torch.ones_like)
     assert relative(lora_gradient(half, size), expected) > 0.1

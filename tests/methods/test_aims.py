@@ -6,6 +6,7 @@ import pytest
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
+from am_diffusers.models import FAMILIES
 from am_diffusers.run.card import write_card
 from am_diffusers.run.plan import make_plan
 from am_diffusers.run.sharing import card_facts
@@ -90,7 +91,8 @@ def test_the_kl_weight_of_flow_grpo_divides_the_scale(config):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_card_names_the_method_and_its_paper(config, method, tmp_path):
     plan = make_plan(config(method), 1)
-    text = write_card(tmp_path, card_facts(plan, None), None).read_text()
+    facts = card_facts(plan, None, FAMILIES["StableDiffusion3Pipeline"])
+    text = write_card(tmp_path, facts, None).read_text()
     title, paper = METHODS[method].title, METHODS[method].paper
     assert f"fine-tuned by {title} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" in text
     assert f"\n- {title.lower().replace(' ', '-')}\n" in text

@@ -15,12 +15,12 @@ from am_diffusers.methods import METHODS
 from am_diffusers.methods.draft import DRaFT, DRaFTSettings
 from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.plan import make_plan
 from am_diffusers.transitions import uniform_sigmas
+from families import PROMPTS, strong_lora
 from finetune_runs import FINETUNE, read_metrics, tiny_config
-from sd3_points import PROMPTS, strong_lora
 
 JPEG = [{"name": "jpeg_size", "weight": 0.01}]
 OWN = {
@@ -34,7 +34,7 @@ OWN = {
 # ------------------------------------------------------------------------------- DRaFT through the model
 
 
-def tail_loss(model: SD3) -> Callable[[], torch.Tensor]:
+def tail_loss(model: Model) -> Callable[[], torch.Tensor]:
     """Loss of mean brightness through the last 2 of 3 stochastic steps, from states collected once."""
     around = Surroundings(
         model.policy,
@@ -52,16 +52,16 @@ def tail_loss(model: SD3) -> Callable[[], torch.Tensor]:
 
 
 @pytest.fixture
-def exact(model: SD3) -> SD3:
+def exact(model: Model) -> Model:
     """The model with a strong LoRA, in float64."""
     strong_lora(model)
-    model.transformer.double()
+    model.network.double()
     model.vae.double()
     model.weight_dtype = torch.float64
     return model
 
 
-def test_draft_reaches_the_lora_through_transformer_vae_and_steps(exact: SD3) -> None:
+def test_draft_reaches_the_lora_through_transformer_vae_and_steps(exact: Model) -> None:
     """Against a central difference along a random direction of all LoRA weights; norms inside are float32."""
     loss, parameters = tail_loss(exact), list(exact.lora_parameters().values())
     generator = torch.Generator().manual_seed(3)
@@ -77,7 +77,7 @@ def test_draft_reaches_the_lora_through_transformer_vae_and_steps(exact: SD3) ->
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected, rel=2e-3)
 
 
-def test_gradient_checkpointing_changes_no_gradient_of_draft(exact: SD3) -> None:
+def test_gradient_checkpointing_changes_no_gradient_of_draft(exact: Model) -> None:
     loss, parameters = tail_loss(exact), list(exact.lora_parameters().values())
     plain = torch.autograd.grad(loss(), parameters)
     exact.enable_gradient_checkpointing()

@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from am_diffusers.models import export, lora
-from am_diffusers.models.export import FORMS, ExportOptions, export_lora, probe
+from am_diffusers.models.base import Model
+from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.models.proof import Proof, random_point
+from am_diffusers.models.sd3 import SD3
 from conftest import randomize, tiny_pipeline
+from families import direct
 
 SCRIPT = Path(__file__).parents[2] / "scripts/export_lora.py"
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -25,13 +29,18 @@ WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 def train(pipe: StableDiffusion3Pipeline, folder: Path, layers: tuple[str, ...]) -> None:
     """Write a LoRA of `pipe` to `folder` as after a training that changed a lot."""
-    transformer = pipe.transformer
-    lora.attach_lora(transformer, rank=4, lora_alpha=8, layers=layers)
+    model = Model(pipe, SD3)
+    model.attach_lora(rank=4, lora_alpha=8, layers=layers)
     generator = torch.Generator().manual_seed(0)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    lora.save_lora(transformer, folder)
+    for parameter in model.lora_parameters().values():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.save_lora(folder)
+
+
+@torch.no_grad()
+def probe(pipe: StableDiffusion3Pipeline) -> Tensor:
+    """The velocity of a plain pipeline where exports are proved."""
+    return direct(pipe.transformer.float(), *random_point(Model(pipe, SD3)))
 
 
 @pytest.fixture(scope="module", params=["sd3", "sd3.5"])
@@ -40,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     new = request.param == "sd3.5"
     pipe = tiny_pipeline(t5=new)
-    layers = (*lora.DEFAULT_LORA_LAYERS, *FEED_FORWARD)
+    layers = (*SD3.lora_layers, *FEED_FORWARD)
     if new:
         config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
         transformer = SD3Transformer2DModel(**(config | {"dual_attention_layers": (0,)}))
@@ -51,7 +60,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def exported(folder: Path, target: Path, form: str, **options: object) -> export.Proof:
+def exported(folder: Path, target: Path, form: str, **options: object) -> Proof:
     base = Pretrained(str(folder / "base"))
     return export_lora(base, ExportOptions(folder / "lora", **options), target, form)
 
@@ -66,7 +75,7 @@ def tuned(folder: Path, scale: float) -> Tensor:
     pipe = base_pipeline(folder / "base")
     pipe.load_lora_weights(folder / "lora", adapter_name="tuned")
     pipe.set_adapters(["tuned"], [scale])
-    return probe(pipe.transformer)
+    return probe(pipe)
 
 
 # Names of ComfyUI's SD3: q, k and v of a stream are thirds of one matrix.
@@ -105,7 +114,8 @@ def place(key: str, width: int) -> tuple[str, slice]:
 
 def comfyui_velocity(base: Path, file: Path) -> Tensor:
     """Read a LoRA as ComfyUI does: into its own layout of the base model, which is then turned back."""
-    transformer = base_pipeline(base).transformer
+    pipe = base_pipeline(base)
+    transformer = pipe.transformer
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     linear = {
         "lora_transformer_" + name.replace(".", "_"): module
@@ -131,19 +141,19 @@ def comfyui_velocity(base: Path, file: Path) -> Tensor:
     for key, module in linear.items():
         name, rows = place(key, width)
         module.weight.data = weights[name][rows].clone()
-    return probe(transformer)
+    return probe(pipe)
 
 
 def diffusers_velocity(base: Path, file: Path) -> Tensor:
     pipe = base_pipeline(base)
     pipe.load_lora_weights(file)
-    return probe(pipe.transformer)
+    return probe(pipe)
 
 
 READERS = {
     "diffusers": diffusers_velocity,
     "comfyui": comfyui_velocity,
-    "merged": lambda base, target: probe(base_pipeline(target).transformer),
+    "merged": lambda base, target: probe(base_pipeline(target)),
 }
 
 
@@ -154,7 +164,7 @@ def test_an_export_is_the_tuned_model_for_its_reader(
 ) -> None:
     target = tmp_path / ("merged" if form == "merged" else f"{form}.safetensors")
     proof = exported(folder, target, form, scale=scale)
-    wanted, base = tuned(folder, scale), probe(base_pipeline(folder / "base").transformer)
+    wanted, base = tuned(folder, scale), probe(base_pipeline(folder / "base"))
     change = (wanted - base).abs().max()
     assert (READERS[form](folder / "base", target) - wanted).abs().max() < 1e-4 * change
     assert proof.effect == pytest.approx((change / base.abs().max()).item(), rel=1e-3)
@@ -233,11 +243,11 @@ def test_an_export_that_fails_its_proof_leaves_nothing(
     """What is written is 1 % weaker than the LoRA that was trained."""
     right = export._tuned
 
-    def weaker(base: Pretrained, options: ExportOptions) -> SD3Transformer2DModel:
-        transformer = right(base, options)
-        for layer in lora.lora_layers(transformer).values():
+    def weaker(base: Pretrained, options: ExportOptions) -> Model:
+        model = right(base, options)
+        for layer in lora.lora_layers(model.network).values():
             layer.lora_B[lora.ADAPTER].weight.data *= 0.99
-        return transformer
+        return model
 
     before = export._outputs(Pretrained(str(folder / "base")), ExportOptions(folder / "lora"))
     monkeypatch.setattr(export, "_outputs", lambda *_: before)

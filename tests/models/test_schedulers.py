@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from am_diffusers.models.base import Model
 from am_diffusers.models.schedulers import SCHEDULERS, SchedulerSolver, make_solver
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import draw, generators_for
@@ -11,8 +12,8 @@ from am_diffusers.rollout import TableSolver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import CallableField, GuidedField
 from conftest import tiny_pipeline
+from families import PROMPTS, strong_lora
 from oracles import CountingField, gaussian, unconditional
-from sd3_points import PROMPTS, strong_lora
 
 OWN = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 STOCHASTIC = {"FlowMatchLCMScheduler"}
@@ -26,13 +27,13 @@ def run(solver, field, num=4, dim=3, seed=0):
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_a_scheduler_gives_the_pipelines_picture(model: SD3, name: str, guidance_scale: float) -> None:
+def test_a_scheduler_gives_the_pipelines_picture(model: Model, name: str, guidance_scale: float) -> None:
     strong_lora(model)
     # The pipeline gives its scheduler no generators: both draw from torch's own, one row in the same order.
     prompts = PROMPTS[:1] if name in STOCHASTIC else PROMPTS
     generators = [torch.default_generator] * len(prompts)
     noise = torch.randn(len(prompts), *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(5))
-    solver = model.solver(name, 4)
+    solver = model.solver(name, 4, noise.shape[1:])
     cond = model.encode_prompts(prompts, max_sequence_length=8, negative_prompt="green")
     field = GuidedField(model.policy, guidance_scale) if guidance_scale > 1 else model.policy
     torch.manual_seed(0)
@@ -55,11 +56,11 @@ def test_a_scheduler_gives_the_pipelines_picture(model: SD3, name: str, guidance
     assert type(solver.scheduler).__name__ == name
 
 
-def test_the_pipelines_euler_scheduler_is_the_ode_table(model: SD3) -> None:
+def test_the_pipelines_euler_scheduler_is_the_ode_table(model: Model) -> None:
     noise = torch.randn(2, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(5))
     cond = model.encode_prompts(PROMPTS, max_sequence_length=8)
     table, scheduler = (
-        model.solver(name, 5)(model.base, cond, noise, []).latents
+        model.solver(name, 5, noise.shape[1:])(model.base, cond, noise, []).latents
         for name in ("ode_euler", "FlowMatchEulerDiscreteScheduler")
     )
     torch.testing.assert_close(table, scheduler, atol=1e-5, rtol=1e-5)
@@ -163,11 +164,11 @@ def test_unfit_schedulers_stop_above_zero(name: str) -> None:
         make_solver(OWN, name, 4)
 
 
-def test_what_cannot_be_made_is_named(model: SD3) -> None:
+def test_what_cannot_be_made_is_named(model: Model) -> None:
     with pytest.raises(ValueError, match=r"'Euler' is unknown.*ode_euler, .*FlowMatchEulerDiscreteScheduler"):
-        model.solver("Euler", 4)
+        model.solver("Euler", 4, (8, 16, 16))
     with pytest.raises(ValueError, match="at least 1 sampling step, got 0"):
-        model.solver("ode_euler", 0)
+        model.solver("ode_euler", 0, (8, 16, 16))
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     with pytest.raises(ValueError, match=r"no fixed shift .* to give to UniPCMultistepScheduler"):
         make_solver(dynamic, "UniPCMultistepScheduler", 4)
@@ -175,9 +176,10 @@ def test_what_cannot_be_made_is_named(model: SD3) -> None:
 
 @pytest.mark.parametrize("name", sorted(TRANSITIONS))
 def test_tables_get_the_noise_levels_that_suit_them(name: str) -> None:
-    model = SD3(tiny_pipeline())
-    solver = model.solver(name, 5)
+    model = Model(tiny_pipeline(), SD3)
+    shape = model.latent_shape(64, 64)
+    solver = model.solver(name, 5, shape)
     assert isinstance(solver, TableSolver)
-    sigmas = model.ode_sigmas(5) if name == "ode_euler" else model.sde_sigmas(5)
+    sigmas = (model.ode_sigmas if name == "ode_euler" else model.sde_sigmas)(5, shape)
     assert torch.equal(solver.transitions.sigmas, sigmas)
     assert torch.equal(solver.transitions.v_coef, TRANSITIONS[name](sigmas).v_coef)

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor
 
 from am_diffusers.models import lora
+from am_diffusers.models.base import Model
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from conftest import tiny_t5, tiny_text_encoder, tiny_tokenizer, tiny_vae
@@ -39,12 +40,12 @@ def transformer(request: pytest.FixtureRequest) -> SD3Transformer2DModel:
     )
 
 
-def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> SD3:
+def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> Model:
     """The transformer with text encoders of the released widths (two layers) and a small VAE."""
     if lora.lora_layers(transformer):
         transformer.unload_lora()
     text_encoder_3, tokenizer_3 = tiny_t5(4096) if t5 else (None, None)
-    return SD3(
+    return Model(
         StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -55,7 +56,8 @@ def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> SD3:
             tokenizer_2=tiny_tokenizer(77),
             text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
-        )
+        ),
+        SD3,
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_trainer_runs import make_run, run_losses
 
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.noise import LatentSpec
 from am_diffusers.run.micro_batches import Passes, largest_fitting
 from am_diffusers.system.failures import PhaseMemoryError
@@ -85,20 +85,20 @@ def test_a_probe_runs_the_real_passes_and_leaves_no_gradient():
 @pytest.fixture
 def little_memory(monkeypatch):
     """A device whose memory holds 3 rows of the transformer with gradients and 1 decoded picture."""
-    velocity, decode = SD3.velocity, SD3.decode
+    velocity, decode = Model.velocity, Model.decode
 
-    def limited(self, module, x, *rest):
+    def limited(self, x, *rest):
         if torch.is_grad_enabled() and len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return velocity(self, module, x, *rest)
+        return velocity(self, x, *rest)
 
     def limited_decode(self, latents):
         if len(latents) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(self, latents)
 
-    monkeypatch.setattr(SD3, "velocity", limited)
-    monkeypatch.setattr(SD3, "decode", limited_decode)
+    monkeypatch.setattr(Model, "velocity", limited)
+    monkeypatch.setattr(Model, "decode", limited_decode)
 
 
 def test_a_run_with_auto_is_the_run_with_the_sizes_found(

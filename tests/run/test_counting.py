@@ -8,8 +8,7 @@ import torch
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.step_selection import StepSelection
-from am_diffusers.models.field import SD3Field
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import AdapterField, Model
 from am_diffusers.run.build import build
 from am_diffusers.run.counting import PERIODS, count
 from am_diffusers.run.folder import make_accelerator
@@ -165,11 +164,11 @@ def calls_made(config, monkeypatch, iterations):
     """Return transformer calls by kind, a sample's in an iteration, of a real run."""
     accelerator, calls, inside = make_accelerator(config), Counter(), []
     run = build(make_plan(config, 1), accelerator)
-    velocity, call, vjp = SD3.velocity, SD3Field.__call__, SD3Field.vjp
+    velocity, call, vjp = Model.velocity, AdapterField.__call__, AdapterField.vjp
 
-    def counted(self, transformer, x, sigma, cond):
+    def counted(self, x, sigma, cond):
         calls[inside[-1]] += len(x)
-        return velocity(self, transformer, x, sigma, cond)
+        return velocity(self, x, sigma, cond)
 
     def within(kind, method):
         def run_it(self, *args):
@@ -183,9 +182,9 @@ def calls_made(config, monkeypatch, iterations):
         return run_it
 
     with monkeypatch.context() as patched:
-        patched.setattr(SD3, "velocity", counted)
-        patched.setattr(SD3Field, "__call__", within(None, call))
-        patched.setattr(SD3Field, "vjp", within(VJP, vjp))
+        patched.setattr(Model, "velocity", counted)
+        patched.setattr(AdapterField, "__call__", within(None, call))
+        patched.setattr(AdapterField, "vjp", within(VJP, vjp))
         for _ in range(iterations):
             run.trainer.iterate()
             run.trainer.state.progress.iteration += 1

@@ -11,7 +11,8 @@ from PIL import Image
 
 from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.evaluation.statistics import Comparison, Diversity, Estimate
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.system.text import escape_markdown
 from conftest import tiny_pipeline
@@ -29,6 +30,7 @@ FACTS = CardFacts(
     settings="output_dir: out\nrank: 4\n",
     resolution=64,
     loading=Loading(
+        pipeline="StableDiffusion3Pipeline",
         base="owner/base-model",
         base_options={"revision": "'abc'"},
         load_from="out",
@@ -196,7 +198,7 @@ def test_secrets_stay_out(tmp_path, monkeypatch):
 def test_the_lines_of_the_card_make_the_tuned_picture(tmp_path, monkeypatch, subfolder):
     """A base model with all its text encoders, as the released ones: they load by one plain line."""
     tiny_pipeline(t5=True).save_pretrained(tmp_path / "base")
-    model = SD3.from_pretrained(str(tmp_path / "base"))
+    model = Model.from_pretrained(Pretrained(str(tmp_path / "base")))
     model.attach_lora(rank=4)
     for parameter in model.lora_parameters().values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))

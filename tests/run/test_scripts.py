@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import pictures_of
-from am_diffusers.models.sd3 import SD3
+from am_diffusers.models.base import Model
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.plan import make_plan
@@ -230,7 +230,7 @@ def test_bad_input_is_one_screen_and_loads_no_model(
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
     (tmp_path / "other.csv").write_text("text\nhello\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SD3, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Model, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stopped:
         run_script(monkeypatch, "finetune.py", "--config", config, *flags)
     text = str(stopped.value.code)
@@ -267,7 +267,7 @@ def test_a_run_that_stops_prints_no_traceback_but_keeps_it(folder, tiny_sd3_dir,
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_path, monkeypatch, capsys):
     config = tiny_config(tiny_sd3_dir, folder)
     output = tmp_path / "not/there"
-    monkeypatch.setattr(SD3, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Model, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     run_script(monkeypatch, "finetune.py", "--config", config, "--output_dir", output, "--dry_run")
     printed = capsys.readouterr().out
     assert not output.exists()
