@@ -1,10 +1,10 @@
-"""How far each method's law is from the tilt, where the tilt is known: mixtures on a line and in the plane.
+"""Compare each method's law with the tilt, where the tilt is known: mixtures on a line and in the plane.
 
     python eval/bench_oracles.py                                  every result that is missing, then the page
     python eval/bench_oracles.py --problems five_modes --rows ram --seeds 0
     python eval/bench_oracles.py --render_only                    tables and figure from the committed results
 
-Results are files in eval/benching/data/oracles/, one a row, problem and seed; those with the same settings
+Results are files in eval/benching/data/oracles/, one per row, problem and seed; those with the same settings
 are kept. The tables go between the marks in docs/methods.md, the figure to docs/images/oracles.png.
 """
 

@@ -4,7 +4,7 @@
         --prompts tiny --rewards pickscore hpsv2 image_reward --output_dir outputs/evaluation
 
 Also under `accelerate launch`, and on many machines with `--shard I/N` and a shared folder. The same command
-again goes on where it was stopped; without `--shard` it does what is missing and writes the results.
+again resumes where it was stopped; without `--shard` it does what is missing and writes the results.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
     """Plan, evaluate, say where the report is."""
     guard_output()
     diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()  # which prompts are cut off is said once, in the notes
+    diffusers_logging.set_verbosity_error()  # the notes say once which prompts are cut off
     transformers_logging.disable_progress_bar()
     stop = StopSignal()
     try:
@@ -40,7 +40,7 @@ def main() -> None:
             for line in evaluate(plan, Processes(accelerator, stop)):
                 accelerator.print(redact(line))
     except Interrupted as interrupted:
-        print(f"\n{interrupted}: run the same command again to go on")
+        print(f"\n{interrupted}: run the same command again to resume")
         sys.exit(128 + interrupted.number)
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: pass a smaller --batch_size; what was made is kept ({error})")

@@ -2,7 +2,7 @@
 
     python eval/leaderboard.py outputs --sort_by hpsv2 --html leaderboard.html
 
-It takes every summary.json below the folder. Evaluations with other prompts, pictures a prompt, base,
+It takes every summary.json below the folder. Evaluations with other prompts, images per prompt, base,
 sampler, seed or reward weights come in tables of their own: their numbers can't be compared.
 """
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="with output folders of evaluate.py in it, at any depth")
+    parser.add_argument("folder", type=Path, help="folder with output folders of evaluate.py, at any depth")
     parser.add_argument("--sort_by", help="reward whose gain sorts; default: the first one")
     parser.add_argument("--csv", type=Path, help="file for every comparison, also by category, in full")
     parser.add_argument("--html", type=Path, help="file for the tables as a web page")

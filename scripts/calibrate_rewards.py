@@ -1,10 +1,10 @@
-"""Mean and standard deviation of each reward on base pictures, written as a config to train with.
+"""Measure mean and standard deviation of each reward on base images, and write a config to train with.
 
     accelerate launch scripts/calibrate_rewards.py --config configs/X.yaml --output rewards.yaml
     accelerate launch scripts/finetune.py --config configs/X.yaml --config rewards.yaml
 
-A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; pictures
-are those of its evaluation: the ODE sampler and `eval_guidance_scale`, on training prompts.
+A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; images
+are made as in its evaluation: by the ODE sampler and `eval_guidance_scale`, on training prompts.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, help="YAML file to write")
-    parser.add_argument("--num_prompts", type=int, default=64, help="so many of the training prompts")
+    parser.add_argument("--num_prompts", type=int, default=64, help="number of training prompts to use")
     parser.add_argument("--images_per_prompt", type=int, default=4)
     options, rest = parser.parse_known_args()
     try:
@@ -42,7 +42,7 @@ def main() -> None:
 def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt: int) -> None:
     """Measure the trained rewards of a config and write them with their mean and std."""
     if min(num_prompts, images_per_prompt) < 1 or num_prompts * images_per_prompt < 2:
-        raise ValueError("--num_prompts and --images_per_prompt must be positive, with at least 2 pictures")
+        raise ValueError("--num_prompts and --images_per_prompt must be positive, for at least 2 images")
     config = parse_config(argv, program="calibrate_rewards.py")
     accelerator = make_accelerator(config)
     plan = make_plan(config, accelerator.num_processes)
@@ -58,10 +58,10 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     for reward in plan.config.method.rewards:
         mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
         accelerator.print(
-            f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} pictures"
+            f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} images"
         )
         if not std > 0:
-            raise ValueError(f"{reward.name} scores all base pictures {mean}: nothing to calibrate")
+            raise ValueError(f"{reward.name} scores all base images {mean}: raise --num_prompts")
         measured.append(replace(reward, mean=mean, std=std))
     if accelerator.is_main_process:
         defaults = asdict(RewardConfig(""))

@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn a published pickle of a reward into safetensors.")
     parser.add_argument("name", choices=LEARNED, help="name of the reward")
     parser.add_argument("file", help="the published file, or owner/repository/file on the hub")
-    parser.add_argument("folder", type=Path, help="where to write; other files in it stay")
+    parser.add_argument("folder", type=Path, help="folder to write; other files in it stay")
     parser.add_argument("--sha256", help="sha256 of the file; none = the pinned one, or it is only logged")
     return parser.parse_args()
 

@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="file or folder to write; must not exist")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA; 1 = as trained")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of a merged pipeline, to load it with"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of a merged pipeline, to load it with"
     )
     return parser.parse_args()
 

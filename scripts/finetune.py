@@ -3,7 +3,7 @@
     accelerate launch scripts/finetune.py --config configs/tiny_sd3.yaml [--flag value ...]
 
 Plain `python scripts/finetune.py` works as well. `--help` lists every flag, `--dry_run` prints the plan.
-The same command again goes on where a run was stopped or killed. SIGTERM, SIGINT and SIGUSR1 make it write a
+The same command again resumes a run that was stopped or killed. SIGTERM, SIGINT and SIGUSR1 make it write a
 checkpoint and leave with status 128 + the signal's number.
 Two processes on a CPU: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`, as
 `accelerate launch --cpu --num_processes 2` starts a single one (huggingface/accelerate issue 2741).
@@ -52,11 +52,11 @@ def main() -> None:
         with stop.listening():
             evaluation = run.execute()
     except Interrupted as interrupted:
-        accelerator.print(f"\n{interrupted}: run the same command again to go on")
+        accelerator.print(f"\n{interrupted}: run the same command again to resume")
         if accelerator.is_main_process:
             (folder / STOPPED_FILE).write_text(f"{interrupted}\n", "utf-8")
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
-    except FolderInUseError as error:  # by a run whose folder it is
+    except FolderInUseError as error:  # nothing is written: the folder belongs to another run
         sys.exit(redact(f"error: {error}"))
     except Exception as error:
         if is_secondhand(error):
@@ -67,7 +67,7 @@ def main() -> None:
         except OSError:  # the disk may be what is wrong
             sys.exit(redact(f"{details}\nerror: {error}"))
         sys.exit(redact(f"error: {error}\n(details: {folder / 'error.txt'})"))
-    accelerator.print(redact(f"\nfinished: LoRA, metrics and pictures are in {folder.resolve()}"))
+    accelerator.print(redact(f"\nfinished: LoRA, metrics and images are in {folder.resolve()}"))
     for line in evaluation.headline() if evaluation else []:
         accelerator.print(line)
 

@@ -1,4 +1,4 @@
-"""Render prompts with a pipeline of a known family and an optional LoRA: plain Diffusers, one PNG a picture.
+"""Render prompts with a Stable Diffusion 3 pipeline and an optional LoRA: plain Diffusers, one PNG per image.
 
 For example `python scripts/sample.py --model asset:tiny_sd3 --lora outputs/tiny_sd3 --resolution 64
 --max_sequence_length 8 --prompts "a red apple" "a green frog" --output pictures`.
@@ -27,7 +27,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for row, prompt in enumerate(prompts):
         seeds = range(options.seed, options.seed + options.num_images)
         made = pipe(
@@ -39,11 +39,11 @@ def main() -> None:
             width=options.resolution,
             **source.family.call(options.guidance_scale, options.max_sequence_length),
         ).images
-        for seed, picture in zip(seeds, made, strict=True):
-            picture.save(options.output / f"{row:04d}-seed{seed}.png")
-        pictures.extend(made)
-    make_image_grid(pictures, len(prompts), options.num_images).save(options.output / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png: {options.output.resolve()}")
+        for seed, image in zip(seeds, made, strict=True):
+            image.save(options.output / f"{row:04d}-seed{seed}.png")
+        images.extend(made)
+    make_image_grid(images, len(prompts), options.num_images).save(options.output / "grid.png")
+    print(f"{len(images)} images and grid.png: {options.output.resolve()}")
 
 
 def parse() -> argparse.Namespace:
@@ -57,24 +57,24 @@ def parse() -> argparse.Namespace:
     source.add_argument("--prompts", nargs="+", help="one or more prompts")
     source.add_argument("--prompt_file", help="txt, json, jsonl, csv, tsv or parquet (column prompt)")
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder of the PNGs")
-    parser.add_argument("--num_images", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first picture; then seed + 1")
+    parser.add_argument("--num_images", type=int, default=1, help="images per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image; then seed + 1")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="guidance; 1.0 = off")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--max_sequence_length", type=int, default=256, help="T5 tokens, as in training")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (VAE: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     return parser.parse_args()
 
 
 def load(source: Pretrained, options: argparse.Namespace) -> Any:
-    """Return the pipeline with its LoRA, on the GPU if there is one."""
+    """Load the pipeline with its LoRA, on the GPU if there is one."""
     source.family.latent_shape(source.config_of, options.resolution, options.resolution)
     pipe = source.load(DTYPES[options.dtype])
     if options.lora is not None:
         file = options.lora / "pytorch_lora_weights.safetensors" if options.lora.is_dir() else options.lora
         if not file.is_file():
-            raise ValueError(f"--lora {options.lora}: there is no file {file}")
+            raise ValueError(f"--lora {options.lora}: no file {file}: pass a folder or a safetensors file")
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         pipe.set_adapters(pipe.get_active_adapters(), options.lora_scale)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -63,6 +63,6 @@ def draw_pictures(results: Results, side: int) -> None:
     shape = next(iter(results.scores[results.candidates[0].key].values())).shape
     for place, candidate in enumerate(results.candidates):
         for prompt, image in np.ndindex(shape):
-            file = results.picture(candidate, prompt, image)
+            file = results.image(candidate, prompt, image)
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (side, side), colour(place, prompt, image)).save(file)

@@ -63,3 +63,41 @@ def test_every_row_of_the_papers_names_a_paper_a_file_deviations_and_a_test() ->
         assert re.search(r"`(am_diffusers|eval)/[\w/]+\.py`", where), row
         assert deviations, row
         assert cited_tests(tests), row
+
+
+# Where docstrings are in plain English, as glob patterns.
+PLAIN = (
+    "am_diffusers/config/*.py",
+    "am_diffusers/run/*.py",
+    "am_diffusers/estimate/*.py",
+    "eval/**/*.py",
+    "scripts/*.py",
+    "scripts/docs/**/*.py",
+)
+CLAUSE = re.compile(r"(What|Where|Whether|How|Which|Everything)\b")
+NOUN = re.compile(r"(The|A|An|All|Of|By|As|With)\b")
+GENITIVE = re.compile(r"^ *\w+: (of|its|their|theirs|that of|those of)\b", re.MULTILINE)
+
+
+def unclear(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> list[str]:
+    """Name what isn't plain in a docstring: a clause or, of a function, no verb first; bare genitives."""
+    text = ast.get_docstring(node) or ""
+    decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
+    is_function = isinstance(node, ast.FunctionDef) and not {"property", "cached_property"} & set(decorators)
+    clause = CLAUSE.match(text) or (is_function and NOUN.match(text))
+    first = [text.splitlines()[0]] if clause else []
+    return first + [found[0].strip() for found in GENITIVE.finditer(text)]
+
+
+def test_docstrings_are_plain_english() -> None:
+    """A function's begins with a verb, no clause is the name of a thing, an attribute names its thing."""
+    files = sorted({file for pattern in PLAIN for file in ROOT.glob(pattern)})
+    found = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {line}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for line in unclear(node)
+    ]
+    assert len(files) > 90
+    assert found == [], "\n".join(found)

@@ -2,7 +2,7 @@
 
 Flag and YAML key are the field's name, without the section; names follow the Diffusers training scripts.
 Paths may start with `asset:`, a file shipped with the package (`asset:tiny_sd3`). A method's own flags are
-its `Settings`, in its file: `Config.own` holds those of all methods, so that a flag of another one is
+its `Settings`, in its file: `Config.own` holds the flags of all methods, so that a flag of another one is
 refused by name. Config objects stop at `run/`; nothing below it knows them.
 """
 
@@ -60,7 +60,7 @@ class Config:
         return self.own[self.method.method]
 
     def sections(self) -> dict[str, Any]:
-        """Return all sections by name, those of the methods too."""
+        """Return all sections by name, with the methods' sections."""
         return {name: self.own[name] if name in self.own else getattr(self, name) for name in section_types()}
 
     def flags(self) -> dict[str, Any]:

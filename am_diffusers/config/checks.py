@@ -23,7 +23,7 @@ SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batc
 
 
 def check_values(config: Config) -> None:
-    """Check the ranges of the sections that are no method's.
+    """Check the ranges of the sections that belong to no method.
 
     Raises:
         ValueError: naming every flag out of range, what it must be and what it is.
@@ -121,7 +121,7 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
         (
             c.lr_scheduler != "constant" or c.lr_warmup_steps == 0,
             "lr_warmup_steps",
-            "0 with lr_scheduler constant (constant_with_warmup has one)",
+            "0 with lr_scheduler constant (constant_with_warmup has a warm-up)",
         ),
         (c.max_grad_norm > 0, "max_grad_norm", "positive"),
         (0 < c.ema_decay < 1, "ema_decay", "in (0, 1)"),

@@ -20,25 +20,25 @@ from am_diffusers.system.text import nearest, redact_values
 
 REWARD_LISTS = ("rewards", "eval_rewards")
 
-# What users of the Diffusers training scripts and of accelerate may type, and what does it here.
-TRAINING_PICTURES = "no training pictures are used: rewards judge what the model makes of train_prompts"
-TOKEN = "log in once with `hf auth login` or set HF_TOKEN: what stands in a command line ends up in logs"
+# Flags of the Diffusers training scripts and of accelerate, and what does the same here.
+TRAINING_IMAGES = "no training images are used: rewards score what the model generates for train_prompts"
+TOKEN = "log in once with `hf auth login` or set HF_TOKEN: command lines end up in logs"
 BEFORE_THE_SCRIPT = (
     "it belongs to accelerate, before the script: accelerate launch --{name} ... scripts/finetune.py"
 )
 HINTS = {
-    "instance_data_dir": TRAINING_PICTURES,
-    "instance_prompt": TRAINING_PICTURES,
-    "class_data_dir": TRAINING_PICTURES,
-    "class_prompt": TRAINING_PICTURES,
-    "with_prior_preservation": TRAINING_PICTURES,
-    "prior_loss_weight": TRAINING_PICTURES,
-    "num_class_images": TRAINING_PICTURES,
-    "train_data_dir": TRAINING_PICTURES,
-    "image_column": TRAINING_PICTURES,
-    "center_crop": TRAINING_PICTURES,
-    "random_flip": TRAINING_PICTURES,
-    "dataloader_num_workers": TRAINING_PICTURES,
+    "instance_data_dir": TRAINING_IMAGES,
+    "instance_prompt": TRAINING_IMAGES,
+    "class_data_dir": TRAINING_IMAGES,
+    "class_prompt": TRAINING_IMAGES,
+    "with_prior_preservation": TRAINING_IMAGES,
+    "prior_loss_weight": TRAINING_IMAGES,
+    "num_class_images": TRAINING_IMAGES,
+    "train_data_dir": TRAINING_IMAGES,
+    "image_column": TRAINING_IMAGES,
+    "center_crop": TRAINING_IMAGES,
+    "random_flip": TRAINING_IMAGES,
+    "dataloader_num_workers": TRAINING_IMAGES,
     "token": TOKEN,
     "hub_token": TOKEN,
     "use_auth_token": TOKEN,
@@ -57,13 +57,13 @@ HINTS = {
     "caption_column": "train_prompts_column names the column of the prompts",
     "validation_prompt": """validation_prompts takes a list: --validation_prompts '["a fox", "an owl"]'""",
     "validation_epochs": "validation_steps counts iterations",
-    "sample_batch_size": "eval_batch_size is that of the pictures shown and evaluated",
+    "sample_batch_size": "eval_batch_size sets how many images are sampled at a time",
     "scale_lr": "learning_rate is used as it is, train_batch_size being the total",
     "use_8bit_adam": "--optimizer adamw8bit",
-    "train_text_encoder": "the text encoders stay as they are: the LoRA is the transformer's",
-    "text_encoder_lr": "the text encoders stay as they are; learning_rate is that of the transformer",
-    "lora_blocks": "lora_layers names layers, those of all blocks",
-    "guidance_scale": "rollout_guidance_scale is that of training, eval_guidance_scale that of validation",
+    "train_text_encoder": "the text encoders stay frozen: the LoRA is on the transformer",
+    "text_encoder_lr": "the text encoders stay frozen; learning_rate is for the transformer",
+    "lora_blocks": "lora_layers names layers, in all blocks at once",
+    "guidance_scale": "rollout_guidance_scale is for training, eval_guidance_scale for validation",
     "weighting_scheme": "the method weighs its own loss; transitions and loss_steps choose its steps",
     "cache_dir": "set HF_HOME to move the cache of models and data sets",
     "local_rank": "accelerate sets it: accelerate launch scripts/finetune.py",
@@ -72,7 +72,7 @@ HINTS = {
 
 
 def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config:
-    """Config of `--config FILE.yaml --flag value ...`; with `--print_config` it is printed instead.
+    """Read `--config FILE.yaml --flag value ...`; with `--print_config` print the config and exit.
 
     Args:
         argv: command line without the program's name.
@@ -107,7 +107,7 @@ def field_types() -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `--config` reads back to an equal Config (`dry_run` left out).
+    """Return the resolved config as YAML that `--config` reads back to an equal Config (without `dry_run`).
 
     Secrets in it are redacted (`system/text.py`): it is printed, stored and shared.
     """
@@ -138,7 +138,7 @@ def _parser(program: str) -> ArgumentParser:
 
 
 def _make_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Make every section of its flags' values; the errors of all are raised together."""
+    """Make every section from the values of its flags; raise the errors of all together."""
     sections, errors = {}, list[str]()
     for name, section in section_types().items():
         try:
@@ -151,7 +151,7 @@ def _make_sections(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """`--dry_run` means `--dry_run=true`: a bare boolean flag, as in the Diffusers scripts."""
+    """Spell out bare boolean flags, as in the Diffusers scripts: `--dry_run` means `--dry_run=true`."""
     following = [*argv, "--"][1:]
     switches = {f"--{name}" for name, annotation in field_types().items() if annotation is bool}
     return [
@@ -176,7 +176,7 @@ def _replace_rewards(argv: Sequence[str]) -> list[str]:
 
 
 def _lists_set_by(flag: str, value: str) -> list[str]:
-    """Lists of rewards that a flag sets, by itself or by the config file it names."""
+    """Return the lists of rewards that a flag sets, by itself or by the config file it names."""
     if flag != "--config":
         return [name for name in REWARD_LISTS if flag == f"--{name}"]
     try:
@@ -187,7 +187,7 @@ def _lists_set_by(flag: str, value: str) -> list[str]:
 
 
 def _explain(message: str) -> str:
-    """Jsonargparse's message, with the nearest known key where one is unknown."""
+    """Return jsonargparse's message, with the nearest known key for an unknown one."""
     unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", message)
     if unknown is None:
         return message

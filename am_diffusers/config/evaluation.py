@@ -1,4 +1,4 @@
-"""Validation as training goes on, and held-out evaluation at the end."""
+"""Validation during training, and held-out evaluation at the end."""
 
 from dataclasses import dataclass, field
 
@@ -12,23 +12,23 @@ class EvaluationConfig:
     Attributes:
         validation_prompts: prompts of the base-vs-tuned grids; empty = the first four evaluation (else
             training) prompts.
-        num_validation_prompts: prompts whose pictures are scored at each validation: those of the grids,
+        num_validation_prompts: prompts whose images are scored at each validation: first those of the grids,
             then evaluation (else training) prompts drawn at random up to this number.
-        num_validation_images: pictures a prompt at each validation, each with its own fixed noise.
+        num_validation_images: images per prompt at each validation, each with its own fixed noise.
         validation_steps: iterations between two validations.
-        early_stopping_patience: end the run after so many validations in a row without a new best gain of the
-            first held-out reward; null = never.
+        early_stopping_patience: end the run after this number of validations in a row without a new best
+            gain of the first held-out reward; null = never.
         eval_prompts: held-out prompts, a source like `train_prompts`, for instance DrawBench; null = no
             evaluation at the end.
         eval_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
         eval_prompts_split: split of a data set folder or hub data set.
-        max_eval_prompts: use only the first so many evaluation prompts; null = all.
-        eval_images_per_prompt: pictures a prompt for base and tuned each, at least 2 for diversity.
+        max_eval_prompts: number of evaluation prompts to use, the first ones; null = all.
+        eval_images_per_prompt: images per prompt for base and tuned each, at least 2 for diversity.
         eval_rewards: held-out rewards; null = pickscore when hpsv2 is trained, hpsv2 otherwise.
         eval_inference_steps: denoising steps of the ODE sampler in validation and evaluation.
         eval_guidance_scale: classifier-free guidance of base and tuned in validation and evaluation;
             1.0 = off.
-        eval_batch_size: pictures sampled, decoded and scored at a time on each process.
+        eval_batch_size: images sampled, decoded and scored at a time on each process.
     """
 
     validation_prompts: list[str] = field(default_factory=list)

@@ -12,7 +12,7 @@ class ModelConfig:
         pretrained_model_name_or_path: Diffusers folder, `asset:` path or hub id of a pipeline.
         revision: branch, tag or commit of a hub model; null = its main branch.
         variant: weight file variant of the model, e.g. fp16; null = none.
-        resolution: side of the square pictures trained and evaluated on, in pixels.
+        resolution: side of the square images in training and evaluation, in pixels.
         max_sequence_length: length of the T5 part of the prompt, in tokens; the same everywhere.
         rank: LoRA rank, the inner dimension of each adapter.
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
@@ -51,7 +51,7 @@ class PromptConfig:
             name of a published set, such as Pick-a-Pic.
         train_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
         train_prompts_split: split of a data set folder or hub data set.
-        max_train_prompts: use only the first so many prompts; null = all.
+        max_train_prompts: number of prompts to use, the first ones; null = all.
     """
 
     train_prompts: str

@@ -28,14 +28,14 @@ class OptimizerConfig:
         max_grad_norm: gradients are scaled down to this global norm.
         use_ema: keep a running mean of the LoRA, which grids and evaluation then use; it is written to `ema`
             beside the LoRA itself.
-        ema_decay: of that mean, in (0, 1); early on it is less: (1 + n) / (10 + n) after n steps.
+        ema_decay: decay of that mean, in (0, 1); smaller at first: (1 + n) / (10 + n) after n steps.
         max_skipped_iterations: iterations in a row that are left out because a reward, loss or gradient was
             not finite, before the run stops; 0 = it stops at the first.
-        rollout_micro_batch_size: samples a transformer call of rollout and adjoint; null = all of a process,
+        rollout_micro_batch_size: samples per call in rollout and adjoint; null = all of a process,
             auto = as many as fit into memory, found before the first iteration by halving.
-        reward_micro_batch_size: samples a VAE and reward pass; null = all of a process (of a
+        reward_micro_batch_size: samples per VAE and reward pass; null = all of a process (of a
             micro-batch of the loss, where the loss takes the rewards), auto as above.
-        loss_micro_batch_size: (sample, step) rows a forward and backward of the loss; auto as above.
+        loss_micro_batch_size: (sample, step) rows per forward and backward of the loss; auto as above.
         offload_trajectories: keep the states and targets of an iteration on the CPU until the loss needs
             them, which saves 2 x train_batch_size x steps latents of device memory.
     """

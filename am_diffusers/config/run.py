@@ -1,4 +1,4 @@
-"""The run: where it writes and how it starts."""
+"""The run: its output folder, trackers, upload, and checkpoints."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,13 +10,13 @@ class RunConfig:
 
     Attributes:
         output_dir: folder of everything the run writes; created if needed. A run that left checkpoints in
-            it goes on, the results of one that didn't are replaced.
-        seed: all randomness of the run is a function of it.
+            it is resumed; the results of a run without checkpoints are replaced.
+        seed: seed of all randomness of the run.
         report_to: tracker beside metrics.jsonl, which is always written.
         logging_dir: folder of the tracker's files, inside output_dir.
         allow_tf32: let CUDA multiply float32 matrices in TF32.
-        push_to_hub: upload LoRA, model card, pictures and settings to the Hugging Face hub after the run; the
-            token is that of `hf auth login` or HF_TOKEN, checked before the run.
+        push_to_hub: upload LoRA, model card, images and settings to the Hugging Face hub after the run; the
+            token of `hf auth login` or HF_TOKEN is checked before the run.
         hub_model_id: where to upload, owner/name, or name in one's own namespace; null = name of output_dir.
         hub_private_repo: make the repository private, if it isn't there yet.
         gpu: graphics card for which `dry_run` estimates hours and says whether the run fits, e.g. H100;
@@ -46,10 +46,10 @@ class CheckpointConfig:
         checkpoints_total_limit: checkpoints to keep, the oldest go first; null = all.
         resume_from_checkpoint: latest = the newest in output_dir that is sound, else a fresh start; or
             the path of a checkpoint.
-        allow_config_change: go on though settings differ that change what is trained; they are shown. Rows
-            that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale, train_batch_size,
-            the prompts or another setting that they were made with is among them; thresholds of the mask and
-            other running means start anew if what is aimed at has changed.
+        allow_config_change: resume although settings differ that change what is trained; the differences are
+            printed. Rows that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale,
+            train_batch_size, the prompts or another setting that they were made with differs; thresholds of
+            the mask and other running means start anew if the target of the training has changed.
         on_full_disk: stop the run when a checkpoint can't be written, or skip that checkpoint.
     """
 

@@ -1,4 +1,4 @@
-"""What a run will need, before a weight is read: memory by phase, FLOPs, hours on a named card.
+"""Estimate of a run before a weight is read: memory by phase, FLOPs, hours on a named card.
 
 The run's own classes are built from configuration files and run for an iteration on tensors without data
 (`iteration.py`), which the tracker watches (`tracker.py`). Nothing here was compared with a GPU; on a CPU

@@ -43,13 +43,13 @@ from am_diffusers.training.state import TrainState
 
 
 def run_iteration(plan: Plan, pretence: Pretence, tracker: Tracker, *, samples: int) -> TrainState:
-    """An iteration of one process after its first, in the tracker's phases; the weights are held already.
+    """Run an iteration of one process after its first, in the tracker's phases; weights are held already.
 
     Args:
-        plan: an `estimable` one.
-        pretence: its model and rewards.
-        tracker: is entered.
-        samples: of the iteration on this process.
+        plan: an `estimable` plan.
+        pretence: model and rewards of the run.
+        tracker: tracker, entered already.
+        samples: samples of the iteration on this process.
     """
     config, model = plan.config, pretence.model
     method = _method(plan, pretence, tracker)
@@ -73,7 +73,7 @@ def run_iteration(plan: Plan, pretence: Pretence, tracker: Tracker, *, samples: 
 
 
 def _loss(method: Method, collected: Collected, state: TrainState, size: int, tracker: Tracker) -> None:
-    """The loss of all rows; gradients are there before the first micro-batch if there are several."""
+    """Take the loss of all rows; with several micro-batches gradients exist before the first."""
     batches = collected.examples.split(size)
     if len(batches) == 1:
         state.optimizer.zero_grad()
@@ -88,7 +88,7 @@ def _loss(method: Method, collected: Collected, state: TrainState, size: int, tr
 
 
 def estimable(plan: Plan) -> Plan:
-    """The plan with all that depends on data or on a device at a bound.
+    """Return the plan with everything that depends on data or on a device set to a bound.
 
     No row is masked and no tilt estimated, `auto` is 1 (the least it tries), moments take 32 bits.
     """
@@ -105,8 +105,8 @@ def estimable(plan: Plan) -> Plan:
     return replace(plan, config=changed)
 
 
-def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
-    """Sample and score one batch of grids or evaluation, after `run_iteration`; the number of pictures."""
+def sample_images(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
+    """Sample and score one batch of grids or evaluation, after `run_iteration`; return its size."""
     config, model = plan.config, pretence.model
     evaluation, prompts = config.evaluation, plan.eval_prompts or plan.validation_prompts
     a_prompt = evaluation.eval_images_per_prompt if plan.eval_prompts else evaluation.num_validation_images
@@ -116,7 +116,7 @@ def sample_pictures(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     with tracker.phase(SAMPLING), torch.no_grad():
         field = guided(Field(model.policy, tracker, Costs()), evaluation.eval_guidance_scale)
         images = sampler.pictures(field, prompts, which)
-        texts = [prompts[picture.prompt] for picture in which]
+        texts = [prompts[image.prompt] for image in which]
         if plan.eval_prompts:  # base and tuned together
             for reward in [*pretence.rewards, *pretence.held_out]:
                 if isinstance(reward, Skeleton):
@@ -141,7 +141,7 @@ def _method(plan: Plan, pretence: Pretence, tracker: Tracker) -> Method:
 
 
 def _without_data(pretence: Pretence) -> RewardOfLatents:
-    """The rewards that can be run on no data; the others count pixels on the CPU."""
+    """Return the rewards that run without data; the others count pixels on the CPU."""
     usable = [r for r in pretence.rewards if isinstance(r, Skeleton) or r.differentiable]
 
     def scored(latents: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -27,7 +27,7 @@ class Noise:
     device: str = "cpu"
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """As many latents as generators."""
+        """Draw one latent per generator."""
         return self.pretence.empty(len(generators), *self.shape)
 
 
@@ -39,7 +39,7 @@ class Field:
         self._graph = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity; with gradient, as in the loss, it is the field's own."""
+        """Return the velocity; with gradient, as in the loss, it is the field's own."""
         if torch.is_grad_enabled():
             return self._field(x, sigma, cond)
         key = ("call", self._field.adapter, x.shape)
@@ -105,7 +105,7 @@ class RewardPass:
         self._costs: Costs = {}
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Rewards without data."""
+        """Return rewards without data."""
         key = (len(latents),)
         if key not in self._costs:
             self._costs[key] = self._tracker.cost(lambda: self._reward(latents, prompts))

@@ -30,15 +30,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Pretence:
-    """Everything of a run that holds memory, without data.
+    """Model and rewards of a run, and all else of it that holds memory, without data.
 
     Attributes:
-        model: with its LoRA.
-        rewards: the trained ones.
-        held_out: the others.
+        model: the model with its LoRA.
+        rewards: the trained rewards.
+        held_out: the other rewards.
         text_bytes: size of the text encoders.
         prompt_bytes: size of one encoded prompt, in main memory.
-        mode: makes further tensors.
+        mode: fake mode that makes further tensors.
     """
 
     model: Model
@@ -49,19 +49,19 @@ class Pretence:
     mode: FakeTensorMode
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor without data."""
+        """Return a tensor without data."""
         return without_data(torch.empty(shape, dtype=dtype, device="meta"), self.mode)
 
 
 def pretend(plan: Plan, *, on_gpu: bool) -> Pretence:
-    """Model and rewards of a run, from configuration files.
+    """Make the model and the rewards of a run from configuration files.
 
     Args:
         plan: the run.
         on_gpu: cast as a GPU's autocast does.
 
     Raises:
-        ValueError: if those of the model or of a reward aren't here; the message says how to get them.
+        ValueError: if configuration files are missing; the message says how to get them.
     """
     config, options = plan.config, plan.config.model
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -139,12 +139,12 @@ def remove_data(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def without_data(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A tensor on the meta device as one that says it is on a CPU."""
+    """Return a tensor on the meta device as one that says it is on a CPU."""
     return mode.fake_tensor_converter.from_meta_and_device(mode, tensor.to("meta"), CPU)
 
 
 def weights_of(reward: Reward) -> list[Tensor]:
-    """Weights of a reward; none of one that counts pixels."""
+    """Return the weights of a reward; none of one that counts pixels."""
     return list(reward.network.parameters()) if isinstance(reward, Skeleton) else []
 
 

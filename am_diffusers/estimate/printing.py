@@ -1,4 +1,4 @@
-"""How the dry run prints the estimate of a run."""
+"""The estimate of a run as the dry run prints it."""
 
 from dataclasses import asdict
 
@@ -24,7 +24,7 @@ KNOBS = {
 
 
 def describe(plan: Plan, accelerator: Accelerator) -> str:
-    """The estimate as comment lines; what is missing for one, if it can't be made."""
+    """Return the estimate as comment lines, or what is missing for one."""
     on_gpu = plan.config.run.gpu is not None or accelerator.device.type != "cpu"
     try:
         found = estimate(plan, accelerator, on_gpu=on_gpu)
@@ -65,7 +65,7 @@ def _buffer(found: Estimate) -> list[str]:
 
 
 def _bounds(plan: Plan) -> list[str]:
-    """What was estimated otherwise than the run will be."""
+    """Return lines on the settings that were estimated at a bound."""
     before, after = plan.config.optimizer, estimable(plan).config.optimizer
     changed = [name for name, value in asdict(before).items() if value != getattr(after, name)]
     return [f"  estimated with {name} {getattr(after, name)}, a bound" for name in changed]
@@ -84,10 +84,10 @@ def _hours(plan: Plan, found: Estimate) -> list[str]:
         return [f"hours: name a card with --gpu ({', '.join(GPUS)})"]
     gpu, steps = find_gpu(name), plan.config.optimizer.max_train_steps
     training = found.seconds(name, steps, allow_tf32=tf32) / 3600
-    pictures = gpu.seconds(found.picture_flops, utilisation=UTILISATION, allow_tf32=tf32)
+    images = gpu.seconds(found.image_flops, utilisation=UTILISATION, allow_tf32=tf32)
     return [
         f"on {name}: {training:.3g} hours for {steps} iterations and "
-        f"{pictures * found.num_pictures / 3600:.2g} for pictures, at an assumed {UTILISATION:.0%} of its "
+        f"{images * found.num_images / 3600:.2g} for images, at an assumed {UTILISATION:.0%} of its "
         "published peak (never measured)",
         f"memory of {name}: {gpu.memory} GiB, of which {USABLE:.0%} are counted on: "
         + ("it fits" if fits(found, gpu.memory) else f"it does NOT fit; lower {KNOBS[found.highest]}"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from am_diffusers.estimate.iteration import estimable, run_iteration, sample_pictures
+from am_diffusers.estimate.iteration import estimable, run_iteration, sample_images
 from am_diffusers.estimate.passes import ADJOINT, REWARD, ROLLOUT, SAMPLING
 from am_diffusers.estimate.pretend import Pretence, pretend, weights_of
 from am_diffusers.estimate.tracker import Flops, Tracker, Usage
@@ -24,29 +24,29 @@ USABLE = 0.9
 """Share of a card's memory that is counted on: the rest is CUDA's context, workspaces and fragmentation."""
 ENCODING = "prompt encoding"
 COLLECTING = (ROLLOUT, ADJOINT, REWARD)
-"""Phases that a method which trains on rows again has in some iterations only."""
+"""Phases that occur in some iterations only, if a method trains on rows again."""
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one process of a run needs.
+    """Needs of one process of a run.
 
     Attributes:
         resident: bytes held all the time, by what holds them.
-        phases: needs of each phase, all that is resident included in `peak` and `before`.
+        phases: needs of each phase; `peak` and `before` include all that is resident.
         main_memory: bytes of encoded prompts, on the CPU.
         buffer: this process's share of a buffer of trajectories, on the CPU or a disk; 0 for most methods.
-        picture_flops: of one picture of grids and evaluation, scores included.
-        num_pictures: of all grids and the evaluation, on this process.
+        image_flops: FLOPs of one image of grids and evaluation, scores included.
+        num_images: number of images of all grids and the evaluation, on this process.
     """
 
     resident: dict[str, int]
     phases: dict[str, Usage]
     main_memory: int
     buffer: KeptBytes
-    picture_flops: Flops
-    num_pictures: float
+    image_flops: Flops
+    num_images: float
 
     @property
     def highest(self) -> str:
@@ -59,21 +59,21 @@ class Estimate:
         return self.phases[self.highest].peak
 
     def iteration_flops(self) -> Flops:
-        """FLOPs of an iteration by dtype, recomputation included, no row masked."""
+        """Return the FLOPs of an iteration by dtype, recomputation included, no row masked."""
         return sum((usage.flops for name, usage in self.phases.items() if name != SAMPLING), Counter())
 
     def seconds(self, gpu: str, iterations: int, *, allow_tf32: bool) -> float:
-        """Time of so many iterations on a card of `GPUS` at `UTILISATION` of its peak."""
+        """Return the time of `iterations` iterations on a card of `GPUS` at `UTILISATION` of its peak."""
         flops = {dtype: number * iterations for dtype, number in self.iteration_flops().items()}
         return find_gpu(gpu).seconds(flops, utilisation=UTILISATION, allow_tf32=allow_tf32)
 
 
 def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
-    """Run an iteration without data.
+    """Estimate a run by an iteration without data.
 
     Args:
         plan: the run.
-        accelerator: its processes; nothing is exchanged.
+        accelerator: processes of the run; nothing is exchanged.
         on_gpu: cast as a GPU does, and keep encoded prompts off it.
 
     Raises:
@@ -90,13 +90,13 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         main_memory = pretence.prompt_bytes * _num_texts(plan)
         if not on_gpu:
             resident["encoded prompts"] = main_memory
-            if buffer.in_memory:  # what is drawn, the iteration makes itself
+            if buffer.in_memory:  # the iteration itself makes the rows that are drawn
                 resident["buffer"] = buffer.stored + buffer.falling_out
         extra = sum(resident.values()) - tracker.live
         extra += (samples - in_memory) * pretence.prompt_bytes
         with tracker.holding(extra):
             state = run_iteration(plan, pretence, tracker, samples=in_memory)
-            pictures = sample_pictures(plan, pretence, tracker)
+            images = sample_images(plan, pretence, tracker)
     for name in set(tracker.phases) - {SAMPLING}:
         usage, share = tracker.phases[name], in_memory * (counted.period if name in COLLECTING else 1)
         usage.flops = Counter({dtype: n * samples // share for dtype, n in usage.flops.items()})
@@ -109,18 +109,18 @@ def estimate(plan: Plan, accelerator: Accelerator, *, on_gpu: bool) -> Estimate:
         phases={ENCODING: encoding} | tracker.phases,
         main_memory=main_memory,
         buffer=buffer,
-        picture_flops=Counter({dtype: round(number / pictures) for dtype, number in flops.items()}),
-        num_pictures=_num_pictures(plan),
+        image_flops=Counter({dtype: round(number / images) for dtype, number in flops.items()}),
+        num_images=_num_images(plan),
     )
 
 
 def fits(found: Estimate, memory: float) -> bool:
-    """Whether the peak is within the `USABLE` share of so many GiB."""
+    """Return whether the peak is within the `USABLE` share of `memory` GiB."""
     return found.peak <= USABLE * memory * GIB
 
 
 def _hold_weights(plan: Plan, pretence: Pretence, tracker: Tracker) -> dict[str, int]:
-    """Bytes of all weights by owner; the tracker holds those that are tensors."""
+    """Count the bytes of all weights by owner; the tracker holds those that are tensors."""
     model = pretence.model
     resident = {"LoRA": tracker.hold(model.lora_parameters().values())}
     resident["transformer"] = tracker.hold([*model.network.parameters(), *model.network.buffers()])
@@ -133,16 +133,16 @@ def _hold_weights(plan: Plan, pretence: Pretence, tracker: Tracker) -> dict[str,
 
 
 def _hold_state(lora: int, state: TrainState) -> dict[str, int]:
-    """Bytes of what belongs to the optimizer's steps."""
+    """Count the bytes of what belongs to the optimizer's steps."""
     values = [value for states in state.optimizer.state.values() for value in states.values()]
     moments = sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
     return {"LoRA gradients": lora, "optimizer": moments, "EMA": lora if state.ema is not None else 0}
 
 
 def _samples(plan: Plan, on_gpu: bool, rows: int) -> tuple[int, int]:
-    """Samples of a process, and how many are in the device's memory together.
+    """Return the samples of a process, and how many of them are in the device's memory together.
 
-    With `offload_trajectories` that is those of a chunk, or as many as a micro-batch of the loss has.
+    With `offload_trajectories` these are the samples of a chunk, or of a micro-batch of the loss.
     """
     options = plan.config.optimizer
     share = options.train_batch_size // plan.num_processes
@@ -161,12 +161,12 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
 
 
 def _num_texts(plan: Plan) -> int:
-    """Prompts that are kept encoded, the empty negative one included."""
+    """Count the prompts that are kept encoded, the empty negative one included."""
     return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, ""})
 
 
-def _num_pictures(plan: Plan) -> float:
-    """Pictures of the main process: base and tuned ones, all grids and its share of the evaluation."""
+def _num_images(plan: Plan) -> float:
+    """Count the images of the main process: base and tuned, all grids and its share of the evaluation."""
     options, steps = plan.config.evaluation, plan.config.optimizer.max_train_steps
     grids = 2 + -(-steps // options.validation_steps)
     in_grids = grids * len(plan.validation_prompts) * options.num_validation_images

@@ -25,11 +25,11 @@ Flops = Counter[torch.dtype]
 
 @dataclass
 class Usage:
-    """What some code needed.
+    """Needs of some code.
 
     Attributes:
         peak: most bytes held at a time.
-        before: bytes held when it started; of a phase, at the start of the part with the highest peak.
+        before: bytes held when it started; for a phase, at the start of the part with the highest peak.
         flops: floating point operations of matrix products, convolutions and attention, by dtype.
     """
 
@@ -39,13 +39,13 @@ class Usage:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts live bytes of data-free tensors while it is entered, by phase, and FLOPs.
+    """Counter of live bytes of data-free tensors while it is entered, by phase, and of FLOPs.
 
     A value read from such a tensor is made up, so that checks pass: flags are true, counts 0, numbers 0.5.
 
     Attributes:
         live: bytes held now.
-        phases: by name, what was needed inside `phase(name)`; inner phases count for themselves.
+        phases: needs of the code inside `phase(name)`, by name; inner phases count for themselves.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Tracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that were made before; returns the bytes that this adds."""
+        """Count tensors that were made before; return the bytes that this adds."""
         before = self.live
         for tensor in tensors:
             self._add(tensor)
@@ -64,7 +64,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to the phase `name`."""
+        """Count everything inside as the phase `name`."""
         with self._watch() as usage:
             yield
         known = self.phases.setdefault(name, Usage())
@@ -87,7 +87,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """So many bytes more are held inside."""
+        """Count `size` more bytes as held inside."""
         self.live += size
         self._reach(self.live)
         try:

@@ -1,4 +1,4 @@
-"""A checked plan made into a run: the only place where config, models, method and loop meet."""
+"""Make a checked plan into a run: the only place where config, models, method and loop meet."""
 
 import logging
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         stop: polled by all work of the run.
 
     Raises:
-        CheckpointError: the checkpoint can't be gone on from; no model is loaded then.
+        CheckpointError: the checkpoint can't be resumed; no model is loaded then.
         ValueError: a model or reward cannot be loaded, another run has the folder, or the result couldn't
             be uploaded; says what to do.
     """
@@ -60,7 +60,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     plan = find_micro_batches(plan, model, trained, processes)
     reward = weighted(trained, config)
     method = make_method(plan, model, reward, processes)
-    reward.drain()  # scores of the base pictures a divergence was normalised on belong to no iteration
+    reward.drain()  # scores of the base images that normalised a divergence belong to no iteration
     state = make_state(config.optimizer, model.lora_parameters())
     save_lora = lora_writer(model, state)
     saver = Saver(
@@ -96,7 +96,7 @@ def warn(plan: Plan) -> None:
 
 
 def lora_writer(model: Model, state: TrainState) -> Callable[[Path], list[Path]]:
-    """Writes the LoRA into a folder, and its running mean into `ema` there; returns the files."""
+    """Return a function that writes the LoRA into a folder, and its running mean into `ema` there."""
 
     def write(folder: Path) -> list[Path]:
         files = [model.save_lora(folder)]

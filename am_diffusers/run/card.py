@@ -1,7 +1,7 @@
 """README.md of an output folder: what the LoRA is, how to load it, how it was made and what it is worth.
 
-By `huggingface_hub`'s card classes and a template of our own: that of Diffusers' helper leaves TODOs to the
-user, and asks the hub whether there is a card already.
+By `huggingface_hub`'s card classes and a template of our own: Diffusers' leaves TODOs to the user, and
+its helper asks the hub whether there is a card already.
 """
 
 import json
@@ -32,15 +32,15 @@ LONGEST_EXAMPLE = 160
 
 @dataclass(frozen=True)
 class Loading:
-    """How the pictures of a run are made with Diffusers.
+    """Diffusers code that makes images with the result of a run.
 
     Attributes:
         pipeline: class of the pipeline.
         base: hub id or folder of the base model.
         base_options: further arguments of its `from_pretrained`, as Python source by name.
         load_from: hub id or folder of the LoRA.
-        subfolder: of it that holds what the pictures and the evaluation are of; None = itself.
-        prompt: an example.
+        subfolder: subfolder of `load_from` with the LoRA that images and evaluation use; None = none.
+        prompt: example prompt.
         call: numbers of the pipeline call, by argument.
     """
 
@@ -53,7 +53,7 @@ class Loading:
     call: dict[str, float]
 
     def snippet(self) -> str:
-        """Python source that renders one picture."""
+        """Return Python source that renders one image."""
         options = "".join(f", {name}={value}" for name, value in self.base_options.items())
         inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
         return "\n".join(
@@ -74,21 +74,21 @@ class Loading:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says, besides what lies in the output folder.
+    """Content of a card, besides the files in the output folder.
 
     Attributes:
         title: heading.
         base_model: the base model as the user named it.
-        hub_base: its hub id; None for a folder, which the metadata of a card can't name.
+        hub_base: hub id of the base model; None for a folder, which the metadata of a card can't name.
         rewards: what was trained, one text each.
         method: name of the fine-tuning method; also a tag.
-        paper: its arXiv number.
-        law: what the training aims at, a sentence.
+        paper: arXiv number of the method's paper.
+        law: sentence on what the training aims at.
         source: where the training prompts come from.
         prompts: the training prompts.
         settings: the resolved config as YAML.
-        resolution: side of the pictures in pixels.
-        loading: how to make a picture.
+        resolution: side of the images in pixels.
+        loading: code that makes an image.
     """
 
     title: str
@@ -106,12 +106,12 @@ class CardFacts:
 
 
 def write_card(folder: Path, facts: CardFacts, evaluation: Evaluation | None) -> Path:
-    """Write `folder/README.md`, with the newest grid and the training curves that lie in `folder/samples`.
+    """Write `folder/README.md`, with the newest grid and the training curves in `folder/samples`.
 
     Args:
         folder: output folder of the run.
-        facts: of the run; secrets in them are redacted.
-        evaluation: None if there was none.
+        facts: facts about the run; secrets in them are redacted.
+        evaluation: results of the evaluation; None if there was none.
     """
     # Before anything is quoted or escaped: afterwards a secret might not be recognised.
     clean = cast(dict[str, Any], redact_values(asdict(facts)))

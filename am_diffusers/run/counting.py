@@ -26,7 +26,7 @@ PERIODS = 64
 
 @dataclass(frozen=True)
 class Counted:
-    """What an iteration of a method costs.
+    """Cost of an iteration of a method.
 
     Attributes:
         calls: transformer calls of one sample in an iteration by kind, means over iterations; a guided

@@ -1,4 +1,4 @@
-"""What a run shows of its model: validations, the exported LoRA's check, the evaluation at the end."""
+"""Validations of a run, the check of its exported LoRA, and the evaluation at its end."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +21,9 @@ from am_diffusers.training.trackers import Trackers
 def make_scorer(
     plan: Plan, model: Model, trained: Sequence[Reward], held_out: Sequence[Reward]
 ) -> tuple[Scorer, dict[str, str]]:
-    """Pairs of pictures and their scores with published preprocessing, and each reward's role.
+    """Make the scorer of image pairs, with published preprocessing, and return each reward's role too.
 
-    Diversity is that of the last reward with image features: a held-out one where there is one.
+    Diversity is measured with the last reward that has image features: a held-out one if possible.
     """
     rewards = [official(reward) for reward in [*trained, *held_out]]
     with_features = [reward for reward in rewards[::-1] if isinstance(reward, ImageFeatures)]
@@ -42,7 +42,7 @@ def make_scorer(
 def make_validation(
     plan: Plan, scorer: Scorer, roles: dict[str, str], processes: Processes, trackers: Trackers
 ) -> Validation:
-    """Scores and grids as training goes on."""
+    """Make the validation during training: scores and grids."""
     log = ValidationLog(
         Path(plan.config.run.output_dir), track=trackers.log, track_images=trackers.log_images
     )
@@ -59,7 +59,7 @@ def make_validation(
 
 
 def make_verifier(plan: Plan, model: Model) -> Callable[[Path], object]:
-    """Compares a written LoRA with the model, at the first validation prompt."""
+    """Return a function that compares a written LoRA with the model, at the first validation prompt."""
     cond = encoder(plan.config, model, 1.0)(plan.validation_prompts[:1])
     point = prompt_point(model, cond, plan.config.model.resolution, plan.config.model.resolution)
 
@@ -76,5 +76,5 @@ def make_verifier(plan: Plan, model: Model) -> Callable[[Path], object]:
 
 
 def make_held_out(plan: Plan, scorer: Scorer, roles: dict[str, str]) -> HeldOut:
-    """The evaluation at the end."""
+    """Make the evaluation at the end."""
     return HeldOut(scorer, plan.eval_prompts, plan.config.evaluation.eval_images_per_prompt, roles)

@@ -22,13 +22,14 @@ class Run:
 
     Attributes:
         trainer: the loop.
-        save_lora: writes the LoRA into a folder, averaged too if there is an EMA, and returns the files.
-        verify_lora: loads a written file into a fresh model and compares.
-        held_out: None = no evaluation.
+        save_lora: function that writes the LoRA into a folder, averaged too if there is an EMA, and returns
+            the files.
+        verify_lora: function that loads a written file into a fresh model and compares.
+        held_out: the evaluation at the end; None = no evaluation.
         share: what the main process does with the result at the end: model card, upload.
-        processes: those of the run.
+        processes: processes of the run.
         folder: output folder.
-        lock: that of the folder, on the main process; held until the run is over.
+        lock: lock of the folder, on the main process; held until the run is over.
     """
 
     trainer: Trainer
@@ -41,7 +42,7 @@ class Run:
     lock: BaseFileLock | None
 
     def execute(self) -> Evaluation | None:
-        """Train, export, evaluate, share. Interrupted anywhere, the same command goes on where it was.
+        """Train, export, evaluate, share; after an interruption the same command resumes.
 
         Returns:
             The evaluation, the same on all processes; None without held-out prompts.

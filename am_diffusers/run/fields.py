@@ -1,4 +1,4 @@
-"""Whose velocities a method takes, with which guidance, and how many samples at once."""
+"""Velocity fields of a method, their guidance, and the number of samples handled at once."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,17 @@ from am_diffusers.velocity import GuidedField, VelocityField
 
 
 def micro_batch(size: MicroBatch | None) -> int | None:
-    """A micro-batch size as a number; None = all, also for an `auto` that isn't found yet."""
+    """Return a micro-batch size as a number; None = all, also for an `auto` that isn't found yet."""
     return None if size == "auto" else size
 
 
 def guided(field: VelocityField, guidance_scale: float) -> VelocityField:
-    """The field with classifier-free guidance; 1.0 = the field itself."""
+    """Return the field with classifier-free guidance; 1.0 = the field itself."""
     return field if guidance_scale == 1 else GuidedField(field, guidance_scale)
 
 
 class Fields(NamedTuple):
-    """Whose velocities a method takes, see `Surroundings`."""
+    """Velocity fields of a method, see `Surroundings`."""
 
     policy: VelocityField
     base: VelocityField
@@ -37,7 +37,7 @@ def with_guidance(config: Config, policy: VelocityField, base: VelocityField) ->
 
 
 def sizes(config: Config) -> Sizes:
-    """Return how many samples are handled at once."""
+    """Return the numbers of samples handled at once."""
     options = config.optimizer
     return Sizes(
         batch=options.train_batch_size,

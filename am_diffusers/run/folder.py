@@ -26,11 +26,11 @@ LOCK_FILE = ".lock"
 
 
 class FolderInUseError(ValueError):
-    """Another run writes to the folder."""
+    """Error: another run writes to the folder."""
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Take the lock of an output folder; the system lets it go when the process ends, however it does.
+    """Take the lock of an output folder; the system releases it when the process ends, however it ends.
 
     Raises:
         FolderInUseError: another run has it; names its process.
@@ -53,7 +53,7 @@ STOPPED_FILE = "stopped"
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Processes and device of a run, and its tracker.
+    """Return the processes and the device of a run, with its tracker.
 
     Raises:
         ValueError: if several processes were launched that don't know of each other: each would be a run
@@ -76,7 +76,7 @@ def make_accelerator(config: Config) -> Accelerator:
 def open_folder(
     plan: Plan, checkpoints: Checkpoints, processes: Processes
 ) -> tuple[BaseFileLock | None, Path | None, Trackers]:
-    """Take the output folder: its lock, the checkpoint to go on from, and trackers that go on there too."""
+    """Take the output folder: its lock, the checkpoint to resume from, and trackers that continue there."""
     config, folder = plan.config, Path(plan.config.run.output_dir)
     lock = processes.on_main(lambda: lock_folder(folder))
     found = resume_point(plan, checkpoints, processes)

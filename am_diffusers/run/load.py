@@ -23,7 +23,7 @@ ENCODE_CHUNK = 64
 
 
 def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
-    """A reward in the mode it is trained in."""
+    """Load a reward in the mode it is trained in."""
     kind = REWARDS[reward.name]
     if not issubclass(kind, LearnedReward):
         return kind()
@@ -41,7 +41,7 @@ def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> R
 
 
 def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[Reward]]:
-    """The trained and the held-out rewards, once each can score every prompt of the run.
+    """Load the trained and the held-out rewards, and check that each can score every prompt of the run.
 
     Raises:
         ValueError: if weights are missing or don't fit, or a reward can't score a prompt.
@@ -59,7 +59,7 @@ def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[R
 
 
 def load_model(plan: Plan, device: torch.device) -> Model:
-    """The model with a fresh LoRA; all prompts of the run encoded when the text encoders are freed."""
+    """Load the model with a fresh LoRA; encode all prompts of the run if the text encoders are freed."""
     config = plan.config
     options = config.model
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -82,7 +82,7 @@ def load_model(plan: Plan, device: torch.device) -> Model:
 
 
 def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
-    """Prompts to conditioning, with the empty negative prompt where guidance needs it."""
+    """Return a function from prompts to conditioning, with the empty negative prompt if guidance needs it."""
     return partial(
         model.encode_prompts,
         max_sequence_length=config.model.max_sequence_length,
@@ -91,19 +91,19 @@ def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Se
 
 
 def latent_spec(config: Config, model: Model) -> LatentSpec:
-    """Shape and device of one latent."""
+    """Return the shape and device of one latent."""
     side = config.model.resolution
     return LatentSpec(model.latent_shape(side, side), model.device)
 
 
 def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:
-    """The trained sum."""
+    """Return the weighted sum of the trained rewards."""
     scales = [RewardScale(reward.weight, reward.mean, reward.std) for reward in config.method.rewards]
     return WeightedRewards(rewards, scales)
 
 
 def make_sampler(config: Config, model: Model, *, purpose: str = "picture") -> Sampler:
-    """The ODE sampler of validation and evaluation; other noise for each other `purpose`."""
+    """Make the ODE sampler of validation and evaluation; its noise depends on `purpose`."""
     evaluation, latents = config.evaluation, latent_spec(config, model)
     return Sampler(
         solver=TableSolver(ode_euler(model.ode_sigmas(evaluation.eval_inference_steps, latents.shape))),

@@ -37,8 +37,8 @@ class Passes:
         policy: field that is trained.
         reward: differentiable `(latents (b, ...), prompts) -> (b,)`.
         latents: shape and device of the latents.
-        encode: prompts to their conditioning.
-        prompts: any of the run; repeated as needed.
+        encode: function from prompts to their conditioning.
+        prompts: any prompts of the run; repeated as needed.
         parameters: trained parameters; their gradients are cleared after a pass.
         num_steps: denoising steps of a trajectory.
         num_rows: rows that an iteration collects on a process.
@@ -68,7 +68,7 @@ class Passes:
         del kept
 
     def loss(self, size: int) -> None:
-        """Forward and backward of `size` rows of the matching loss."""
+        """Run forward and backward of `size` rows of the matching loss."""
         x, sigma, cond = self._point(size)
         kept = self._rows()
         batch = MatchingBatch(x, sigma, x, torch.ones_like(sigma), torch.arange(size), cond)
@@ -85,7 +85,7 @@ class Passes:
         return x, x.new_full((size,), 0.5), self.encode(prompts)
 
     def _rows(self) -> list[Tensor]:
-        """Memory of the rows of an iteration: states and targets."""
+        """Make tensors of the size of an iteration's rows: states and targets."""
         spec, number = self.latents, 0 if self.offload else 2 * self.num_rows
         return [torch.empty(number, *spec.shape, device=spec.device, dtype=spec.dtype)]
 
@@ -93,13 +93,13 @@ class Passes:
 def largest_fitting(
     setting: str, largest: int, run: Callable[[int], None], everywhere: Callable[[bool], bool]
 ) -> int:
-    """Largest of `largest`, half of it, a quarter, ..., 1 with which `run` fits into memory.
+    """Return the largest of `largest`, half of it, a quarter, ..., 1 with which `run` fits into memory.
 
     Args:
         setting: name of the size, for the error.
         largest: size to start with.
-        run: does the work with a given size.
-        everywhere: whether something is true on all processes; called once a try, so that all processes
+        run: function that does the work with a given size.
+        everywhere: tells if something is true on all processes; called once per try, so that all processes
             make the same tries and find the same size.
 
     Raises:
@@ -128,7 +128,7 @@ SETTINGS = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_b
 
 
 def find_micro_batches(plan: Plan, model: Model, rewards: Sequence[Reward], processes: Processes) -> Plan:
-    """The plan with the largest sizes that fit in place of `auto`; they are printed.
+    """Return the plan with the largest sizes that fit in place of `auto`, and print them.
 
     Raises:
         ValueError: if even a size of 1 doesn't fit.
@@ -152,7 +152,7 @@ def find_micro_batches(plan: Plan, model: Model, rewards: Sequence[Reward], proc
 def _search(
     passes: Passes, options: OptimizerConfig, share: int, everywhere: Callable[[bool], bool]
 ) -> dict[str, int]:
-    """Size by setting; those that aren't `auto` as given, or all there is."""
+    """Return each setting's size: as given if it isn't `auto`, or all there is."""
 
     def size_of(name: str, largest: int, run: Callable[[int], None]) -> int:
         given: MicroBatch | None = getattr(options, name)
@@ -160,16 +160,16 @@ def _search(
             return largest_fitting(name, largest, run, everywhere)
         return min(given or largest, largest)
 
-    # While the reward's size is open, one picture at a time: the transformer takes most of the time.
-    pictures = 1 if options.reward_micro_batch_size == "auto" else options.reward_micro_batch_size
-    rollout = size_of(SETTINGS[0], share, lambda size: passes.sweep(size, pictures))
+    # While the reward's size is open, one image at a time: the transformer takes most of the time.
+    images = 1 if options.reward_micro_batch_size == "auto" else options.reward_micro_batch_size
+    rollout = size_of(SETTINGS[0], share, lambda size: passes.sweep(size, images))
     reward = size_of(SETTINGS[1], rollout, lambda size: passes.sweep(rollout, size))
     loss = size_of(SETTINGS[2], passes.num_rows, passes.loss)
     return dict(zip(SETTINGS, (rollout, reward, loss), strict=True))
 
 
 def make_passes(plan: Plan, model: Model, rewards: Sequence[Reward]) -> Passes:
-    """The passes of this run."""
+    """Return the passes of this run."""
     config, options = plan.config, plan.config.shared
     reward, fields = weighted(rewards, config), with_guidance(config, model.policy, model.base)
     return Passes(

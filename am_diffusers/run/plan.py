@@ -1,4 +1,4 @@
-"""What a run will do, and everything that can be wrong with it before a model is loaded."""
+"""Plan a run: check everything that can be wrong with it before a model is loaded."""
 
 import re
 import tempfile
@@ -31,12 +31,12 @@ class Plan:
     """A checked config with its prompts.
 
     Attributes:
-        config: as given, with left-out reward weights and held-out rewards filled in.
+        config: the config as given, with left-out reward weights and held-out rewards filled in.
         num_processes: processes of the run.
         train_prompts: all training prompts.
         eval_prompts: held-out prompts; empty = no evaluation.
-        validation_prompts: prompts that are scored as training goes on.
-        num_grid_prompts: the first so many of them are shown in the grids.
+        validation_prompts: prompts that are scored during training.
+        num_grid_prompts: number of validation prompts, the first ones, that the grids show.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Plan:
         return self.config.evaluation.eval_rewards or []
 
     def used_train_prompts(self) -> list[str]:
-        """The training prompts that the run's iterations take, without repetition."""
+        """Return the training prompts that the run's iterations use, without repetition."""
         config = self.config.optimizer
         size, steps = config.train_batch_size // self.config.shared.samples_per_prompt, config.max_train_steps
         total, seed = len(self.train_prompts), self.config.run.seed
@@ -62,7 +62,7 @@ class Plan:
         return list(dict.fromkeys(self.train_prompts[row] for row in rows))
 
     def some_train_prompts(self, number: int, purpose: str) -> list[str]:
-        """At most so many of those prompts, drawn at random: in files the similar ones are neighbours."""
+        """Return at most `number` of these prompts, at random: in files the similar ones are neighbours."""
         prompts = self.used_train_prompts()
         if len(prompts) <= number:
             return prompts
@@ -70,7 +70,7 @@ class Plan:
         return [prompts[row] for row in order[:number].tolist()]
 
     def describe(self) -> str:
-        """The resolved config as YAML, and what follows from it as comments."""
+        """Return the resolved config as YAML, with what follows from it as comments."""
         optimizer, evaluation = self.config.optimizer, self.config.evaluation
         samples = optimizer.train_batch_size
         epochs = samples * optimizer.max_train_steps / len(self.train_prompts)
@@ -82,7 +82,7 @@ class Plan:
             f"iterations: {optimizer.max_train_steps}",
             f"training prompts: {len(self.train_prompts)} ({epochs:.3g} epochs)",
             *(f"transformer calls a sample, {name}: {number:.3g}" for name, number in calls.items()),
-            *self._base_pictures(),
+            *self._base_images(),
             self._validation(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
             *(f"caution: {text}" for text in self.cautions()),
@@ -102,18 +102,18 @@ class Plan:
         options = self.config.evaluation
         prompts, images = len(self.validation_prompts), options.num_validation_images
         return (
-            f"validation every {options.validation_steps} iterations: {prompts * images} pictures ({prompts} "
+            f"validation every {options.validation_steps} iterations: {prompts * images} images ({prompts} "
             f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), and once of the base"
         )
 
-    def _base_pictures(self) -> list[str]:
-        """What the normalisers of a divergence cost before the first iteration."""
+    def _base_images(self) -> list[str]:
+        """Return a line on the base images that a divergence needs before the first iteration."""
         options = self.config.shared
         if options.divergence == "kl":
             return []
         num_prompts = min(options.divergence_prompts, len(self.used_train_prompts()))
         return [
-            f"base pictures for divergence {options.divergence}: {num_prompts * options.divergence_samples}"
+            f"base images for divergence {options.divergence}: {num_prompts * options.divergence_samples}"
         ]
 
 
@@ -152,13 +152,13 @@ def make_plan(config: Config, num_processes: int) -> Plan:
 
 
 def _resolve(config: Config) -> Config:
-    """Released weights and held-out rewards where the config leaves them out."""
+    """Fill in released weights and held-out rewards where the config leaves them out."""
     evaluation = config.evaluation
     trained = [resolve_reward(reward) for reward in config.method.rewards]
     held_out = evaluation.eval_rewards
     if evaluation.eval_prompts is None:
         if held_out:
-            raise ValueError("--eval_rewards without --eval_prompts: nothing would be evaluated")
+            raise ValueError("--eval_rewards needs --eval_prompts: add held-out prompts, or leave it out")
         held_out = []
     elif held_out is None:
         held_out = [RewardConfig(_other_reward([reward.name for reward in trained]))]
@@ -177,7 +177,7 @@ def _other_reward(trained: list[str]) -> str:
 
 
 def resolve_reward(reward: RewardConfig) -> RewardConfig:
-    """The reward with its weights named, once they can be there; nothing is loaded.
+    """Fill in the weights of a reward, and check that they can exist; nothing is loaded.
 
     Raises:
         ValueError: unknown name (with the nearest known one), numbers that make no sense, or no such file.
@@ -188,7 +188,7 @@ def resolve_reward(reward: RewardConfig) -> RewardConfig:
         raise ValueError(f"rewards: unknown reward {suggest(reward.name, REWARDS)}")
     if not issubclass(kind, LearnedReward):
         if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
-            raise ValueError(f"rewards: {reward.name} has no weights: it takes weight, mean and std alone")
+            raise ValueError(f"rewards: {reward.name} has no weights: it takes only weight, mean and std")
         return reward
     model = reward.model or kind.released
     if model in PACKAGED:

@@ -1,4 +1,4 @@
-"""Where a run goes on, and whether what it is told now is what it was told then."""
+"""Find the checkpoint to resume from and compare its settings with this run's."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
 
-# What may differ without a word: it changes where and how a run works, not what it learns.
+# Settings that may differ without notice: they change where and how a run works, not what it learns.
 FREE_SECTIONS = (RunConfig, EvaluationConfig, CheckpointConfig)
 FREE = {field.name for section in FREE_SECTIONS for field in dataclasses.fields(section)} | {
     "rollout_micro_batch_size",
@@ -55,26 +55,26 @@ GOAL = {
 of residuals and norms."""
 PROMPTS = "prompts of train_prompts"
 SHAPE = {"train_batch_size", "loss_steps", "step_selection", "seed", PROMPTS}
-"""Settings that decide which rows there are and what each stands for: other rows don't fit beside them.
+"""Settings that decide which rows there are and what each means: other rows don't fit beside them.
 
 The seed and the prompts are among them as only texts that this run trains on are encoded, and a stored row
-asks for its own. Not among them: buffer_size (as many of the last collections are read) and sigma_jitter (a
-row has its own noise level)."""
+asks for its own. Not among them: buffer_size (it says how many of the last collections are read) and
+sigma_jitter (a row has its own noise level)."""
 FREE_OF_A_REWARD = {"batch_size", "device"}
 
 
 def make_checkpoints(config: Config) -> Checkpoints:
-    """The checkpoints of the output folder."""
+    """Return the checkpoints of the output folder."""
     return Checkpoints(Path(config.run.output_dir), config.checkpoint.checkpoints_total_limit)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    """Settings that decide what is learned, by flag, and a fingerprint of the training prompts."""
+    """Return the settings that decide what is learned, by flag, and a fingerprint of the training prompts."""
     sections = plan.config.sections().values()
     flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
     free = FREE - DECISIVE_IN_RUN
     # A longer run begins like a shorter one, unless its length is in the schedule or in the choice of base
-    # pictures.
+    # images.
     if flat["lr_scheduler"].startswith("constant") and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
@@ -85,7 +85,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 
 def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> Path | None:
-    """The checkpoint to go on from; None = start afresh. Says which in the log.
+    """Find the checkpoint to resume from and print it; None = start afresh.
 
     Raises:
         CheckpointError: none is sound, or it was made with other settings and that isn't allowed.
@@ -95,7 +95,7 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
     if found is None:
         processes.accelerator.print("no checkpoint yet: starting from the base model")
         return None
-    processes.accelerator.print(redact(f"going on from {found} after {iteration_of(found)} iterations"))
+    processes.accelerator.print(redact(f"resuming from {found} after {iteration_of(found)} iterations"))
     check_settings(
         found, settings_of(plan), allow=plan.config.checkpoint.allow_config_change, processes=processes
     )
@@ -103,16 +103,16 @@ def resume_point(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> 
 
 
 def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes) -> Path | None:
-    """The checkpoint to go on from, the same on all processes; None = start afresh.
+    """Find the checkpoint to resume from, the same on all processes; None = start afresh.
 
     Args:
-        checkpoints: those of the output folder.
-        wanted: `latest`, or the path of one.
-        processes: the main one looks.
+        checkpoints: checkpoints of the output folder.
+        wanted: `latest`, or the path of a checkpoint.
+        processes: processes of the run, of which the main one looks.
 
     Raises:
         CheckpointError: if none of the existing ones verifies, the one asked for doesn't, or newer ones
-            lie beside it that would be mistaken for this run's.
+            beside it would be mistaken for this run's.
     """
     return processes.from_main(
         lambda: _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
@@ -146,7 +146,7 @@ def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
 
 
 def outdated(folder: Path, now: Mapping[str, Any]) -> Outdated:
-    """Changed settings for which a method's rows or means in a checkpoint aren't those the run would have."""
+    """Return changed settings that make a method's rows or means in a checkpoint unfit for this run."""
     changed = changes(load_settings(folder), now)
     return Outdated(
         rows=[name for name in changed if name in GOAL | SHAPE],
@@ -167,6 +167,6 @@ def check_settings(folder: Path, now: Mapping[str, Any], *, allow: bool, process
     if not allow:
         raise CheckpointError(
             f"{folder} was made with other settings:\n{lines}\n"
-            "put them back, choose another --output_dir, or go on with --allow_config_change"
+            "put them back, choose another --output_dir, or resume with --allow_config_change"
         )
-    processes.accelerator.print(f"going on with other settings:\n{lines}")
+    processes.accelerator.print(f"resuming with other settings:\n{lines}")

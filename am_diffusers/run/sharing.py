@@ -22,7 +22,7 @@ from am_diffusers.system.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-# Everything else stays at home: checkpoints, logs, error.txt.
+# Everything else stays on this machine: checkpoints, logs, error.txt.
 SHARED = (
     "README.md",
     "config.yaml",
@@ -36,7 +36,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class HubTarget:
-    """Where a result goes.
+    """Destination of a result on the hub.
 
     Attributes:
         repo_id: `owner/name` of a model repository.
@@ -48,7 +48,7 @@ class HubTarget:
 
 
 def check_hub(model_id: str, *, private: bool) -> HubTarget:
-    """Make sure, before a run, that its result can be uploaded after it.
+    """Check, before a run, that its result can be uploaded after it.
 
     Args:
         model_id: `owner/name`, or `name` in the user's own namespace.
@@ -56,30 +56,30 @@ def check_hub(model_id: str, *, private: bool) -> HubTarget:
 
     Raises:
         ValueError: if the hub is switched off or doesn't answer, the token is missing or can't write, or
-            the name isn't one.
+            `model_id` is no name of a repository.
     """
     try:
         validate_repo_id(model_id)
     except HFValidationError as error:
-        raise ValueError(f"--hub_model_id {model_id!r} is no repository name: {error}") from error
+        raise ValueError(f"--hub_model_id {model_id!r} is no owner/name: {error}") from error
     if is_offline_mode():
         raise ValueError("--push_to_hub needs the hub, but HF_HUB_OFFLINE is set: unset it or don't push")
     if get_token() is None:
         raise ValueError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN")
     try:
         user = HfApi().whoami()
-    except Exception as error:  # the client raises those of several libraries
+    except Exception as error:  # the client raises errors of several libraries
         raise ValueError(
-            f"--push_to_hub: the hub doesn't say whose token this is ({_first_line(error)}): run `hf auth "
+            f"--push_to_hub: the hub didn't confirm the token ({_first_line(error)}): run `hf auth "
             "login`, check HF_TOKEN and the network, or don't push"
         ) from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError("--push_to_hub needs a token that may write, this one reads: run `hf auth login`")
+        raise ValueError("--push_to_hub needs a token with write access: run `hf auth login` with one")
     return HubTarget(model_id if "/" in model_id else f"{user['name']}/{model_id}", private)
 
 
 def upload(target: HubTarget, folder: Path) -> str | None:
-    """Upload the LoRA, its card, its pictures and its settings, and nothing else in `folder`.
+    """Upload the LoRA, its card, its images and its settings, and nothing else in `folder`.
 
     Returns:
         The address of the repository; None if it failed: a line in the log says how to upload later.
@@ -104,7 +104,7 @@ def upload(target: HubTarget, folder: Path) -> str | None:
 
 
 def upload_command(target: HubTarget, folder: Path) -> str:
-    """The shell command that uploads what `upload` does."""
+    """Return the shell command that uploads what `upload` does."""
     command = ["hf", "upload", target.repo_id, str(folder.resolve()), "."]
     if target.private:
         command.append("--private")
@@ -119,10 +119,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def hub_target(config: Config) -> HubTarget | None:
-    """Where the result will be uploaded; None = nowhere.
+    """Return the destination of the result; None = it isn't uploaded.
 
     Raises:
-        ValueError: if it couldn't be, see `hub.check_hub`.
+        ValueError: if it can't be uploaded, see `check_hub`.
     """
     run = config.run
     if not run.push_to_hub:
@@ -133,7 +133,7 @@ def hub_target(config: Config) -> HubTarget | None:
 def make_sharing(
     plan: Plan, processes: Processes, target: HubTarget | None, family: Family
 ) -> Callable[[Evaluation | None], None]:
-    """Writes the model card, then uploads; for the main process."""
+    """Return a function that writes the model card, then uploads; for the main process."""
     folder = Path(plan.config.run.output_dir)
 
     def share(evaluation: Evaluation | None) -> None:
@@ -146,7 +146,7 @@ def make_sharing(
 
 
 def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFacts:
-    """What the model card says of a run."""
+    """Return the facts about a run for its model card."""
     config = plan.config
     base = config.model.pretrained_model_name_or_path
     is_hub_id = not Path(base).exists() and HUB_ID.fullmatch(base) is not None

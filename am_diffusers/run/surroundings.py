@@ -1,4 +1,4 @@
-"""What a run gives to its method: fields with guidance, the reward of decoded latents, noise, sizes."""
+"""Surroundings of a run's method: fields with guidance, the reward of decoded latents, noise, sizes."""
 
 from functools import cache
 from pathlib import Path
@@ -52,10 +52,10 @@ def surroundings(
 
     Args:
         config: flags of the run.
-        model: decodes latents, knows noise levels and shapes.
+        model: model that decodes latents and knows noise levels and shapes.
         reward: reward of images.
-        fields: whose velocities are taken.
-        gather: concatenates a 1-D tensor over ranks.
+        fields: fields whose velocities are taken.
+        gather: function that concatenates a 1-D tensor over ranks.
         tilt: law aimed at, if it isn't the reweighted base.
     """
     latents = latent_spec(config, model)

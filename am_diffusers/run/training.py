@@ -22,7 +22,7 @@ from am_diffusers.training.trainer import Hooks, Trainer, TrainOptions
 def make_trainer(
     plan: Plan, method: Method, state: TrainState, *, hooks: Hooks, processes: Processes, log: MetricsLog
 ) -> Trainer:
-    """The training loop."""
+    """Make the training loop."""
     config, optimizer = plan.config, plan.config.optimizer
     return Trainer(
         method,
@@ -48,7 +48,7 @@ def make_trainer(
 
 
 def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Parameter]) -> TrainState:
-    """The optimizer over the parameters, its schedule as a function of the iteration, and the EMA."""
+    """Make the optimizer over the parameters, its schedule as a function of the iteration, and the EMA."""
     settings = OptimizerSettings(
         learning_rate=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
@@ -67,9 +67,9 @@ def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Paramete
 
 
 def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, float]:
-    """Mean scores of each reward in its own units since the last call, over all processes."""
+    """Return the mean score of each reward in its own units since the last call, over all processes."""
     means = {name: scores.mean() for name, scores in reward.drain().items()}
-    if not means:  # on all processes alike: an iteration that scores no pictures
+    if not means:  # on all processes alike: an iteration that scores no images
         return {}
     if processes.number == 1:
         return {f"reward/{name}": mean.item() for name, mean in means.items()}
@@ -78,7 +78,7 @@ def raw_rewards(reward: WeightedRewards, processes: Processes) -> dict[str, floa
 
 
 def make_log(config: Config, trackers: Trackers, *, start: int) -> MetricsLog:
-    """metrics.jsonl, the progress bar and the tracker; lines from iteration `start` on are written anew."""
+    """Open metrics.jsonl, the progress bar and the tracker; lines from iteration `start` on are rewritten."""
     return MetricsLog(
         Path(config.run.output_dir) / "metrics.jsonl",
         total=config.optimizer.max_train_steps,

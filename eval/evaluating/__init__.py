@@ -1,1 +1,1 @@
-"""What the scripts of this folder are made of; it imports the package, never the reverse."""
+"""Parts of the scripts of this folder; they import the package, never the reverse."""

@@ -1,4 +1,4 @@
-"""An evaluation from plan to report: pictures, measures, and the results when nothing is missing."""
+"""An evaluation from plan to report: images, measures, and the results when nothing is missing."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from evaluating.tables.tables import comparison_table, write_tables
 
 
 def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
-    """Do this process's share, then on the main process what can be concluded; yields lines to print.
+    """Do this process's share, then on the main process what can be concluded; yield lines to print.
 
     Raises:
         ValueError: what is wrong and what to do about it; everything written before is kept.
@@ -42,31 +42,31 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
     notes = make_notes(plan)
     yield from notes
     index, number = options.shard
-    # A chunk belongs to one process for all candidates: then it has both pictures of every pair.
+    # A chunk belongs to one process for all candidates: then it has both images of every pair.
     chunks = range(len(store.chunks))[index * processes.number + processes.index :: number * processes.number]
     with processes.together():
-        make_pictures(plan, store, chunks, processes)
+        make_images(plan, store, chunks, processes)
         take_measures(plan, store, chunks, processes)
     if not processes.is_main:
         return
     missing = missing_units(plan, store)
     if missing:
         yield (
-            f"this share is done; of others {missing} chunks are missing: the last one to finish writes the "
-            "results, or this command without --shard"
+            f"this share is done; {missing} chunks of others are missing: the last share to finish writes "
+            "the results, or run this command without --shard"
         )
         return
     yield from conclude(plan, store, notes, processes)
 
 
-def make_pictures(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
-    """Make the pictures of these chunks that are missing; no model is loaded if there are none."""
-    # What was measured was sound, and is still there if it has the same checksum.
+def make_images(plan: Plan, store: Store, chunks: Sequence[int], processes: Processes) -> None:
+    """Make the images of these chunks that are missing; no model is loaded if there are none."""
+    # Values that were measured are kept if the image made again has the same checksum.
     units = unmeasured(store, plan.measures[0], units_of(plan.measures[0], plan.candidates, chunks))
     batches = missing_batches(store, units, plan.options.batch_size)
     if not batches:
         return
-    # What would fail after hours of pictures shall fail now.
+    # What would fail after hours must fail now.
     for measure in plan.measures:
         measure.load(processes.accelerator.device, plan.options.batch_size, plan.prompts.prompts)
     model = load_model(plan, batches, processes.accelerator.device)
@@ -109,11 +109,11 @@ def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processe
     write_tables(summary, store.folder)
     yield to_markdown(comparison_table(summary))
     for layout, candidate in product(plan.options.layouts, plan.candidates):
-        pictures = [
-            [store.picture(candidate, Picture(prompt, image)) for image in range(store.images_per_prompt)]
+        images = [
+            [store.image(candidate, Picture(prompt, image)) for image in range(store.images_per_prompt)]
             for prompt in range(len(store.prompts))
         ]
-        export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, pictures)
+        export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, images)
     if not results.tuned:
         return
     file = write_report(
@@ -123,7 +123,7 @@ def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processe
 
 
 def references(plan: Plan, store: Store, processes: Processes) -> dict[str, Array]:
-    """Features of the reference pictures by name, if there are any."""
+    """Return the features of the reference images by name, if there are any."""
     folder = plan.options.reference_pictures
     if folder is None:
         return {}

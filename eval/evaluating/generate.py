@@ -1,4 +1,4 @@
-"""Makes the pictures that aren't there yet, the same ones whoever makes them and in whatever order."""
+"""Makes the images that aren't there yet, the same ones whoever makes them and in whatever order."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,19 +30,19 @@ Batches = list[tuple[Candidate, tuple[Picture, ...]]]
 
 
 def missing_batches(store: Store, units: Sequence[tuple[Candidate, int]], batch_size: int) -> Batches:
-    """Batches of chunks with a picture that isn't there or is damaged, in the order of the chunks.
+    """Find batches of chunks with a missing or damaged image, in the order of the chunks.
 
-    Chunks are always cut into the same batches: which pictures share a network pass changes their last bits.
+    Chunks are always cut into the same batches: which images share a network pass changes their last bits.
     """
     missing: Batches = []
     for candidate, chunk in units:
-        pictures = store.chunks[chunk]
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
-            damage = {picture: store.damage(candidate, picture) for picture in batch}
-            for picture, reason in damage.items():
+        images = store.chunks[chunk]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            damage = {image: store.damage(candidate, image) for image in batch}
+            for image, reason in damage.items():
                 if reason:
-                    logger.warning("%s is made again: %s", store.picture(candidate, picture), reason)
+                    logger.warning("%s is made again: %s", store.image(candidate, image), reason)
             if any(reason is not None for reason in damage.values()):
                 missing.append((candidate, batch))
     return missing
@@ -54,8 +54,8 @@ class Generator:
 
     Attributes:
         plan: what to make.
-        store: where to put it.
-        model: without a LoRA before and after.
+        store: folder of the images.
+        model: the model, without a LoRA before and after.
     """
 
     plan: Plan
@@ -88,7 +88,7 @@ class Generator:
             self.model.unload_lora()
 
     def make(self, batches: Batches) -> None:
-        """Make and write the pictures of `batches`, ordered by candidate."""
+        """Make and write the images of `batches`, ordered by candidate."""
         loaded: Candidate | None = None
         for candidate, batch in tqdm(batches, desc="pictures", disable=None):
             if candidate != loaded:
@@ -104,7 +104,7 @@ class Generator:
             before = None
         if candidate.lora is None:
             return
-        self.store.check_lora(candidate)  # a training may have written it anew since
+        self.store.check_lora(candidate)  # a training run may have written it anew since
         if before is None or before.lora != candidate.lora:
             self.model.load_lora(candidate.lora)
         self.model.set_lora_scale(candidate.lora_scale)
@@ -114,23 +114,23 @@ class Generator:
         policy = guided(self.model.policy, candidate.guidance_scale)
         base = None if candidate.is_base else guided(self.model.base, candidate.guidance_scale)
         made = sampler.sample(policy, prompts, batch, base=base)
-        for row, picture in enumerate(batch):
-            self._require_finite(made, row, candidate, picture)
-            if self.store.damage(candidate, picture) is not None:
+        for row, image in enumerate(batch):
+            self._require_finite(made, row, candidate, image)
+            if self.store.damage(candidate, image) is not None:
                 path_kl = None if made.path_kl is None else made.path_kl[row].item()
-                self.store.save_picture(candidate, picture, made.pictures[row], path_kl)
+                self.store.save_image(candidate, image, made.pictures[row], path_kl)
 
-    def _require_finite(self, made: Sampled, row: int, candidate: Candidate, picture: Picture) -> None:
+    def _require_finite(self, made: Sampled, row: int, candidate: Candidate, image: Picture) -> None:
         values = [made.pictures[row], *([] if made.path_kl is None else [made.path_kl[row]])]
         if not all(value.isfinite().all() for value in values):
-            prompt = self.plan.prompts.prompts[picture.prompt]
+            prompt = self.plan.prompts.prompts[image.prompt]
             raise ValueError(
                 f"{candidate.key} makes NaN or infinity of {prompt!r}: try --mixed_precision no or bf16, or "
                 "a smaller --lora_scale; everything made before is kept"
             )
 
     def sampler(self, candidate: Candidate) -> Sampler:
-        """What makes a candidate's pictures; the noise is the same for all candidates."""
+        """Make the sampler of a candidate's images; the noise is the same for all candidates."""
         shape = self.model.latent_shape(self.plan.side, self.plan.side)
         return Sampler(
             solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps, shape),
@@ -150,13 +150,13 @@ class Generator:
 
 
 def load_model(plan: Plan, batches: Batches, device: torch.device) -> Model:
-    """The base model with the prompts of `batches` encoded and the text encoders freed."""
+    """Load the base model, encode the prompts of `batches` and free the text encoders."""
     dtype = DTYPES[plan.options.mixed_precision]
     model = Model.from_pretrained(plan.source, weight_dtype=dtype, device=device)
     # Prompts are always encoded with the same neighbours: the last bits of an embedding depend on them.
     texts = list(dict.fromkeys(plan.prompts.prompts))
     places = {text: place for place, text in enumerate(texts)}
-    needed = {plan.prompts.prompts[picture.prompt] for _, batch in batches for picture in batch}
+    needed = {plan.prompts.prompts[image.prompt] for _, batch in batches for image in batch}
     for group in sorted({0, *(places[text] // ENCODE_GROUP for text in needed)}):
         model.encode_prompts(
             texts[group * ENCODE_GROUP : (group + 1) * ENCODE_GROUP],

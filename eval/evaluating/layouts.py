@@ -1,9 +1,9 @@
-"""Finished pictures in the folder layouts that official judges read.
+"""Finished images in the folder layouts that official judges read.
 
     geneval   00012/metadata.jsonl, 00012/samples/0003.png   evaluation/evaluate_images.py of GenEval
     hpsv2     anime/00012.jpg and three more styles          hpsv2.evaluate of the package hpsv2
 
-Pictures are hard links where the format allows, else copies. Everything is checked before anything is
+Images are hard links where the format allows, else copies. Everything is checked before anything is
 written; written again, nothing changes.
 """
 
@@ -25,33 +25,33 @@ from am_diffusers.system.files import write_whole
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS_A_STYLE = 800
 Plan = dict[Path, Callable[[Path], object]]
-"""By path inside the layout: what writes the file at the path it gets."""
+"""Functions that write a file at a given place, by path inside the layout."""
 
 
-def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> None:
-    """Lay out the pictures of one candidate for a judge.
+def export_layout(layout: str, folder: Path, prompts: PromptSet, images: Sequence[Sequence[Path]]) -> None:
+    """Lay out the images of one candidate for a judge.
 
     Args:
         layout: one of `LAYOUTS`.
-        folder: of the layout and nothing else; made if needed.
+        folder: folder of the layout and nothing else; made if needed.
         prompts: P prompts. For geneval with `rows` as in its evaluation_metadata.jsonl; for hpsv2 the whole
             benchmark, each style in the order of its file, with a category column of styles.
-        pictures: (P, S) picture files, 8-bit RGB PNG; for hpsv2 S is 1.
+        images: (P, S) image files, 8-bit RGB PNG; for hpsv2 S is 1.
 
     Raises:
-        ValueError: if a picture is missing, the prompts aren't the judge's, or other files are in the folder.
+        ValueError: if an image is missing, the prompts aren't the judge's, or other files are in the folder.
         StorageError: if it can't be written.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if len(pictures) != len(prompts):
-        raise ValueError(f"{layout}: pictures of {len(pictures)} prompts for {len(prompts)} prompts")
-    missing = [file for row in pictures for file in row if not file.is_file()]
+    if len(images) != len(prompts):
+        raise ValueError(f"{layout}: images of {len(images)} prompts for {len(prompts)} prompts")
+    missing = [file for row in images for file in row if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{layout}: {len(missing)} pictures are missing, the first is {missing[0]}: finish the evaluation"
+            f"{layout}: {len(missing)} images are missing, the first is {missing[0]}: finish the evaluation"
         )
-    plan = LAYOUTS[layout](prompts, pictures)
+    plan = LAYOUTS[layout](prompts, images)
     others = [file for file in _files(folder) if file.relative_to(folder) not in plan]
     if others:
         raise ValueError(
@@ -63,15 +63,15 @@ def export_layout(layout: str, folder: Path, prompts: PromptSet, pictures: Seque
 
 
 def check_layout(layout: str, prompts: PromptSet, images_per_prompt: int) -> None:
-    """Raise ValueError if the judge couldn't use these prompts, before any picture is made."""
+    """Raise ValueError if the judge couldn't use these prompts, before any image is made."""
     LAYOUTS[layout](prompts, [[Path("picture.png")] * images_per_prompt] * len(prompts))
 
 
-def _geneval(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
-    """What evaluate_images.py reads: the prompt's line of metadata, and `samples` in any number."""
+def _geneval(prompts: PromptSet, images: Sequence[Sequence[Path]]) -> Plan:
+    """Lay out what evaluate_images.py reads: the prompt's line of metadata, and `samples` in any number."""
     plan: Plan = {}
     rows = prompts.rows or ({},) * len(prompts)
-    for index, (prompt, row, files) in enumerate(zip(prompts.prompts, rows, pictures, strict=True)):
+    for index, (prompt, row, files) in enumerate(zip(prompts.prompts, rows, images, strict=True)):
         metadata = _without_none(row)
         _check_metadata(index, prompt, metadata)
         place, line = Path(f"{index:05d}"), json.dumps(metadata) + "\n"
@@ -82,7 +82,7 @@ def _geneval(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
 
 
 def _without_none(value: object) -> object:
-    """Without the keys that tables fill with None: to the judge a key is a demand, whatever its value."""
+    """Remove the keys that tables fill with None: to the judge a key is a demand, whatever its value."""
     if isinstance(value, Mapping):
         return {key: _without_none(part) for key, part in value.items() if part is not None}
     return [_without_none(part) for part in value] if isinstance(value, (list, tuple)) else value
@@ -104,11 +104,11 @@ def _check_metadata(index: int, prompt: str, metadata: object) -> None:
         )
 
 
-def _hpsv2(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
-    """What hpsv2.evaluate reads: every folder is a style, whose pictures have the numbers of its prompts."""
-    if any(len(files) != 1 for files in pictures):
+def _hpsv2(prompts: PromptSet, images: Sequence[Sequence[Path]]) -> Plan:
+    """Lay out what hpsv2.evaluate reads: every folder is a style, its images numbered like its prompts."""
+    if any(len(files) != 1 for files in images):
         raise ValueError(
-            "hpsv2: its judge takes one picture a prompt: evaluate with --num_images_per_prompt 1"
+            "hpsv2: its judge takes one image per prompt: evaluate with --num_images_per_prompt 1"
         )
     columns = [column for column in prompts.categories.values() if set(column) == set(STYLES)]
     if not columns or set(Counter(columns[0]).values()) != {PROMPTS_A_STYLE}:
@@ -120,7 +120,7 @@ def _hpsv2(prompts: PromptSet, pictures: Sequence[Sequence[Path]]) -> Plan:
         )
     plan: Plan = {}
     seen: Counter[str] = Counter()
-    for style, (file,) in zip(columns[0], pictures, strict=True):
+    for style, (file,) in zip(columns[0], images, strict=True):
         plan[Path(style) / f"{seen[style]:05d}.jpg"] = partial(_convert, source=file)
         seen[style] += 1
     return plan
@@ -133,7 +133,7 @@ LAYOUTS: dict[str, Callable[[PromptSet, Sequence[Sequence[Path]]], Plan]] = {
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files in a folder, without hidden ones: those are parts that a killed export left."""
+    """Yield files in a folder, without hidden ones: those are parts that a killed export left."""
     return (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
@@ -152,7 +152,7 @@ def _link(file: Path, source: Path) -> None:
 
 
 def _convert(file: Path, source: Path) -> None:
-    """JPEG with PIL's defaults, as the judge's own example writes."""
+    """Write a JPEG with PIL's defaults, as the judge's own example does."""
     buffer = io.BytesIO()
     with Image.open(source) as image:
         image.save(buffer, format="JPEG")

@@ -1,4 +1,4 @@
-"""What a reader of the results must know of prompts and LoRAs: repetitions, cut-off prompts, leaks."""
+"""Notes for readers of the results on prompts and LoRAs: repetitions, cut-off prompts, leaks."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from evaluating.runs import run_configs
 
 
 def make_notes(plan: Plan) -> tuple[str, ...]:
-    """Lines about the prompts, then about each LoRA.
+    """Return lines about the prompts, then about each LoRA.
 
     Raises:
         ValueError: `--train_prompts` can't be read.
@@ -54,7 +54,7 @@ def token_counters(
 
 
 def _other_bases(configs: Mapping[str, dict[str, Any]], base: str) -> list[str]:
-    """LoRAs that were trained on another base, as far as names tell."""
+    """Name LoRAs that were trained on another base, as far as names tell."""
     lines = []
     for name, config in configs.items():
         own = str(config.get("pretrained_model_name_or_path", base))
@@ -64,7 +64,7 @@ def _other_bases(configs: Mapping[str, dict[str, Any]], base: str) -> list[str]:
 
 
 class TrainingList(NamedTuple):
-    """Where the prompts of a run are."""
+    """Source of the prompts of a run."""
 
     source: str
     column: str = "prompt"
@@ -73,7 +73,7 @@ class TrainingList(NamedTuple):
 
 
 def _training_lists(options: Options, configs: Mapping[str, dict[str, Any]]) -> list[TrainingList]:
-    """What the LoRAs were trained on, each list once."""
+    """Return the training lists of the LoRAs, each once."""
     if options.train_prompts is not None:
         return [TrainingList(options.train_prompts)]
     found = [
@@ -89,7 +89,7 @@ def _training_lists(options: Options, configs: Mapping[str, dict[str, Any]]) -> 
 
 
 def _leaks(plan: Plan, training: TrainingList) -> list[str]:
-    """The leak check against a list; one that a run names and that isn't here any more is no error."""
+    """Check for leaks against a list; a list that a run names and that no longer exists is no error."""
     source, column, split, limit = training
     try:
         if plan.options.train_prompts is not None:
@@ -111,10 +111,10 @@ WIDTH = 80
 
 @dataclass(frozen=True)
 class Overlong:
-    """Prompts of which a text encoder sees the beginning only.
+    """Prompts of which a text encoder reads the beginning only.
 
     Attributes:
-        tokenizer: its name.
+        tokenizer: name of the tokenizer.
         limit: tokens it keeps.
         prompts: index and number of tokens of each longer prompt.
     """
@@ -131,7 +131,7 @@ class PromptReport:
     Attributes:
         prompts: the set.
         duplicates: groups of at least two indices whose texts are equal up to unicode form, case and white
-            space. They are evaluated as they are: the text counts as often as it stands there.
+            space. They are evaluated as they are: the text counts as often as it occurs.
         overlong: one for each tokenizer, in the order given.
     """
 
@@ -141,11 +141,11 @@ class PromptReport:
 
     @property
     def num_repeated(self) -> int:
-        """How many prompts repeat an earlier one."""
+        """Number of prompts that repeat an earlier one."""
         return sum(len(group) - 1 for group in self.duplicates)
 
     def lines(self) -> list[str]:
-        """What the log says: the size of the set, then each finding with its first examples."""
+        """Return the lines of the log: the size of the set, then each finding with its first examples."""
         categories = [
             f"{len(set(values) - {''})} of {name}" for name, values in self.prompts.categories.items()
         ]

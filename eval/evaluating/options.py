@@ -12,7 +12,7 @@ from am_diffusers.system.text import nearest
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; `parser` explains each.
+    """Options of the command line; `parser` explains each.
 
     Lists are never empty where one is needed, counts are positive, and `shard` is (which, of how many),
     counted from 0.
@@ -49,7 +49,7 @@ class Options:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Options of a command line.
+    """Parse a command line.
 
     Raises:
         ValueError: an unknown flag (with the nearest known one) or a value that makes no sense.
@@ -64,10 +64,10 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags, in the order of `--help`."""
+    """Make the parser, with flags in the order of `--help`."""
     known = argparse.ArgumentParser(
         description="Compare LoRAs with their base: the same prompts and noise, real rewards, intervals. "
-        "The same command again goes on where it was stopped.",
+        "The same command again resumes where it was stopped.",
         allow_abbrev=False,
     )
     _model_flags(known.add_argument_group("models"))
@@ -123,8 +123,8 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="T5 tokens, as in training; default: what the model's folder declares, else 256",
     )
     group.add_argument("--seed", type=int, default=0, help="all noise is a function of it")
-    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="pictures a prompt")
-    group.add_argument("--batch_size", type=positive, default=16, help="pictures at a time, at most 16")
+    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="images per prompt")
+    group.add_argument("--batch_size", type=positive, default=16, help="images at a time, at most 16")
 
 
 def _prompt_flags(group: argparse._ArgumentGroup) -> None:
@@ -139,10 +139,10 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--category_columns", nargs="*", help="columns to break results down by; default: the usual names"
     )
     group.add_argument("--prompts_split", help="split of a data set")
-    group.add_argument("--max_prompts", type=positive, help="only the first so many")
+    group.add_argument("--max_prompts", type=positive, help="number of prompts to use, the first ones")
     group.add_argument(
         "--train_prompts",
-        help="training list to look for leaks in; default: that of the LoRA's run, if known",
+        help="training list to look for leaks in; default: the list of the LoRA's run, if known",
     )
 
 
@@ -163,9 +163,9 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
         "reward with image features; default: the last such reward",
     )
     group.add_argument(
-        "--reference_pictures", type=Path, help="folder of pictures to take Frechet distances to as well"
+        "--reference_pictures", type=Path, help="folder of images to take Frechet distances to as well"
     )
-    group.add_argument("--lpips", action="store_true", help="how far each picture moved (package lpips)")
+    group.add_argument("--lpips", action="store_true", help="measure each image's change (package lpips)")
 
 
 def _output_flags(group: argparse._ArgumentGroup) -> None:
@@ -178,15 +178,15 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         choices=("geneval", "hpsv2"),
         default=[],
-        help="the pictures also in the folders of these judges",
+        help="write the images also in the folders of these judges",
     )
     group.add_argument(
-        "--report_prompts", type=positive, default=100, help="at most so many prompts' pictures in the report"
+        "--report_prompts", type=positive, default=100, help="number of prompts with images in the report"
     )
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
@@ -194,7 +194,7 @@ def positive(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
@@ -202,7 +202,7 @@ def positive_float(text: str) -> float:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """`I/N`: shard I, from 0, of N."""
+    """Parse `I/N`: shard I, from 0, of N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, e.g. 0/4, got {text}")
@@ -210,6 +210,6 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def named(text: str) -> tuple[str, str | None]:
-    """`NAME=VALUE` as a pair; `NAME` alone has no value."""
+    """Split `NAME=VALUE` into a pair; `NAME` alone has no value."""
     name, _, value = text.partition("=")
     return name, value or None

@@ -1,4 +1,4 @@
-"""From the command line to what is to be done, checked before any weights are read."""
+"""Plan of an evaluation: the command line, checked before any weights are read."""
 
 import json
 import re
@@ -28,15 +28,15 @@ NAME = re.compile(r"[\w.-]+")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done.
+    """Plan of an evaluation.
 
     Attributes:
         options: the command line.
-        settings: what all pictures depend on, plain JSON values.
+        settings: settings that all images depend on, plain JSON values.
         source: the base model.
-        side: pictures are side x side pixels.
+        side: images are side x side pixels.
         max_sequence_length: T5 tokens.
-        prompts: what is rendered.
+        prompts: prompts to render.
         candidates: the base at each sampler setting, then the LoRAs.
         measures: rewards, then features, then changes.
     """
@@ -59,7 +59,7 @@ def make_plan(options: Options) -> Plan:
     """
     if options.batch_size > CHUNK:
         raise ValueError(
-            f"--batch_size {options.batch_size}: pictures are shared out by {CHUNK}, use at most that"
+            f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
     check_solver(options.sampler)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -103,7 +103,7 @@ def make_plan(options: Options) -> Plan:
 
 
 def declaration(path: str) -> dict[str, Any]:
-    """What a model folder says about itself in `am_diffusers.json`: max_sequence_length, rewards.
+    """Read what a model folder says about itself in `am_diffusers.json`: max_sequence_length, rewards.
 
     Raises:
         ValueError: if the file is there and isn't a JSON object.
@@ -121,7 +121,7 @@ def declaration(path: str) -> dict[str, Any]:
 
 
 def make_candidates(options: Options) -> tuple[Candidate, ...]:
-    """The base at each number of steps and guidance, then each LoRA at each scale.
+    """Make the base at each number of steps and guidance, then each LoRA at each scale.
 
     Raises:
         ValueError: no such LoRA, or two of one name.
@@ -139,12 +139,12 @@ def make_candidates(options: Options) -> tuple[Candidate, ...]:
     candidates = (*bases, *tuned)
     keys = [candidate.key for candidate in candidates]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"the same is asked for twice: {', '.join(keys)}")
+        raise ValueError(f"the same model is asked for twice: {', '.join(keys)}: name each once")
     return candidates
 
 
 def lora_file(text: str) -> tuple[str | None, Path]:
-    """`[NAME=]PATH` as name and the LoRA's file.
+    """Split `[NAME=]PATH` into name and the LoRA's file.
 
     Raises:
         ValueError: if there is no such file; says where one would be.
@@ -161,7 +161,7 @@ def lora_file(text: str) -> tuple[str | None, Path]:
 
 
 def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
-    """Given names, else the last folder that tells one LoRA from the others."""
+    """Return given names, else the last folder that tells one LoRA from the others."""
     names = []
     for name, file in files:
         parts = [part for part in file.resolve().parts[:-1] if NAME.fullmatch(part)]

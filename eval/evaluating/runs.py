@@ -1,4 +1,4 @@
-"""What is known of the runs that LoRAs came from: the config.yaml that `finetune.py` writes."""
+"""Configs of the runs that LoRAs came from: the config.yaml that `finetune.py` writes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from evaluating.candidates import Candidate
 
 
 def run_config(lora: Path) -> dict[str, Any]:
-    """The config of the run that a LoRA file came from; {} if no such config lies near it.
+    """Read the config of the run that a LoRA file came from; {} if there is no such config near it.
 
-    It lies beside the LoRA, or one folder up if that is a checkpoint or an average. Only a file that reads as
+    It is beside the LoRA, or one folder up if that is a checkpoint or an average. Only a file that reads as
     one of this package counts: other tools write a config.yaml too.
     """
     for folder in lora.resolve().parents[:2]:
@@ -37,13 +37,13 @@ def _is_ours(config: object) -> bool:
 
 
 def run_configs(candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
-    """The config of each LoRA's run by its name, where it is known."""
+    """Read the config of each LoRA's run by its name, where it is known."""
     found = {candidate.name: run_config(candidate.lora) for candidate in candidates if candidate.lora}
     return {name: config for name, config in found.items() if config}
 
 
 def trained_rewards(candidates: Sequence[Candidate]) -> dict[str, tuple[str, ...]]:
-    """Names of the rewards each LoRA was trained on, where its run is known."""
+    """Return the names of the rewards each LoRA was trained on, where its run is known."""
     return {
         name: tuple(reward["name"] for reward in config["rewards"])
         for name, config in run_configs(candidates).items()

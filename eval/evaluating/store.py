@@ -1,13 +1,13 @@
-"""The output folder: pictures, what was measured on them, and what they depend on.
+"""The output folder: images, what was measured on them, and what they depend on.
 
-    settings.json                          what all pictures depend on
-    pictures/CANDIDATE/candidate.json      what this candidate's pictures depend on: the LoRA's sha256
-    pictures/CANDIDATE/00012-003.png       prompt 12, picture 3; its text chunk `am_diffusers` has the prompt
-    rewards/CANDIDATE/NAME/00004.safetensors    values of the pictures of chunk 4, and of which files they are
-    features/..., changes/...              image features, and distances to the base's pictures, likewise
+    settings.json                          what all images depend on
+    pictures/CANDIDATE/candidate.json      what this candidate's images depend on: the LoRA's sha256
+    pictures/CANDIDATE/00012-003.png       prompt 12, image 3; its text chunk `am_diffusers` has the prompt
+    rewards/CANDIDATE/NAME/00004.safetensors    values of the images of chunk 4, and of which files they are
+    features/..., changes/...              image features, and distances to the base's images, likewise
 
 Every file is whole or not there and says what it was made from, so any number of machines may work on one
-folder, be killed at any moment and go on. A chunk is the unit of sharing: CHUNK pictures of one candidate,
+folder, be killed at any moment and resume. A chunk is the unit of sharing: CHUNK images of one candidate,
 the same whatever the batch size and the number of machines.
 """
 
@@ -43,10 +43,10 @@ class Store:
 
     Attributes:
         folder: where it is.
-        settings: plain JSON values that all pictures depend on.
+        settings: plain JSON values that all images depend on.
         prompts: P texts.
-        images_per_prompt: S.
-        side: pictures are side x side pixels.
+        images_per_prompt: S, number of images per prompt.
+        side: images are side x side pixels.
     """
 
     folder: Path
@@ -58,22 +58,22 @@ class Store:
 
     @cached_property
     def chunks(self) -> tuple[tuple[Picture, ...], ...]:
-        """All P * S pictures, CHUNK at a time."""
+        """All P * S images, CHUNK at a time."""
         which = pictures_of(len(self.prompts), self.images_per_prompt)
         return tuple(tuple(which[start : start + CHUNK]) for start in range(0, len(which), CHUNK))
 
     def open(self, candidates: Sequence[Candidate]) -> None:
-        """Start the folder, or go on in it.
+        """Start the folder, or continue in it.
 
         Raises:
-            ValueError: it holds pictures made with other settings or another LoRA; says which.
+            ValueError: it holds images made with other settings or another LoRA; says which.
         """
         self._agree(self.folder / "settings.json", dict(self.settings))
         for candidate in candidates:
             self.check_lora(candidate)
 
     def check_lora(self, candidate: Candidate) -> None:
-        """Raise ValueError if its LoRA isn't the one that its pictures here were made with."""
+        """Raise ValueError if its LoRA isn't the one that its images here were made with."""
         made_from = {
             "name": candidate.name,
             "lora_sha256": None if candidate.lora is None else self._sha(candidate.lora),
@@ -83,24 +83,24 @@ class Store:
         }
         self._agree(self.folder / "pictures" / candidate.key / "candidate.json", made_from)
 
-    def picture(self, candidate: Candidate, picture: Picture) -> Path:
-        """File of a picture."""
-        name = f"{picture.prompt:05d}-{picture.image:03d}.png"
+    def image(self, candidate: Candidate, image: Picture) -> Path:
+        """Return the file of an image."""
+        name = f"{image.prompt:05d}-{image.image:03d}.png"
         return self.folder / "pictures" / candidate.key / name
 
-    def about(self, candidate: Candidate, picture: Picture) -> dict[str, object]:
-        """What a picture is of: prompt, candidate, and the seed of its starting noise."""
-        generator = generator_for(self.settings["seed"], PURPOSE, *picture)
+    def about(self, candidate: Candidate, image: Picture) -> dict[str, object]:
+        """Describe an image: prompt, candidate, and the seed of its starting noise."""
+        generator = generator_for(self.settings["seed"], PURPOSE, *image)
         return {
-            "prompt": self.prompts[picture.prompt],
+            "prompt": self.prompts[image.prompt],
             "candidate": candidate.key,
             "seed": generator.initial_seed(),
         }
 
-    def save_picture(
+    def save_image(
         self, candidate: Candidate, picture: Picture, image: Tensor, path_kl: float | None
     ) -> None:
-        """Write a picture (3, H, W) in [0, 1] as an 8-bit PNG with a text about it; path KL in nats."""
+        """Write an image (3, H, W) in [0, 1] as an 8-bit PNG with a text about it; path KL in nats."""
         about = self.about(candidate, picture) | ({} if path_kl is None else {"path_kl": path_kl})
         info = PngImagePlugin.PngInfo()
         info.add_itxt(TEXT, json.dumps(about, allow_nan=False))
@@ -108,11 +108,11 @@ class Store:
         def write(part: Path) -> None:
             to_pil(image).save(part, format="PNG", pnginfo=info)
 
-        write_whole(self.picture(candidate, picture), write)
+        write_whole(self.image(candidate, picture), write)
 
     def damage(self, candidate: Candidate, picture: Picture) -> str | None:
-        """What is wrong with a picture's file: None = nothing, "" = it isn't there."""
-        file = self.picture(candidate, picture)
+        """Return what is wrong with an image's file: None = nothing, "" = it isn't there."""
+        file = self.image(candidate, picture)
         if not file.exists():
             return ""
         try:
@@ -127,23 +127,23 @@ class Store:
             return f"it is {image.mode} of {image.size}, not RGB of {(self.side, self.side)}"
         expected = self.about(candidate, picture)
         if {name: about.get(name) for name in expected} != expected:
-            return f"it is a picture of {about}, not of {expected}"
+            return f"it is an image of {about}, not of {expected}"
         if self.has_path_kl(candidate) and "path_kl" not in about:
             return "it lacks its path KL"
         return None
 
     def has_path_kl(self, candidate: Candidate) -> bool:
-        """Whether its pictures come with their path KL."""
+        """Return whether a candidate's images come with their path KL."""
         sampler = self.settings["sampler"]
         return not candidate.is_base and sampler in TRANSITIONS and sampler != "ode_euler"
 
     def path_kl(self, candidate: Candidate, picture: Picture) -> float:
-        """Path KL of a picture in nats, from its text."""
-        with Image.open(self.picture(candidate, picture)) as image:
+        """Return the path KL of an image in nats, from its text."""
+        with Image.open(self.image(candidate, picture)) as image:
             return read_about(image)["path_kl"]
 
     def values_file(self, kind: str, candidate: Candidate, name: str, chunk: int) -> Path:
-        """File of what was measured on a chunk: `kind` rewards, features or changes, by `name`."""
+        """Return the file of what was measured on a chunk: `kind` rewards, features or changes, by `name`."""
         return self.folder / kind / candidate.key / name / f"{chunk:05d}.safetensors"
 
     def save_values(self, file: Path, values: np.ndarray, made_from: Mapping[str, object]) -> None:
@@ -153,7 +153,7 @@ class Store:
         write_whole(file, lambda part: save_file(array, part, metadata=header))
 
     def load_values(self, file: Path, made_from: Mapping[str, object]) -> np.ndarray | None:
-        """Values (n, ...), or None if they aren't there, are damaged, or were made from something else."""
+        """Load values (n, ...); None if they are missing, damaged, or made from something else."""
         try:
             with safe_open(file, framework="numpy") as opened:
                 header = opened.metadata() or {}
@@ -164,14 +164,14 @@ class Store:
             return None
 
     def shas(self, candidate: Candidate, chunk: int) -> dict[str, str] | None:
-        """SHA-256 of the files of a chunk by name; None if one isn't there."""
-        files = [self.picture(candidate, picture) for picture in self.chunks[chunk]]
+        """Return the SHA-256 of the files of a chunk by name; None if one isn't there."""
+        files = [self.image(candidate, image) for image in self.chunks[chunk]]
         if not all(file.exists() for file in files):
             return None
         return {file.name: self._sha(file) for file in files}
 
     def _sha(self, file: Path) -> str:
-        """SHA-256 of a file, read once unless it changes: every measure asks for it again."""
+        """Return the SHA-256 of a file, read once unless it changes: every measure asks for it again."""
         stat = file.stat()
         state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if file not in self._hashed or self._hashed[file][0] != state:
@@ -197,7 +197,7 @@ class Store:
 
 
 def read_about(image: Image.Image) -> dict[str, Any]:
-    """What `Store.save_picture` wrote about a picture.
+    """Read what `Store.save_image` wrote about an image.
 
     Raises:
         ValueError: if there is no such text.
@@ -208,8 +208,8 @@ def read_about(image: Image.Image) -> dict[str, Any]:
     return json.loads(text)
 
 
-def read_picture(file: Path) -> Tensor:
-    """A picture file as RGB (3, H, W) in [0, 1].
+def read_image(file: Path) -> Tensor:
+    """Read an image file as RGB (3, H, W) in [0, 1].
 
     Raises:
         ValueError: if it can't be read.
@@ -218,5 +218,5 @@ def read_picture(file: Path) -> Tensor:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"), np.float32)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from error
+        raise ValueError(f"{file} is no image that can be read: {error}") from error
     return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()

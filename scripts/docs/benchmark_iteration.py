@@ -1,4 +1,4 @@
-"""Time of a training iteration against its bare transformer, VAE and reward passes.
+"""Time a training iteration against its bare transformer, VAE and reward passes.
 
 `python scripts/docs/benchmark_iteration.py --config configs/tiny_sd3.yaml [--flag value ...]` takes the flags
 of finetune.py. Iterations and bare passes take turns, so that other load on the machine meets both.
@@ -43,23 +43,23 @@ class BarePasses:
         self.x = torch.randn(batch, *latents.shape, device=latents.device)
 
     def velocity(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """One transformer call at sigma 0.5."""
+        """Make one transformer call at sigma 0.5."""
         return self.model.velocity(x, x.new_full((len(x),), 0.5), cond)
 
     def chunks(self, rows: int, size: int | None) -> Iterator[tuple[Tensor, list[int]]]:
-        """`rows` rows of random states with their samples, at most `size` at a time."""
+        """Yield `rows` rows of random states with their samples, at most `size` at a time."""
         for part in torch.arange(rows).split(size or rows):
             samples = (part % len(self.x)).tolist()
             yield self.x[samples], samples
 
     def rollout(self, adapter: bool) -> None:
-        """One transformer call without gradient for every sample."""
+        """Make one transformer call without gradient for every sample."""
         with torch.no_grad(), adapters(self.model.network, enabled=adapter):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 self.velocity(x, self.cond.index(rows))
 
     def vjp(self) -> None:
-        """One base call and its backward pass to the state for every sample."""
+        """Make one base call and its backward pass to the state for every sample."""
         with adapters(self.model.network, enabled=False):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 x = x.requires_grad_(True)
@@ -74,13 +74,13 @@ class BarePasses:
             torch.autograd.grad(scores.sum(), x)
 
     def loss(self, rows: int) -> None:
-        """Policy calls and backward passes to the LoRA over `rows` rows."""
+        """Make policy calls and backward passes to the LoRA over `rows` rows."""
         for x, samples in self.chunks(rows, self.config.optimizer.loss_micro_batch_size):
             loss = self.velocity(x, self.cond.index(samples)).square().sum()
             torch.autograd.grad(loss, self.model.lora_parameters().values())
 
     def passes(self, kept: float) -> dict[str, tuple[int, Callable[[], None]]]:
-        """Count and code of each kind of pass, when a share `kept` of the rows is trained on."""
+        """Return count and code of each kind of pass, when a share `kept` of the rows is trained on."""
         steps = self.config.shared.num_inference_steps
         trained = steps - 1 if self.config.shared.loss_steps == "all" else self.config.shared.loss_steps
         rows = round(kept * trained * len(self.x))
@@ -94,7 +94,7 @@ class BarePasses:
 
 
 def seconds(code: Callable[[], object]) -> tuple[float, float]:
-    """Wall clock and CPU seconds; the latter don't count what other programs take from a shared machine."""
+    """Measure wall clock and CPU seconds; the latter leave out what other programs take of the machine."""
     wall, cpu = time.perf_counter(), time.process_time()
     code()
     if torch.cuda.is_available():

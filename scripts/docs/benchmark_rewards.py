@@ -1,10 +1,10 @@
-"""Cost of each reward: forward and backward pass for one picture, in time, memory and arithmetic.
+"""Measure each reward's forward and backward pass for one image, in time, memory and arithmetic.
 
     python scripts/docs/benchmark_rewards.py [NAME ...] [--threads N]
 
 The released architectures run at full size with random weights; text features of CLIP-type rewards are
-remembered per prompt and not counted. Every reward is measured in a process of its own, so that peak memory
-is its alone. "CPU s" sums over threads and counts nothing of what else the machine does. The GPU column is
+remembered per prompt and not counted. Every reward is measured in a process of its own, so that no other one
+counts in its peak memory. "CPU s" sums over threads and leaves out other work. The GPU column is
 arithmetic, not a measurement.
 """
 
@@ -37,7 +37,7 @@ PROMPT = 'a red fox with the sign "FOX"'  # an ImageNet class, and a quoted text
 
 
 def vit_h() -> LearnedReward:
-    """HPSv2; PickScore and HPSv2.1 are the same network."""
+    """Make HPSv2; PickScore and HPSv2.1 are the same network."""
     config = open_clip.get_model_config("ViT-H-14")
     assert config is not None
     pixel_format = PixelFormat(config["vision_cfg"]["image_size"], CLIP_MEAN, CLIP_STD)
@@ -45,7 +45,7 @@ def vit_h() -> LearnedReward:
 
 
 def vit_l() -> LearnedReward:
-    """The aesthetic predictor; CLIPScore is the same network."""
+    """Make the aesthetic predictor; CLIPScore is the same network."""
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14}
     vision |= {"num_attention_heads": 16, "projection_dim": 768}
     head = AffineHead(torch.ones(768, dtype=torch.float64), 0.0)
@@ -53,13 +53,13 @@ def vit_l() -> LearnedReward:
 
 
 def blip() -> LearnedReward:
-    """ImageReward, with a made-up vocabulary of BERT's size."""
+    """Make ImageReward, with a made-up vocabulary of BERT's size."""
     vocab = {token: row for row, token in enumerate(MARKS)}
     vocab |= {f"word{row}": row for row in range(len(MARKS), RELEASED.text_config["vocab_size"] - 2)}
     return ImageReward(BlipScorer(RELEASED), config=RELEASED, tokenizer=BertTokenizer(vocab=vocab))
 
 
-# Name -> reward and side of the square picture it is given.
+# Name -> reward and side of the square image that it scores.
 REWARDS: dict[str, tuple[Callable[[], LearnedReward], int]] = {
     "hpsv2, pickscore (ViT-H/14)": (vit_h, 512),
     "aesthetic, clip_score (ViT-L/14)": (vit_l, 512),
@@ -72,7 +72,7 @@ REWARDS: dict[str, tuple[Callable[[], LearnedReward], int]] = {
 
 
 def measure(name: str, threads: int) -> dict[str, float]:
-    """Seconds, bytes and floating-point operations of one picture's forward and backward pass."""
+    """Measure seconds, bytes and floating-point operations of one image's forward and backward pass."""
     torch.set_num_threads(threads)
     # Gradients of untrained networks are so small that a processor computes with them five times slower.
     torch.set_flush_denormal(True)
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help=f"of {list(REWARDS)}; all by default")
+    parser.add_argument("names", nargs="*", help=f"rewards of {list(REWARDS)}; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="measure one reward in this process")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""HPSv2 and ImageReward against the original packages hpsv2 and image-reward, on equal random weights.
+"""Compare HPSv2 and ImageReward with the original packages hpsv2 and image-reward, on equal random weights.
 
     make parity      # the environment of the packages, all models, and the results into docs
     python scripts/docs/check_parity.py --python .venv-parity/bin/python --sizes small
@@ -35,12 +35,12 @@ VERSIONS = ("torch", "torchvision", "transformers", "open_clip_torch", "numpy", 
 
 
 def run_case(case: Case, python: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of the table for one model, and the versions of the packages.
+    """Compare one model: return its rows of the table, and the versions of the packages.
 
     Args:
-        case: the model.
-        python: of the packages' environment.
-        folder: empty; holds weights and results.
+        case: model, weights and inputs.
+        python: Python of the packages' environment.
+        folder: empty folder for weights and results.
     """
     case.write(folder)
     run_originals(python, "shapes", folder)

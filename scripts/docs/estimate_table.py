@@ -79,15 +79,15 @@ config, by phase and with the setting that lowers the peak.
 
 The rest is `configs/sd35_medium.yaml`: 40 samples an iteration, 20 steps, 10 of them trained on,
 transformer in bfloat16, LoRA of rank 32, one process on one card. Micro-batches are those of
-rollout / reward / loss; grids and evaluation make as many pictures at a time as rewards are taken
-of. PickScore and HPSv2 are ViT-H/14, in float32 unless said otherwise; a held-out reward stays on
+rollout / reward / loss; grids and evaluation make as many images at a time as a micro-batch of the
+reward has. PickScore and HPSv2 are ViT-H/14, in float32 unless said otherwise; a held-out reward stays on
 the card from the start. Text encoders are on it before the first iteration only, with transformer
 and VAE.
 """
 
 
 def memory_table(found: dict[Settings, Estimate]) -> list[str]:
-    """One line a setting."""
+    """Return the lines of the table, one per setting."""
     cards = " | ".join(f"{size} GB" for size in CARDS)
     lines = [
         f"| pixels | checkpointing | micro-batches | rewards | peak | in | {cards} |",
@@ -103,7 +103,7 @@ def memory_table(found: dict[Settings, Estimate]) -> list[str]:
 
 
 def time_table(found: dict[Settings, Estimate]) -> list[str]:
-    """FLOPs and hours of one setting a resolution, with and without recomputation."""
+    """Return FLOPs and hours of one setting per resolution, with and without recomputation."""
     names = " | ".join(TIMED)
     lines = [
         f"| pixels | checkpointing | PFLOPs an iteration, bf16 + fp32 | {names} |",
@@ -122,7 +122,7 @@ def time_table(found: dict[Settings, Estimate]) -> list[str]:
 
 
 def time_text() -> str:
-    """What the hours assume."""
+    """Return the paragraph on what the hours assume."""
     peaks = ", ".join(f"{name} {GPUS[name].bf16:g} / {GPUS[name].fp32:g}" for name in TIMED)
     text = (
         "Hours for 1000 iterations, VAE and rewards in float32 / in TF32 (`allow_tf32`; convolutions use "

@@ -1,4 +1,4 @@
-"""How noisy a batch's gradient of Adjoint Matching is, and how much of it replay could take away.
+"""Measure the noise of a batch's gradient of Adjoint Matching, and how much of it replay could remove.
 
 `python scripts/docs/gradient_noise.py --config configs/tiny_sd3.yaml [--flag value ...]` takes the flags of
 finetune.py. It makes trajectories of SAMPLES samples with the model as it starts, takes the gradient of every
@@ -45,7 +45,7 @@ OWN = [
 
 
 def row_gradients(method: Method, model: Model, config: Config, prompts: list[str]) -> torch.Tensor:
-    """Gradients of the loss of each row, summed over rows that of the mean over samples: (N, S, D)."""
+    """Return the gradients of the rows' losses, (N, S, D); summed over rows, of the mean over samples."""
     seed, parameters = config.run.seed, list(model.lora_parameters().values())
     texts = [prompts[row] for row in prompt_rows(seed, 0, SAMPLES, len(prompts))]
     cond = encoder(config, model, 1.0)(texts)
@@ -61,7 +61,7 @@ def row_gradients(method: Method, model: Model, config: Config, prompts: list[st
 
 
 def draws_of(kind: str, steps: int) -> list[list[float]]:
-    """Factors of the S rows in each draw of a sample's steps, all equally likely."""
+    """Return the factors of the S rows in each draw of a sample's steps, all equally likely."""
     single = np.eye(steps)
     if kind == "all":
         return [np.ones(steps).tolist()]
@@ -71,15 +71,15 @@ def draws_of(kind: str, steps: int) -> list[list[float]]:
 
 
 def figures(products: np.ndarray, factors: np.ndarray, batch: int, keep: np.ndarray) -> tuple[float, float]:
-    """(signal / noise of a batch, trajectory's share) of the samples `keep`.
+    """Return (signal / noise of a batch, trajectory's share) of the samples `keep`.
 
-    All samples of a batch share the draw of their steps, as in training: its part of the noise doesn't get
-    smaller with the batch.
+    All samples of a batch share the draw of their steps, as in training: this part of the noise doesn't
+    shrink with the batch.
 
     Args:
         products: inner products of the rows' gradients, (N, S, N, S).
-        factors: of rows in draws, (draws, S).
-        batch: samples a batch.
+        factors: factors of rows in draws, (draws, S).
+        batch: samples per batch.
         keep: indices of samples.
     """
     every = range(products.shape[1])
@@ -93,14 +93,14 @@ def figures(products: np.ndarray, factors: np.ndarray, batch: int, keep: np.ndar
 
 
 def _moments(products: np.ndarray) -> tuple[float, float]:
-    """Squared length of the mean of N vectors, unbiased, and their variance, from inner products (N, N)."""
+    """Return squared length of the mean of N vectors, unbiased, and variance, from inner products (N, N)."""
     number, own = len(products), float(np.trace(products))
     length = (float(products.sum()) - own) / (number * (number - 1))
     return length, own / number - length
 
 
 def with_interval(statistic: Callable[[np.ndarray], float]) -> str:
-    """A statistic of the samples with its jackknife interval."""
+    """Return a statistic of the samples with its jackknife interval."""
     everything = np.arange(SAMPLES)
     value = statistic(everything)
     without = np.array([statistic(np.delete(everything, left)) for left in everything])

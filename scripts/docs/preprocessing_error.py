@@ -1,10 +1,10 @@
-"""Error of the differentiable preprocessing of rewards against the published one, on pictures.
+"""Measure the error of the differentiable preprocessing of rewards against the published one, on images.
 
     python scripts/docs/preprocessing_error.py --output docs/preprocessing_error.json
 
 For every embedded reward model and every reward whose weights a package ships: root mean square of
-`score(mode) - score("official")` over the standard deviation of the official score between pictures. Each
-picture is scored for its own prompt. Pictures are those of the embedded pipeline for its held-out prompts, as
+`score(mode) - score("official")` over the standard deviation of the official score between images. Each
+image is scored for its own prompt. Images are those of the embedded pipeline for its held-out prompts, as
 decoded and enlarged, so that towers for 64 pixels have to resize; for the OCR reward they are drawn words.
 """
 
@@ -34,7 +34,7 @@ TARGETS: dict[Mode, float] = {"rounded": 0.02, "differentiable": 0.05}
 
 
 def embedded() -> dict[type[LearnedReward], str]:
-    """The rewards of which the package ships a small model, and where that is."""
+    """Return the rewards of which the package ships a small model, and their folders."""
     folders = sorted(Path(asset_path("asset:.")).glob("tiny_*"))
     names = [folder.name.removeprefix("tiny_") for folder in folders]
     kinds = {name: REWARDS[name] for name in names if name in REWARDS}
@@ -44,7 +44,7 @@ def embedded() -> dict[type[LearnedReward], str]:
 
 
 def decoded(seed: int) -> tuple[Tensor, list[str]]:
-    """A picture (64 x 64) of the embedded pipeline for each of its held-out prompts."""
+    """Make an image (64 x 64) of the embedded pipeline for each of its held-out prompts."""
     config = parse_config(["--config", str(ROOT / "configs" / "tiny_sd3.yaml"), "--seed", str(seed)])
     plan = make_plan(config, 1)
     model = load_model(plan, torch.device("cpu"))
@@ -53,18 +53,18 @@ def decoded(seed: int) -> tuple[Tensor, list[str]]:
     return sampler.pictures(model.base, prompts, pictures_of(len(prompts), 1)), prompts
 
 
-def enlarged(pictures: Tensor) -> dict[str, Tensor]:
-    """The pictures at several sizes; the last with the hard edges that bicubic resizing overshoots at."""
+def enlarged(images: Tensor) -> dict[str, Tensor]:
+    """Enlarge images to several sizes; the last with the hard edges that bicubic resizing overshoots at."""
     return {
-        "64 px, as decoded": pictures,
-        "128 px, bicubic": bicubic(pictures, 128, 128).clamp(0, 1),
-        "160 px, bicubic": bicubic(pictures, 160, 160).clamp(0, 1),
-        "160 px, nearest": interpolate(pictures, (160, 160), mode="nearest"),
+        "64 px, as decoded": images,
+        "128 px, bicubic": bicubic(images, 128, 128).clamp(0, 1),
+        "160 px, bicubic": bicubic(images, 160, 160).clamp(0, 1),
+        "160 px, nearest": interpolate(images, (160, 160), mode="nearest"),
     }
 
 
 def words(prompts: Sequence[str], seed: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The first words of prompts drawn with Pillow's font in random colours, and prompts that quote them."""
+    """Draw the first words of prompts with Pillow's font in random colours; prompts quote them."""
     texts = [prompt.split(",")[0] for prompt in prompts]
     sizes = {"48 x 320 px": (48, 320), "64 x 384 px": (64, 384), "120 x 640 px": (120, 640)}
     drawn = {}
@@ -75,7 +75,7 @@ def words(prompts: Sequence[str], seed: int) -> tuple[dict[str, Tensor], list[st
 
 
 def _draw(text: str, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(3, height, width) in [0, 1], between rounded levels as decoded pictures are."""
+    """Draw a text, (3, height, width) in [0, 1], between rounded levels as decoded images are."""
     scale = 0.4 + 0.3 * torch.rand((), generator=generator).item()
     back, front, tint = torch.rand(3, 3, 1, 1, generator=generator)
     image = Image.new("L", (width, height))
@@ -88,7 +88,7 @@ def _draw(text: str, height: int, width: int, generator: torch.Generator) -> Ten
 def measure(
     kind: type[LearnedReward], path: str, pictures: dict[str, Tensor], prompts: list[str]
 ) -> list[dict[str, Any]]:
-    """A row for each set of pictures (N, 3, H, W) and mode of a reward."""
+    """Return a row for each set of images (N, 3, H, W) and mode of a reward."""
     official = kind.from_pretrained(path, options=OFFICIAL)
     usable = [row for row, prompt in enumerate(prompts) if _can_score(official, prompt)]
     own = [prompts[row] for row in usable]
@@ -116,11 +116,11 @@ def _can_score(reward: LearnedReward, prompt: str) -> bool:
 
 
 def table(document: dict[str, Any]) -> str:
-    """The Markdown of a results document."""
+    """Return the Markdown of a results document."""
     lines = [
         f"`{document['command']}`: seed {document['seed']}, torch {document['torch']}, on the CPU.",
         "",
-        "| reward | pictures | n | std of the score | mode | error / std | largest / std | target |",
+        "| reward | images | n | std of the score | mode | error / std | largest / std | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file; its table goes into rewards.md beside it")
     args = parser.parse_args()
-    pictures, prompts = decoded(args.seed)
-    sizes = enlarged(pictures)
+    images, prompts = decoded(args.seed)
+    sizes = enlarged(images)
     rows = []
     for kind, path in (embedded() | {ImageNetClass: ImageNetClass.released}).items():
         rows += measure(kind, path, sizes, prompts)

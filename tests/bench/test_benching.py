@@ -95,7 +95,7 @@ def test_a_record_reads_back_with_short_numbers_and_is_refused_if_the_setting_ch
     with pytest.raises(ValueError, match="other flags than are declared now: remove it"):
         changed.record("a", 0)
     file.write_text(file.read_text()[:-40])
-    with pytest.raises(ValueError, match="no record that can be read"):
+    with pytest.raises(ValueError, match="can't be read as a record"):
         work.record("a", 0)
 
 
@@ -251,5 +251,5 @@ def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("benching.images.work.Work.do_next", never)
     with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
         run("methods", "methdos")
-    with pytest.raises(SystemExit, match=r"error: /nowhere: expected pictures like 00012-003.png"):
+    with pytest.raises(SystemExit, match=r"error: /nowhere: expected images like 00012-003.png"):
         run("methods", "--real_pictures", "/nowhere")

@@ -17,14 +17,14 @@ from am_diffusers.system.files import asset_path
 from bench_records import P, curve, put, record, study
 from benching.images.curves import make_curve
 from benching.images.equal_reward import at_equal_reward
-from benching.images.judging import Judge, judge_pictures
+from benching.images.judging import Judge, judge_images
 from benching.images.likeness import Judged, RunLikeness, likeness_file, read_likeness, write_likeness
 from benching.images.page import likeness_of
 from benching.images.records import record_file
 from benching.images.study import Elsewhere
 from benching.images.tables import equal_reward_table, likeness_table
 from benching.images.work import Work
-from evaluating.store import read_picture
+from evaluating.store import read_image
 
 SCRIPT = Path(__file__).parents[2] / "scripts/assets/compose_pictures.py"
 CAPTIONS = [
@@ -65,7 +65,7 @@ def test_composed_pictures_show_their_captions(
     folder = compose(tmp_path / "real", CAPTIONS, 3, 0, monkeypatch)
     assert capsys.readouterr().out == f"12 pictures in {folder}\n"
     for prompt, caption in enumerate(CAPTIONS):
-        pictures = torch.stack([read_picture(folder / f"{prompt:05d}-{image:03d}.png") for image in range(3)])
+        pictures = torch.stack([read_image(folder / f"{prompt:05d}-{image:03d}.png") for image in range(3)])
         backgrounds = {COLOUR_NAMES[index] for index in background_of(pictures).tolist()}
         assert backgrounds == {caption.split()[-2]}
         assert (pictures[0] - pictures[1]).abs().max() > 0.1  # at other places
@@ -110,7 +110,7 @@ def test_real_pictures_are_liker_and_spoilt_ones_less_like_than_the_base(
 
     # By its definition, one picture by hand.
     def features(file: Path) -> torch.Tensor:
-        return judge._network.image_features(read_picture(file)[None])[0]
+        return judge._network.image_features(read_image(file)[None])[0]
 
     generated = [features(folder / "00002-001.png") for folder in (base, clean)]
     own = torch.stack([features(real / f"00002-{image:03d}.png") for image in range(2)])
@@ -123,12 +123,12 @@ def test_real_pictures_are_liker_and_spoilt_ones_less_like_than_the_base(
     base_scores = judge._likeness(judge._features(base))
     expected_gain = (of_others - base_scores[2].mean()) / base_scores.std(ddof=1)
     assert judge.real.by_prompt[2] == pytest.approx(expected_gain, rel=1e-3)
-    with pytest.raises(ValueError, match="at least 8 pictures of each of 4 prompts, found 4 of 4"):
+    with pytest.raises(ValueError, match="at least 8 images of each of 4 prompts, found 4 of 4"):
         Judge(real, real)
     mixed = compose(tmp_path / "mixed", [*CAPTIONS[1:], CAPTIONS[0]], 4, 0, monkeypatch)
-    with pytest.raises(ValueError, match=r"mixed: pictures of 'pine tree, .* for 'red apple, "):
+    with pytest.raises(ValueError, match=r"mixed: expected images of 'red apple, .* found 'pine tree, "):
         Judge(mixed, base)
-    with pytest.raises(ValueError, match=r"real: \(4, 4\) pictures, the base has \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"real: \(4, 4\) images, the base has \(4, 2\)"):
         judge.judge(real)
     (real / "00003-003.png").unlink()
     with pytest.raises(ValueError, match="equally many of each prompt"):
@@ -136,7 +136,7 @@ def test_real_pictures_are_liker_and_spoilt_ones_less_like_than_the_base(
     (real / "00003-002.png").unlink()
     Image.new("RGB", (64, 64)).save(real / "00003-002.png")
     Image.new("RGB", (32, 32)).save(real / "00003-003.png")
-    with pytest.raises(ValueError, match="real: pictures of different sizes"):
+    with pytest.raises(ValueError, match="real: images of different sizes"):
         Judge(real, base)
     Image.new("RGB", (64, 64)).save(real / "00003-003.png")
     with pytest.raises(ValueError, match=r"00003-002.png: no text .*compose_pictures"):
@@ -151,21 +151,21 @@ def test_runs_are_judged_once_while_their_pictures_are_there(
     work = Work(study({"a": "adjoint_matching", "b": "draft"}), tmp_path / "data", tmp_path)
     for setting in ("a", "b"):
         put(work, setting, (0.8, 0.4))
-    spoilt(clean, work.base_pictures, 0.5)
-    spoilt(clean, work.pictures("a", 0, "10-s"), 0)
-    missing = f"not judged, its pictures aren't in {tmp_path}"
-    assert list(judge_pictures(work, real)) == [f"a-seed0: {missing}", f"b-seed0: {missing}"]
-    spoilt(clean, work.pictures("a", 0, "20-s"), 1)  # before, one mark of two was there
-    assert list(judge_pictures(work, real)) == ["a-seed0: judged", f"b-seed0: {missing}"]
-    assert list(judge_pictures(work, real)) == ["a-seed0: judged before", f"b-seed0: {missing}"]
+    spoilt(clean, work.base_images, 0.5)
+    spoilt(clean, work.images("a", 0, "10-s"), 0)
+    missing = f"not judged, its images aren't in {tmp_path}"
+    assert list(judge_images(work, real)) == [f"a-seed0: {missing}", f"b-seed0: {missing}"]
+    spoilt(clean, work.images("a", 0, "20-s"), 1)  # before, one mark of two was there
+    assert list(judge_images(work, real)) == ["a-seed0: judged", f"b-seed0: {missing}"]
+    assert list(judge_images(work, real)) == ["a-seed0: judged before", f"b-seed0: {missing}"]
     found = work.likeness("a", 0)
     assert found is not None
     assert found.marks["10-s"].gain.value > 0 > found.marks["20-s"].gain.value
     assert work.likeness("b", 0) is None
     other = compose(tmp_path / "other", CAPTIONS, 2, 2, monkeypatch)
     for mark in ("10-s", "20-s"):
-        spoilt(clean, work.pictures("b", 0, mark), 0)
-    assert list(judge_pictures(work, other)) == ["a-seed0: judged", "b-seed0: judged"]
+        spoilt(clean, work.images("b", 0, mark), 0)
+    assert list(judge_images(work, other)) == ["a-seed0: judged", "b-seed0: judged"]
     assert likeness_of(work) == work.likeness("a", 0)
     file = likeness_file(record_file(work.data, "b", 0))
     write_likeness(dataclasses.replace(work.likeness("b", 0), judge={"real": "others"}), file)
@@ -178,7 +178,7 @@ def test_runs_are_judged_once_while_their_pictures_are_there(
         likeness_of(elsewhere)
     likeness_file(record_file(work.data, "a", 0)).write_text("{")
     with pytest.raises(ValueError, match=r"a-seed0.json can't be read: remove it"):
-        list(judge_pictures(work, other))
+        list(judge_images(work, other))
 
 
 def judged(gain: float, marks: dict[str, float]) -> RunLikeness:
@@ -200,7 +200,7 @@ def test_tables_show_the_likeness_that_is_known(tmp_path: Path) -> None:
     assert (place.held_out, place.likeness, place.real_frechet) == pytest.approx((0.4, 0.5, 95))
     assert both[0].at("base").real_frechet == 100
     assert likeness_table(both, work.study, judged(5, {})).splitlines()[2:] == [
-        "| *other real pictures* | - | - | - | +5.00 [+4.90, +5.10] | 50.0 |",
+        "| *other real images* | - | - | - | +5.00 [+4.90, +5.10] | 50.0 |",
         "| *base* | - | - | - | +0.00 | 100.0 |",
         "| a | +0.40 | +0.50 [+0.50, +0.50] | +0.80 | +0.50 [+0.50, +0.50] | 95.0 |",
         "| b | +0.40 | -1.00 [-1.00, -1.00] | +0.80 | -2.00 [-2.00, -2.00] | 120.0 |",

@@ -77,7 +77,7 @@ def do(plan):
         ({"prompts": "EMPTY"}, "no prompt in it"),
         ({"rewards": "pickscor"}, "did you mean 'pickscore'"),
         ({"rewards": "pickscore=nowhere/at/all/x"}, "no such file or folder"),
-        ({"rewards": ["brightness", "brightness"]}, "each name once"),
+        ({"rewards": ["brightness", "brightness"]}, "give each name once"),
         ({"features": "dino"}, "did you mean 'dinov2'"),
         ({"lora_path": "nowhere"}, "no LoRA file nowhere"),
         ({"batch_size": 17}, "use at most that"),
@@ -174,7 +174,7 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
         "mine-scale0.5-steps3-guidance1",
     ]
     assert {candidate.base for candidate in plan.candidates} == set(plan.candidates[:2])
-    with pytest.raises(ValueError, match="asked for twice"):
+    with pytest.raises(ValueError, match=r"asked for twice.*name each once"):
         ask(lora_path=runs[:1], lora_scale=[1, 1])
     with pytest.raises(ValueError, match="a name has letters"):
         lora_file(f"a b={runs[0]}")
@@ -255,7 +255,7 @@ def test_a_picture_of_something_else_is_made_again(ask, folder, tmp_path, caplog
     content, scores = base.read_bytes(), (tmp_path / "scores.jsonl").read_text()
     shutil.copy(tuned, base)
     do(ask(**asked))
-    assert "it is a picture of" in caplog.text
+    assert "it is an image of" in caplog.text
     assert base.read_bytes() == content
     assert (tmp_path / "scores.jsonl").read_text() == scores
 

@@ -207,5 +207,5 @@ def test_lpips_is_the_packages() -> None:
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
     assert not LPIPS(model)(first, first).any()
     assert np.ptp(ours.numpy()) > 0
-    with pytest.raises(ValueError, match="expected pairs of pictures, got"):
+    with pytest.raises(ValueError, match="expected pairs of images, got"):
         LPIPS(model)(first, second[:2])

@@ -104,7 +104,7 @@ def test_one_picture_a_prompt_is_halved_by_prompts_and_too_few_pictures_are_none
     ("first", "second", "message"),
     [
         (np.zeros((3, 2)), np.zeros((3, 4)), "features"),
-        (np.zeros((1, 2)), np.zeros((3, 2)), "two pictures"),
+        (np.zeros((1, 2)), np.zeros((3, 2)), "two images"),
         (np.full((3, 2), np.inf), np.zeros((3, 2)), "finite"),
     ],
 )

@@ -149,7 +149,7 @@ def test_pictures_are_copied_where_links_are_not_possible(
             PromptSet(GENEVAL.prompts, rows=({**ROWS[0], "include": [{"class": "cat"}]}, ROWS[1])),
             "without class or count: read the prompts from GenEval's evaluation_metadata.jsonl",
         ),
-        ("geneval", PromptSet(("one",)), "pictures of 2 prompts for 1 prompts"),
+        ("geneval", PromptSet(("one",)), "images of 2 prompts for 1 prompts"),
         ("hpsv2", GENEVAL, "800 prompts of each of the styles anime, concept-art, paintings, photo"),
         (
             "hpsv2",
@@ -170,7 +170,7 @@ def test_unfit_pictures_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="one picture a prompt: evaluate with --num_images_per_prompt 1"):
+    with pytest.raises(ValueError, match="one image per prompt: evaluate with --num_images_per_prompt 1"):
         export_layout("hpsv2", out, hpsv2(monkeypatch), draw(tmp_path / "in", 8, 2))
     few = hpsv2(monkeypatch, 2)
     monkeypatch.setattr(layouts, "PROMPTS_A_STYLE", 3)
@@ -178,7 +178,7 @@ def test_unfit_pictures_are_refused_before_anything_is_written(
         export_layout("hpsv2", out, few, draw(tmp_path / "in", 8, 1))
     files = draw(tmp_path / "in", 2, 2)
     files[1][1].unlink()
-    with pytest.raises(ValueError, match=r"1 pictures are missing, the first is .*00001-001.png"):
+    with pytest.raises(ValueError, match=r"1 images are missing, the first is .*00001-001.png"):
         export_layout("geneval", out, GENEVAL, files)
     assert not out.exists()
 

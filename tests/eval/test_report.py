@@ -25,7 +25,7 @@ from evaluating.report.figures import (
     pareto_front,
 )
 from evaluating.report.findings import candidate_labels, verdict
-from evaluating.report.images import data_address, embed_pictures, prompts_to_show
+from evaluating.report.images import data_address, embed_images, prompts_to_show
 from evaluating.report.numbers import plain
 from evaluating.report.page import write_report
 from evaluating.report.svg import legend_above, panel, styled
@@ -277,18 +277,18 @@ def test_many_prompts_are_built_when_they_come_near(visit, tmp_path):
 
 def test_says_what_was_left_out(file):
     text = re.sub(r"\s+", " ", file.read_text())
-    assert f"Pictures of {SHOWN} of the {len(PROMPTS)} prompts are embedded" in text
-    assert text.count("Pictures left out.") == len(PROMPTS) - SHOWN
+    assert f"Images of {SHOWN} of the {len(PROMPTS)} prompts are embedded" in text
+    assert text.count("Images left out.") == len(PROMPTS) - SHOWN
 
 
 def test_pictures_of_all_prompts_together_are_bounded(results, monkeypatch):
-    everything = embed_pictures(results, 100, 200)
+    everything = embed_images(results, 100, 200)
     sizes = [
         sum(len(address) for addresses in of.values() for address in addresses) for of in everything.values()
     ]
     assert list(everything) == prompts_to_show(results, 100)
     monkeypatch.setattr(report_pictures, "MAX_CHARACTERS", sum(sizes[:3]))
-    assert list(embed_pictures(results, 100, 200)) == list(everything)[:3]
+    assert list(embed_images(results, 100, 200)) == list(everything)[:3]
 
 
 def test_same_results_same_page(file, results, tmp_path):
@@ -320,7 +320,7 @@ def test_small_pictures_are_exact_and_large_ones_made_small(tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "empty", "no picture", "cut"])
 def test_unreadable_picture_is_named(results, tmp_path, damage):
     file = tmp_path / "pictures.png"
-    whole = results.picture(results.candidates[1], 2, 1).read_bytes()
+    whole = results.image(results.candidates[1], 2, 1).read_bytes()
     if damage != "missing":
         file.write_bytes({"empty": b"", "no picture": b"no picture", "cut": whole[:-20]}[damage])
     with pytest.raises(ValueError, match=re.escape(str(file))):
@@ -344,7 +344,7 @@ def test_base_without_spread_has_no_unit(tmp_path):
     flat = synthetic_results(tmp_path, PROMPTS, candidates(), categories={"style": STYLES})
     flat.scores[flat.candidates[0].key][REWARDS[0]][:] = 3
     text = report(flat, tmp_path / "report.html").read_text()
-    assert text.count("no unit: all base pictures score the same") == 1
+    assert text.count("no unit: all base images score the same") == 1
 
 
 def test_front_is_what_nothing_else_beats_in_both():
@@ -480,9 +480,9 @@ def test_loras_of_many_models_are_listed(results, tmp_path):
 
 def distances(file):
     text = file.read_text()
-    if "Pictures as a set" not in text:
+    if "Images as a set" not in text:
         return []
-    section = text[text.index("Pictures as a set") : text.index('<section id="scores">')]
+    section = text[text.index("Images as a set") : text.index('<section id="scores">')]
     rows = re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)
     return [[words(cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)] for row in rows]
 
@@ -502,7 +502,7 @@ def test_distances_from_reference_pictures_are_given_for_the_base_too(results, t
     referred = replace(results, reference_features=reference)
     found = distances(report(referred, tmp_path / "report.html", max_prompts=1))
     expected = [plain(each.reference["clip"]) for each in summarise(referred, resamples=9).candidates]
-    assert found[0][-1] == "From the reference pictures (clip)"
+    assert found[0][-1] == "From the reference images (clip)"
     assert [row[-1] for row in found[1:]] == expected
     without = replace(results, features={})
     assert distances(report(without, tmp_path / "none.html", max_prompts=1)) == []

@@ -163,7 +163,7 @@ def test_row_with_other_number_of_cells_is_an_error():
 def test_three_files_are_written(summary, tmp_path):
     write_tables(summary, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"comparison.md", "comparison.tex", "comparison.csv"}
-    assert "24 prompts x 4 pictures" in (tmp_path / "comparison.md").read_text()
+    assert "24 prompts x 4 images" in (tmp_path / "comparison.md").read_text()
 
 
 # The leaderboard.
@@ -216,7 +216,7 @@ def test_base_pictures_scored_otherwise_are_pointed_out(runs):
     save(runs / "d", scores=scores)
     tables = leaderboard_tables(find_evaluations(runs), "pickscore")
     found = [note.split(":")[0] for note in tables[0].notes if "differently" in note]
-    assert found == ["The base pictures score differently in hpsv2 in a and d"]
+    assert found == ["The base images score differently in hpsv2 in a and d"]
     assert not any("differently" in note for note in tables[1].notes)
 
 
@@ -226,7 +226,7 @@ def test_checksum_and_counts_of_prompts_are_said_once(tmp_path):
     (table,) = leaderboard_tables(find_evaluations(tmp_path), "pickscore")
     note = table.notes[0]
     assert re.match(
-        r"prompts 24 \([0-9a-f]{8}\), prompts from drawbench, pictures a prompt 4, pretrained", note
+        r"prompts 24 \([0-9a-f]{8}\), prompts from drawbench, images per prompt 4, pretrained", note
     )
     assert not any(text in note for text in ("0badc0de", "num_", "prompt_source", "variant"))
 
@@ -272,10 +272,10 @@ def test_base_has_the_scores_of_all_evaluations(tmp_path):
     assert re.fullmatch(r"\d\.\d{3}", base["diversity (clip)"].text)
 
 
-def test_broken_summary_is_named_and_passed_over(runs, caplog):
+def test_broken_summary_is_named_and_skipped(runs, caplog):
     with caplog.at_level(logging.WARNING):
         assert [each.name for each in find_evaluations(runs)] == ["a", "c", "deep/b"]
-    assert [record.message.split()[2] for record in caplog.records] == [str(runs / "broken" / "summary.json")]
+    assert [record.message.split()[1] for record in caplog.records] == [str(runs / "broken" / "summary.json")]
 
 
 def test_reward_is_chosen_in_the_order_of_tables_or_must_be_known(runs):

@@ -42,7 +42,7 @@ def test_the_script_runs_every_method(tiny_sd3_dir, tmp_path, monkeypatch, capsy
     config = tiny_config(tiny_sd3_dir, tmp_path, **changes)
     monkeypatch.setattr(sys, "argv", [str(FINETUNE), "--config", str(config)])
     runpy.run_path(str(FINETUNE), run_name="__main__")
-    assert "finished: LoRA, metrics and pictures are in" in capsys.readouterr().out
+    assert "finished: LoRA, metrics and images are in" in capsys.readouterr().out
     output = tmp_path / "out"
     lines = read_metrics(output)
     assert [line["iteration"] for line in lines] == [0, 1]

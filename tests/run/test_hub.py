@@ -82,13 +82,13 @@ def test_a_missing_token_names_the_command(hub: Hub, monkeypatch, tmp_path):
 
 def test_an_unknown_token_names_the_command(hub: Hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(ValueError, match=r"whose token this is \(Invalid user token(.|\n)*hf auth login"):
+    with pytest.raises(ValueError, match=r"confirm the token \(Invalid user token(.|\n)*hf auth login"):
         check_hub("my-lora", private=False)
 
 
 def test_a_token_that_only_reads_is_refused(hub: Hub):
     hub.role = "read"
-    with pytest.raises(ValueError, match="needs a token that may write"):
+    with pytest.raises(ValueError, match="needs a token with write access"):
         check_hub("my-lora", private=False)
 
 
@@ -106,7 +106,7 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch, hub: Hub):
 
 @pytest.mark.parametrize("name", ["a/b/c", "with space", "..", "x" * 97])
 def test_a_name_that_is_none_is_refused_without_a_hub(name):
-    with pytest.raises(ValueError, match=r"--hub_model_id .* is no repository name"):
+    with pytest.raises(ValueError, match=r"--hub_model_id .* is no owner/name"):
         check_hub(name, private=False)
 
 

@@ -204,7 +204,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, whole, moment, numb
     process.join(60)
     assert time.monotonic() - asked < 30
     assert process.exitcode == 128 + number, log.read_text()[-3000:]
-    assert "run the same command again to go on" in log.read_text()
+    assert "run the same command again to resume" in log.read_text()
     assert signal.Signals(number).name in (output / "stopped").read_text()
     done = len(read_metrics(output))
     assert (output / f"checkpoint-{done:06d}/manifest.json").exists(), (
@@ -266,7 +266,7 @@ def test_two_processes_stop_together_and_one_goes_on(kind, request):
     finally:
         launcher.kill()
     text = (folder / "two.log").read_text()
-    assert text.count("run the same command again to go on") == 1, text[-3000:]
+    assert text.count("run the same command again to resume") == 1, text[-3000:]
     done = len(read_metrics(folder / "two"))
     assert 3 < done < ITERATIONS
     run(folder, "two", *rate)

@@ -100,7 +100,7 @@ def test_a_card_says_everything(tmp_path):
         "pickscore (weight 1), hpsv2 (weight 0.5)",
         "<li>held-out reward hpsv2: +0.28 base sd [+0.18, +0.38] (0.8 -&gt; 0.82)</li>",
         "<li>diversity kept (hpsv2 image features): 97% [87%, 109%]</li>",
-        "16 held-out prompts, 4 pictures",
+        "16 held-out prompts, 4 images",
         "Prompts: 40 from prompts/train.txt",
         "<li>prompt 4</li>",
         "pipe.load_lora_weights(&quot;out&quot;, subfolder=&quot;ema&quot;)",

@@ -212,7 +212,7 @@ BAD_INPUT = {
     "binary prompts": ({"train_prompts": "binary.txt"}, [], "binary.txt: cannot be read"),
     "column": ({"train_prompts": "other.csv"}, [], "no column 'prompt'; it has 'text'"),
     "one eval prompt": ({"max_eval_prompts": 1}, [], "need at least 2 prompts"),
-    "eval rewards": ({"eval_prompts": None}, [], "--eval_rewards without --eval_prompts"),
+    "eval rewards": ({"eval_prompts": None}, [], "--eval_rewards needs --eval_prompts"),
     "method": ({"method": "adjoint"}, [], "unknown method 'adjoint': did you mean 'adjoint_matching'"),
     "output": ({"output_dir": "empty.txt/out"}, [], "cannot write there"),
 }
@@ -278,7 +278,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_pa
         "# samples an iteration: 4 = 1 processes x 4",
         "# training prompts: 3 (5.33 epochs)",
         "# transformer calls a sample, base, forward and backward: 3",
-        "# validation every 2 iterations: 6 pictures (3 prompts x 2 images, 3 prompts in the grid), and once "
+        "# validation every 2 iterations: 6 images (3 prompts x 2 images, 3 prompts in the grid), and once "
         "of the base",
         "# evaluation: 3 prompts, 6 images of base and tuned each",
     ):

@@ -12,7 +12,7 @@ The mean of the target given x_s, x_e drawn from the tilted law, is that law's v
 > 0: the linear velocity and the posterior mean of x_e are two estimates of it (Tweedie's and the target
 score identity), weighted by what the Gaussian says they are worth.
 
-Reconstruction of arXiv 2605.11480 (Efficient Adjoint Matching) from its abstract's idea, a linear base drift
+Reconstruction of that paper from its abstract's idea, a linear base drift
 and a modified terminal cost; the identity is tested, the constants needn't be the paper's.
 """
 

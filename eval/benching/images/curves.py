@@ -1,4 +1,4 @@
-"""From records to what is compared: the way of a setting from the base, run by run and prompt by prompt."""
+"""From records to training curves: each setting's path from the base, run by run and prompt by prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ ROLES = ("trained", "held-out", "independent")
 
 
 class Place(NamedTuple):
-    """A place on a way, means over seeds and prompts.
+    """Point of a training curve, means over seeds and prompts.
 
     Attributes:
         trained: mean gain of the trained rewards, in base standard deviations.
-        held_out: mean gain of the held-out ones.
-        likeness: gain of the likeness to real pictures; NaN where it isn't known.
-        seconds: of training.
-        calls: of the transformer, a sample each.
+        held_out: mean gain of the held-out rewards.
+        likeness: gain of the likeness to real images; NaN where it isn't known.
+        seconds: seconds of training.
+        calls: transformer calls, counted per sample.
         iterations: optimizer steps.
-        diversity: share of the base's that is kept.
-        frechet: squared Frechet distance to the base's pictures, less the floor.
-        real_frechet: squared Frechet distance to real pictures; NaN where it isn't known.
+        diversity: share of the base's diversity that is kept.
+        frechet: squared Frechet distance to the base's images, less the floor.
+        real_frechet: squared Frechet distance to real images; NaN where it isn't known.
     """
 
     trained: float
@@ -44,14 +44,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """The way of a setting: S runs, M marks by time, the unchanged base first, P prompts.
+    """Training curve of one setting: S runs, M marks by time, the unchanged base first, P prompts.
 
     Attributes:
-        setting: its name.
-        method: of the setting.
-        marks: their names, `base` first.
-        gains: of each reward, (S, M, P), in base standard deviations.
-        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real pictures.
+        setting: name of the setting.
+        method: method of the setting.
+        marks: names of the marks, `base` first.
+        gains: gains of each reward, (S, M, P), in base standard deviations.
+        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real images.
         others: seconds, calls, iterations, diversity and both Frechet distances, (6, S, M).
     """
 
@@ -68,12 +68,12 @@ class Curve:
         return self.others.shape[1]
 
     def by_prompt(self, role: str) -> Array:
-        """Mean gain of the rewards of a role, (S, M, P); NaN if there are none."""
+        """Return the mean gain of the rewards of a role, (S, M, P); NaN if there are none."""
         gains = [gain for name, gain in self.gains.items() if self.roles[name] == role]
         return np.mean(gains, axis=0) if gains else np.full_like(next(iter(self.gains.values())), np.nan)
 
     def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
-        """The fields of `Place` at the marks, (9, M), for some or all runs and prompts, which may repeat."""
+        """Return the fields of `Place` at the marks, (9, M), for some or all runs and prompts."""
         seeds = np.arange(self.seeds) if seeds is None else seeds
         roles = [self.by_prompt(role)[seeds] for role in ROLES]
         chosen = roles if prompts is None else [role[..., prompts] for role in roles]
@@ -81,16 +81,16 @@ class Curve:
         return np.concatenate([gains, self.others[:, seeds].mean(axis=1)])
 
     def at(self, mark: str) -> Place:
-        """The place of a mark."""
+        """Return the place of a mark."""
         return Place(*self.places()[:, self.marks.index(mark)].tolist())
 
 
 def make_curve(records: Sequence[Record], likeness: Sequence[RunLikeness | None] = ()) -> Curve:
-    """The runs of one setting.
+    """Make the curve of one setting's runs.
 
     Args:
-        records: one a seed, at least one, with the same marks.
-        likeness: of each, used if it is known of all.
+        records: one per seed, at least one, with the same marks.
+        likeness: likeness of each run, used if it is known of all.
     """
     known = [each for each in likeness if each is not None]
     complete = len(known) == len(records)
@@ -127,16 +127,16 @@ def _others(snapshot: Snapshot) -> tuple[float, ...]:
 
 
 def gain_of(curve: Curve, reward: str, mark: str) -> Estimate:
-    """Gain of one reward at a mark, mean over runs, its interval over prompts."""
+    """Return the gain of one reward at a mark, mean over runs, its interval over prompts."""
     return estimate(np.mean, curve.gains[reward][:, curve.marks.index(mark)].mean(axis=0))
 
 
 def where(places: Array, level: float) -> Place | None:
-    """Where the trained gain first is `level` > 0, between two marks linearly; None if nowhere.
+    """Find where the trained gain first is `level` > 0, linearly between two marks; None if nowhere.
 
     Args:
-        places: of `Curve.places`.
-        level: in base standard deviations.
+        places: points of the curve, see `Curve.places`.
+        level: gain in base standard deviations.
     """
     trained = places[0]
     crossed = np.flatnonzero((trained[:-1] < level) & (level <= trained[1:]))

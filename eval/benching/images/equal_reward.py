@@ -13,17 +13,17 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class EqualReward:
-    """What both have where their trained gain is `level`.
+    """Results of two settings where their trained gain is `level`.
 
     Attributes:
         level: SHARE of the highest trained gain that both reach: the highest itself is one of a few noisy
             numbers. In base standard deviations.
-        reference: the reference there.
-        other: the other setting there.
-        difference: held-out gain of the other less that of the reference.
-        likeness: likewise of the likeness to real pictures; NaN where it isn't known of both.
-        seconds: of the other, as a multiple of the reference's.
-        calls: likewise.
+        reference: point of the reference.
+        other: point of the other setting.
+        difference: held-out gain of the other minus the reference's.
+        likeness: the same difference of the likeness to real images; NaN where it isn't known of both.
+        seconds: training seconds of the other, as a multiple of the reference's.
+        calls: transformer calls of the other, as a multiple of the reference's.
     """
 
     level: float
@@ -36,17 +36,17 @@ class EqualReward:
 
 
 def at_equal_reward(reference: Curve, other: Curve, *, seed: int = 0) -> EqualReward | None:
-    """Compare where both have the same trained gain; None if one never gains.
+    """Compare two settings where both have the same trained gain; None if one never gains.
 
     Intervals are 95 % percentile bootstraps of everything: level and places are found anew for each resample
     of prompts, the same ones for both settings, and of each setting's runs. Resamples in which one never
-    gains are left out. Of a few runs their part is too narrow, with a single one what another seed would
+    gains are left out. With a few runs, their part is too narrow; with a single run, what another seed would
     change is not in them at all; nor is what a straight line between two marks leaves out.
 
     Args:
         reference: usually Adjoint Matching.
-        other: compared with it.
-        seed: of the resampling.
+        other: setting compared with it.
+        seed: seed of the resampling.
     """
     found = _compare(reference, other, None, (None, None))
     if found is None:

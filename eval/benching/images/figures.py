@@ -1,4 +1,4 @@
-"""The figure of a study: ways from the base, one line a setting."""
+"""The figure of a study: training curves from the base, one line per setting."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ HELD_OUT = "mean gain of the held-out rewards (base sd)"
 
 
 def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
-    """Six panels as PNG: what training cost against its gain, and what came with the gain.
+    """Draw six panels as PNG: what training cost against its gain, and what came with the gain.
 
     Args:
-        curves: of the settings that are compared.
+        curves: curves of the settings that are compared.
         spent: `seconds` or `calls`, the cost of the first panel.
-        file: where it goes.
+        file: file to write.
     """
     with styled():
         figure = Figure(figsize=(11, 12.6), dpi=110, layout="constrained")
@@ -39,9 +39,9 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         _panel(axes[2], curves, (_trained, lambda p: 100 * p.diversity), (TRAINED, diversity))
         frechet = "Frechet distance to the base, less its floor"
         _panel(axes[3], curves, (_trained, lambda p: p.frechet), (TRAINED, frechet))
-        likeness = "likeness to real pictures (gain in base sd)"
+        likeness = "likeness to real images (gain in base sd)"
         _panel(axes[4], curves, (_trained, lambda p: p.likeness), (TRAINED, likeness))
-        real = "Frechet distance to real pictures"
+        real = "Frechet distance to real images"
         _panel(axes[5], curves, (_trained, lambda p: p.real_frechet), (TRAINED, real))
         low, high = axes[1].get_xlim()
         ends = np.array([max(low, axes[1].get_ylim()[0]), high])
@@ -76,5 +76,5 @@ def _panel(axes: Axes, curves: Sequence[Curve], of: tuple[Axis, Axis], titles: t
 
 
 def vertical_of_base(axis: Axis, curves: Sequence[Curve]) -> float:
-    """Where the base is on a vertical axis."""
+    """Return the base's value on a vertical axis."""
     return axis(curves[0].at(BASE))

@@ -1,4 +1,4 @@
-"""Likeness to real pictures, beside the records: what `judging.py` found.
+"""Likeness to real images, beside the records: what `judging.py` found.
 
 eval/benching/data/STUDY/likeness/SETTING-seed0.json
 """
@@ -19,12 +19,12 @@ FOLDER = "likeness"
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures against real ones.
+    """Comparison of images with real ones.
 
     Attributes:
-        gain: of the likeness over that of the base's pictures, in base standard deviations.
-        by_prompt: the same of each prompt, (P,).
-        frechet: squared Frechet distance to the real pictures, in squared units of the features.
+        gain: gain of the likeness over the base's images, in base standard deviations.
+        by_prompt: gain of each prompt, (P,).
+        frechet: squared Frechet distance to the real images, in squared units of the features.
     """
 
     gain: Estimate
@@ -34,13 +34,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class RunLikeness:
-    """Of the pictures of a run, beside its record.
+    """Likeness of the images of a run, beside its record.
 
     Attributes:
-        judge: what judged: fingerprints of the features, of the real pictures and of the base's.
-        base: of the base's pictures.
-        real: of other real pictures.
-        marks: of the run's pictures at each mark.
+        judge: fingerprints of the features, of the real images and of the base's.
+        base: judgement of the base's images.
+        real: judgement of other real images.
+        marks: judgement of the run's images at each mark.
     """
 
     judge: dict[str, str]
@@ -53,7 +53,7 @@ _READER = TypeAdapter(RunLikeness)
 
 
 def likeness_file(record: Path) -> Path:
-    """Where the likeness of a record's run is."""
+    """Return the file of the likeness of a record's run."""
     return record.parent / FOLDER / record.name
 
 
@@ -63,7 +63,7 @@ def write_likeness(found: RunLikeness, file: Path) -> None:
 
 
 def read_likeness(file: Path) -> RunLikeness | None:
-    """A run's likeness; None if there is none.
+    """Read a run's likeness; None if there is none.
 
     Raises:
         ValueError: it can't be read.
@@ -77,7 +77,7 @@ def read_likeness(file: Path) -> RunLikeness | None:
 
 
 def with_likeness(record: Record, found: RunLikeness) -> Record:
-    """The record with the likeness among the gains of its snapshots."""
+    """Return the record with the likeness among the gains of its snapshots."""
     added = {mark: {LIKENESS: Reward(ROLE, each.gain, each.by_prompt)} for mark, each in found.marks.items()}
     snapshots = [replace(each, rewards=each.rewards | added[each.mark]) for each in record.snapshots]
     return replace(record, snapshots=snapshots)

@@ -12,7 +12,7 @@ from am_diffusers.system.processes import Processes
 from benching.images.records import Reward, Snapshot
 from benching.images.study import Study, command_line
 from benching.images.training import Reached
-from evaluating.driver import make_pictures, take_measures
+from evaluating.driver import make_images, take_measures
 from evaluating.options import parse
 from evaluating.plan import Plan, make_plan
 from evaluating.runs import trained_rewards
@@ -26,16 +26,16 @@ from evaluating.summary.summary import CandidateSummary
 def measure(
     study: Study, run: str, reached: Sequence[Reached], folder: Path, evaluations: Path
 ) -> list[Snapshot]:
-    """Pictures and measures of every LoRA of a run; those of the base are made once for a study.
+    """Make and measure the images of every LoRA of a run; the base's are made once per study.
 
-    What an earlier attempt at the run left is removed: its LoRAs were others, as its clock was.
+    Results of an earlier attempt at the run are removed: its LoRAs and its clock were different.
 
     Args:
-        study: says how.
+        study: study that says how to evaluate.
         run: name of the run.
-        reached: its marks.
-        folder: of the run.
-        evaluations: folder of the pictures of all runs.
+        reached: marks of the run.
+        folder: folder of the run.
+        evaluations: folder of the images of all runs.
     """
     for done in reached:
         _forget(evaluations, f"{run}-{done.mark.name}")
@@ -45,7 +45,7 @@ def measure(
     store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side)
     store.open(plan.candidates)
     processes, chunks = Processes(Accelerator()), range(len(store.chunks))
-    make_pictures(plan, store, chunks, processes)
+    make_images(plan, store, chunks, processes)
     take_measures(plan, store, chunks, processes)
     return snapshots(plan, collect(plan, store), reached)
 
@@ -56,7 +56,7 @@ def _forget(evaluations: Path, name: str) -> None:
 
 
 def _arguments(study: Study) -> list[str]:
-    """Flags of evaluate.py that are the same for all runs; the model's are those of training."""
+    """Return the flags of evaluate.py that all runs share; the model's flags are as in training."""
     options = study.evaluation
     steps, images = options.num_inference_steps, options.num_images_per_prompt
     model = ("pretrained_model_name_or_path", "resolution", "max_sequence_length")
@@ -69,7 +69,7 @@ def _arguments(study: Study) -> list[str]:
 
 
 def snapshots(plan: Plan, results: Results, reached: Sequence[Reached]) -> list[Snapshot]:
-    """What the evaluation says of each mark."""
+    """Return the results of the evaluation at each mark."""
     known = replace(results, trained=trained_rewards(plan.candidates))
     summary = summarise(known)
     tuned = [candidate for candidate in summary.candidates if candidate.against_base is not None]
@@ -97,7 +97,7 @@ def _reward(results: Results, candidate: CandidateSummary, name: str) -> Reward:
     found = against.rewards[name]
     gain = found.overall.gain
     if gain is None or found.overall.base_sd is None:
-        raise ValueError(f"{name}: all base pictures score the same, a gain has no unit")
+        raise ValueError(f"{name}: all base images score the same, a gain has no unit")
     base, tuned = results.scores[against.base][name], results.scores[candidate.key][name]
     by_prompt = (tuned - base).mean(axis=1) / found.overall.base_sd
     return Reward(found.role, Estimate(gain.value, gain.low, gain.high), by_prompt.tolist())

@@ -19,17 +19,17 @@ PAGE = "methods.md"
 
 
 def curves_of(work: Work) -> list[Curve]:
-    """Of all settings that are compared, the first method's first."""
+    """Return the curves of all settings that are compared, the first method's first."""
     return [curve_of(work, records) for records in work.compared().values()]
 
 
 def curve_of(work: Work, records: Sequence[Record]) -> Curve:
-    """The way of the records of a setting, with what is known of their likeness."""
+    """Make the curve of a setting from its records, with their likeness where it is known."""
     return make_curve(records, [work.likeness(record.setting, record.seed) for record in records])
 
 
 def reference_of(work: Work) -> list[Curve]:
-    """The study's reference from elsewhere; empty if there is none, or none has been run.
+    """Return the study's reference from elsewhere; empty if there is none, or none has been run.
 
     Raises:
         ValueError: there is no such setting, it was evaluated otherwise, or on another machine.
@@ -52,12 +52,12 @@ def reference_of(work: Work) -> list[Curve]:
 
 
 def likeness_of(work: Work) -> RunLikeness | None:
-    """The likeness of one of the runs that are compared, for base and real pictures; None if none is known.
+    """Return the likeness of one of the compared runs, for base and real images; None if none is known.
 
     The reference from elsewhere is among those that are compared.
 
     Raises:
-        ValueError: runs were judged by different real pictures, features, or beside different base pictures.
+        ValueError: runs were judged by different real images, features, or beside different base images.
     """
     known = _judged(work, list(work.compared()))
     if work.study.reference is not None:
@@ -72,7 +72,7 @@ def likeness_of(work: Work) -> RunLikeness | None:
 
 
 def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
-    """What is known of the likeness of the runs of some settings, by the name of the run."""
+    """Return the likeness of the runs of some settings, where it is known, by the name of the run."""
     return {
         f"{record.setting}-seed{record.seed}": found
         for setting in settings
@@ -82,7 +82,7 @@ def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
 
 
 def tables(name: str, work: Work) -> dict[str, str]:
-    """The tables of a study by their marks; none before a setting can be compared."""
+    """Return the tables of a study by their marks; none before a setting can be compared."""
     curves, study = curves_of(work), work.study
     timed = study.timed
     if not curves:
@@ -112,7 +112,7 @@ def tables(name: str, work: Work) -> dict[str, str]:
 
 
 def write_page(name: str, work: Work, docs: Path) -> None:
-    """Write a study's tables between their marks, draw its figure and, if its pictures are here, a sheet.
+    """Write a study's tables between their marks, draw its figure and, if its images are here, a sheet.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -130,8 +130,8 @@ def write_page(name: str, work: Work, docs: Path) -> None:
         "seconds" if work.study.timed else "calls",
         docs / "images" / f"{name}.png",
     )
-    pictures = pictures_of(work, [curve.setting for curve in curves])
-    if work.study.select == "best" and len(pictures) == len(curves) + 1:  # the base and all others
+    images = pictures_of(work, [curve.setting for curve in curves])
+    if work.study.select == "best" and len(images) == len(curves) + 1:  # the base and all others
         prompts = load_texts(work.study.evaluation.prompts)
-        shown = [prompts[int(file.name.split("-")[0])] for file in pictures[BASE]]
-        draw_sheet(pictures, shown, docs / "images" / f"{name}_pictures.png")
+        shown = [prompts[int(file.name.split("-")[0])] for file in images[BASE]]
+        draw_sheet(images, shown, docs / "images" / f"{name}_pictures.png")

@@ -1,4 +1,4 @@
-"""What a run of a benchmark found, as a committed JSON file."""
+"""Results of a run of a benchmark, as a committed JSON file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward of the pictures of a LoRA against the base's of the same noise.
+    """Scores of one reward on the images of a LoRA against the base's of the same noise.
 
     Attributes:
         role: `trained` or `held-out`; `independent` is the likeness, which has a file of its own.
         gain: mean paired difference in base standard deviations, with its 95 % interval over prompts.
-        by_prompt: the same of each prompt, (P,), so that runs can be compared prompt by prompt.
+        by_prompt: gain of each prompt, (P,), so that runs can be compared prompt by prompt.
     """
 
     role: str
@@ -30,16 +30,16 @@ class Reward:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A LoRA at a mark.
+    """Results of a LoRA at a mark.
 
     Attributes:
-        mark: its name.
-        seconds: of training until then.
-        calls: of the transformer until then, a sample each.
+        mark: name of the mark.
+        seconds: seconds of training until then.
+        calls: transformer calls until then, counted per sample.
         iterations: optimizer steps until then.
-        rewards: by name.
-        diversity_kept: mean pairwise distance of a prompt's pictures, tuned / base.
-        frechet: squared Frechet distance to the base's pictures of other noise less that of the base itself:
+        rewards: rewards by name.
+        diversity_kept: mean pairwise distance of a prompt's images, tuned / base.
+        frechet: squared Frechet distance to the base's images of other noise less that of the base itself:
             0 on average for an unchanged model.
     """
 
@@ -52,23 +52,23 @@ class Snapshot:
     frechet: float
 
     def gain(self, role: str) -> float:
-        """Mean gain of the rewards of a role, in base standard deviations."""
+        """Return the mean gain of the rewards of a role, in base standard deviations."""
         gains = [reward.gain.value for reward in self.rewards.values() if reward.role == role]
         return sum(gains) / len(gains)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run.
+    """Results of a run.
 
     Attributes:
-        setting: its name.
-        method: of the setting.
-        seed: of training.
-        declared: what it depends on: flags, marks, evaluation, as plain JSON values.
-        machine: what the seconds were measured on.
-        snapshots: by time.
-        failed: why the run ended before its marks, without snapshots; "" = it didn't.
+        setting: name of the setting.
+        method: method of the setting.
+        seed: seed of training.
+        declared: settings it depends on: flags, marks, evaluation, as plain JSON values.
+        machine: machine that the seconds were measured on.
+        snapshots: snapshots in order of time.
+        failed: reason why the run ended before its marks, without snapshots; "" = it didn't.
     """
 
     setting: str
@@ -80,7 +80,7 @@ class Record:
     failed: str = ""
 
     def at(self, mark: str) -> Snapshot:
-        """The snapshot of a mark."""
+        """Return the snapshot of a mark."""
         return next(snapshot for snapshot in self.snapshots if snapshot.mark == mark)
 
 
@@ -88,7 +88,7 @@ _READER = TypeAdapter(Record)
 
 
 def record_file(folder: Path, setting: str, seed: int) -> Path:
-    """Where the record of a run is."""
+    """Return the file of the record of a run."""
     return folder / f"{setting}-seed{seed}.json"
 
 
@@ -99,21 +99,19 @@ def write_record(record: Record, file: Path) -> None:
 
 
 def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Record:
-    """A record.
+    """Read a record.
 
     Args:
-        file: what `write_record` wrote.
-        declared: what it has to depend on; None = whatever.
+        file: file written by `write_record`.
+        declared: settings it must depend on; None = any.
 
     Raises:
-        ValueError: if it can't be read, or is of something else.
+        ValueError: if it can't be read, or belongs to something else.
     """
     try:
         record = _READER.validate_python(json.loads(file.read_text("utf-8")))
     except (OSError, ValidationError, ValueError) as error:
-        raise ValueError(
-            f"{file} is no record that can be read: remove it and run again ({error})"
-        ) from error
+        raise ValueError(f"{file} can't be read as a record: remove it and run again ({error})") from error
     if file != record_file(file.parent, record.setting, record.seed):
         raise ValueError(f"{file} is the record of {record.setting}, seed {record.seed}: remove or rename it")
     if declared is not None:
@@ -127,7 +125,7 @@ def read_record(file: Path, declared: Mapping[str, object] | None = None) -> Rec
 
 
 def rounded(value: object) -> object:
-    """Plain JSON values with short numbers."""
+    """Convert a value to plain JSON values with short numbers."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What every method makes of the same noise: a row a setting, a column a prompt."""
+"""Sheet of the images of all methods from the same noise: a row per setting, a column per prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ CELL, NAME, TEXT, GAP, LINE = 112, 190, 15, 4, 20
 
 
 def pictures_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
-    """Pictures of the first seed at the budget, the base's first, the same prompts and noise for all.
+    """Return images of the first seed at the budget, the base's first, the same prompts and noise for all.
 
-    Only of settings whose pictures are on this disk: they aren't kept with the records.
+    Settings whose images aren't on this disk are left out: images aren't kept with the records.
     """
     seed, mark = work.study.seeds[0], work.study.budget
-    folders = {setting: work.pictures(setting, seed, mark) for setting in settings}
-    folders = {BASE: work.base_pictures} | folders
+    folders = {setting: work.images(setting, seed, mark) for setting in settings}
+    folders = {BASE: work.base_images} | folders
     found = {shown: sorted(folder.glob("*-000.png")) for shown, folder in folders.items()}
     complete = {shown: files for shown, files in found.items() if len(files) >= PROMPTS}
     return {
@@ -29,34 +29,34 @@ def pictures_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
     }
 
 
-def draw_sheet(pictures: Mapping[str, Sequence[Path]], prompts: Sequence[str], file: Path) -> None:
+def draw_sheet(images: Mapping[str, Sequence[Path]], prompts: Sequence[str], file: Path) -> None:
     """Draw the sheet as PNG.
 
     Args:
-        pictures: files by the name of their row.
-        prompts: of the columns.
-        file: where it goes.
+        images: image files by the name of their row.
+        prompts: prompts of the columns.
+        file: file to write.
     """
     font = ImageFont.load_default(size=TEXT)
     top = 4 * LINE
-    size = (NAME + len(prompts) * (CELL + GAP), top + len(pictures) * (CELL + GAP))
+    size = (NAME + len(prompts) * (CELL + GAP), top + len(images) * (CELL + GAP))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         for place, line in enumerate(_lines(prompt, font)):
             pen.text((NAME + column * (CELL + GAP), place * LINE), line, fill="black", font=font)
-    for row, (name, files) in enumerate(pictures.items()):
+    for row, (name, files) in enumerate(images.items()):
         upper = top + row * (CELL + GAP)
         pen.text((0, upper + CELL // 2 - TEXT), shorten(name, font, NAME - GAP), fill="black", font=font)
-        for column, picture in enumerate(files):
-            with Image.open(picture) as opened:
+        for column, image in enumerate(files):
+            with Image.open(image) as opened:
                 cell = opened.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
             sheet.paste(cell, (NAME + column * (CELL + GAP), upper))
     write_whole(file, lambda part: sheet.save(part, format="PNG"))
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """At most four lines that fit a column."""
+    """Wrap a text into at most four lines that fit a column."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

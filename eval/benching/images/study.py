@@ -21,8 +21,8 @@ class Mark:
     """A point of a run at which its LoRA is kept and evaluated; one of the three is given.
 
     Attributes:
-        seconds: of training: loading, saving and evaluating don't count.
-        calls: of the transformer, with or without a backward pass, a sample each.
+        seconds: seconds of training; loading, saving and evaluating don't count.
+        calls: transformer calls, with or without a backward pass, counted per sample.
         iterations: optimizer steps.
     """
 
@@ -34,17 +34,17 @@ class Mark:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.seconds, self.calls, self.iterations)) != 1:
-            raise ValueError("a mark has one of seconds, calls and iterations")
+            raise ValueError("a mark has exactly one of seconds, calls and iterations: remove or add one")
 
     @property
     def name(self) -> str:
-        """As it is shown, and the name of the LoRA's folder."""
+        """Name of the mark, as shown, and of the LoRA's folder."""
         if self.seconds is not None:
             return f"{self.seconds:g}-s"
         return f"{self.calls}-calls" if self.calls is not None else f"{self.iterations}-iterations"
 
     def passed(self, seconds: float, calls: float, iterations: int) -> bool:
-        """Whether a run that is so far has reached it."""
+        """Return whether a run has reached the mark."""
         if self.seconds is not None:
             return seconds >= self.seconds
         return calls >= self.calls if self.calls is not None else iterations >= (self.iterations or 0)
@@ -55,10 +55,10 @@ class EvaluationOptions:
     """One sampler for all: the model's ODE without guidance.
 
     Attributes:
-        prompts: what the pictures show; none of them is trained on.
+        prompts: prompts of the images; none of them is trained on.
         rewards: trained and held-out.
         num_inference_steps: Euler steps.
-        num_images_per_prompt: pictures a prompt, at least 2.
+        num_images_per_prompt: images per prompt, at least 2.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -81,18 +81,18 @@ class Elsewhere:
 
 @dataclass(frozen=True)
 class Study:
-    """What is declared.
+    """Declaration of a study.
 
     Attributes:
         description: one sentence.
         marks: when LoRAs are evaluated; a run ends when all are passed.
         budget: name of the mark at which settings are compared.
-        seeds: of training; the first is the one that settings are chosen on.
+        seeds: seeds of training; settings are chosen on the first.
         select: best = of each method the setting that is best on the first seed is run on all; all = all are.
         common: flags of finetune.py for all settings.
-        settings: further flags by name of the setting; `method` is among those of one or the other.
+        settings: further flags by name of the setting; `method` is in `common` or here.
         evaluation: the same for all.
-        reference: what the settings are compared with at equal trained reward, beside the first method's.
+        reference: setting to compare with at equal trained reward, beside the first method's.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -125,16 +125,16 @@ class Study:
 
     @property
     def timed(self) -> bool:
-        """Whether runs are compared by the time they take, so that their seconds mean something."""
+        """True if runs are compared by the time they take, so that their seconds mean something."""
         return any(mark.seconds is not None for mark in self.marks)
 
     def flags(self, setting: str) -> dict[str, Flag]:
-        """All flags of a setting."""
+        """Return all flags of a setting."""
         return self.common | self.settings[setting]
 
 
 def read_study(file: Path) -> Study:
-    """A study's file.
+    """Read a study's file.
 
     Raises:
         ValueError: if it can't be read or isn't a study; says where it is wrong first.
@@ -150,7 +150,7 @@ def read_study(file: Path) -> Study:
 
 
 def command_line(flags: Mapping[str, Flag]) -> list[str]:
-    """Flags as `finetune.py` takes them, lists and switches in YAML's flow style."""
+    """Return flags as `finetune.py` takes them, lists and switches in YAML's flow style."""
     words: list[str] = []
     for name, value in flags.items():
         plain = (

@@ -16,13 +16,13 @@ NONE = "-"
 
 
 def rows(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
+    """Return a Markdown table; all columns but the first are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
 
 
 def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> str:
-    """What each declared setting reached on the first seed; the chosen ones bold."""
+    """Return the table of what each declared setting reached on the first seed; the chosen ones bold."""
     cells = []
     for record in records:
         name = f"**{record.setting}**" if record.setting in chosen else record.setting
@@ -36,7 +36,7 @@ def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> 
 
 
 def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
-    """Every setting at one mark, best held-out gain first; seconds if runs were timed on a quiet machine."""
+    """Return the table of all settings at one mark, best held-out gain first; with seconds if `timed`."""
     rewards = [name for name, role in curves[0].roles.items() if role != ROLE]
     cells = []
     for curve in sorted(curves, key=lambda curve: -curve.at(mark).held_out):
@@ -56,7 +56,7 @@ def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
 
 
 def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool) -> str:
-    """Each setting beside the reference where both have the same trained gain."""
+    """Return the table of each setting beside the reference, where both have the same trained gain."""
     ratio = ["time, ratio", "calls, ratio"][not timed :]
     header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
     header += ["difference", "likeness, difference", "diversity of both", "Frechet of both", *ratio]
@@ -84,21 +84,21 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
 
 
 def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -> str:
-    """Every setting that is known beside real pictures at the marks of its way, most like them first.
+    """Return the table of likeness to real images at the marks of all settings, most similar first.
 
     Args:
-        curves: of the settings.
-        study: says the marks and the budget, at which the Frechet distance is given.
-        judged: a run's, for what base and other real pictures have.
+        curves: curves of the settings.
+        study: study with the marks, and the budget at which the Frechet distance is given.
+        judged: likeness of a run, for base and other real images.
     """
     marks = [mark.name for mark in study.marks if mark.calls is None]
     known = [curve for curve in curves if LIKENESS in curve.gains and study.budget in curve.marks]
-    header = ["pictures"]
+    header = ["images"]
     for mark in marks:
         header += [f"trained, {mark}", f"likeness, {mark}"]
     blank = [NONE] * (2 * len(marks) - 1)
     cells = [
-        ["*other real pictures*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
+        ["*other real images*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
         ["*base*", *blank, _sign(0), f"{judged.base.frechet:.1f}"],
     ]
     for curve in sorted(known, key=lambda curve: -curve.at(study.budget).likeness):

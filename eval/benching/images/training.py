@@ -14,12 +14,12 @@ from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.plan import make_plan
 from benching.images.study import Flag, Mark, command_line
 
-# More than any budget here allows; the schedule is constant, so that the number changes nothing.
+# More than any budget here allows; the schedule is constant, so the number changes nothing.
 NO_END = 1_000_000
 
 
 class Reached(NamedTuple):
-    """How far a run was at a mark: seconds of iterations, transformer calls, optimizer steps."""
+    """Progress of a run at a mark: seconds of iterations, transformer calls, optimizer steps."""
 
     mark: Mark
     seconds: float
@@ -27,7 +27,7 @@ class Reached(NamedTuple):
     iterations: int
 
     def lora(self, folder: Path) -> Path:
-        """The LoRA's file in the run's folder."""
+        """Return the LoRA's file in the run's folder."""
         return folder / self.mark.name / LORA_FILE
 
 
@@ -35,13 +35,13 @@ def train(flags: Mapping[str, Flag], seed: int, marks: Sequence[Mark], folder: P
     """Train until all marks are passed; the LoRA of each goes into a folder of its name.
 
     An iteration counts from its first line to its optimizer step, as `metrics.jsonl` has it. A run that was
-    killed starts again: its clock can't be gone on from.
+    killed starts again: its clock can't be resumed.
 
     Args:
-        flags: of finetune.py, without output_dir and seed.
-        seed: of the run.
-        marks: when LoRAs are kept.
-        folder: of the run; what is there is replaced.
+        flags: flags of finetune.py, without output_dir and seed.
+        seed: seed of the run.
+        marks: marks at which LoRAs are kept.
+        folder: folder of the run; its content is replaced.
 
     Raises:
         ValueError: from the config, or from an iteration.
@@ -72,7 +72,7 @@ def train(flags: Mapping[str, Flag], seed: int, marks: Sequence[Mark], folder: P
 
 
 def machine() -> dict[str, str]:
-    """What the seconds were measured on."""
+    """Return the machine that the seconds are measured on."""
     name = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown CPU"
     )

@@ -1,4 +1,4 @@
-"""What of a study is still to be run, and running it; several programs can share the work."""
+"""Work that is left to do for a study, and doing it; several programs can share the work."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +23,9 @@ class Work:
     """A study on this disk.
 
     Attributes:
-        study: what is declared.
+        study: the declared study.
         data: folder of the records.
-        outputs: folder of LoRAs and pictures, which aren't kept with the records.
+        outputs: folder of LoRAs and images, which aren't kept with the records.
     """
 
     study: Study
@@ -34,10 +34,10 @@ class Work:
 
     @classmethod
     def of(cls, name: str, outputs: Path) -> "Work":
-        """A study of this repository.
+        """Open a study of this repository.
 
         Args:
-            name: of its file beside this one and of the folder of its records.
+            name: name of its file beside this one and of the folder of its records.
             outputs: folder of the outputs of all studies.
 
         Raises:
@@ -46,7 +46,7 @@ class Work:
         return cls(read_study(HERE / f"{name}.yaml"), HERE / "data" / name, outputs / name)
 
     def declared(self, setting: str) -> dict[str, object]:
-        """What a record of a setting depends on."""
+        """Return the settings that a record of a setting depends on."""
         return {
             "flags": self.study.flags(setting),
             "marks": [mark.name for mark in self.study.marks],
@@ -54,7 +54,7 @@ class Work:
         }
 
     def record(self, setting: str, seed: int) -> Record | None:
-        """The record of a run, if it is there.
+        """Return the record of a run, if it is there.
 
         Raises:
             ValueError: if it is damaged, or of other flags than are declared.
@@ -63,7 +63,7 @@ class Work:
         return read_record(file, self.declared(setting)) if file.exists() else None
 
     def likeness(self, setting: str, seed: int) -> RunLikeness | None:
-        """The likeness of a run's pictures to real ones, if it has been judged.
+        """Return the likeness of a run's images to real ones, if it has been judged.
 
         Raises:
             ValueError: if it is damaged.
@@ -71,24 +71,24 @@ class Work:
         return read_likeness(likeness_file(record_file(self.data, setting, seed)))
 
     @property
-    def base_pictures(self) -> Path:
-        """Folder of the base's pictures."""
-        return self._pictures(Candidate(BASE, self.study.evaluation.num_inference_steps))
+    def base_images(self) -> Path:
+        """Folder of the base's images."""
+        return self._images(Candidate(BASE, self.study.evaluation.num_inference_steps))
 
-    def pictures(self, setting: str, seed: int, mark: str) -> Path:
-        """Folder of the pictures of a run at a mark; they aren't kept with the records."""
+    def images(self, setting: str, seed: int, mark: str) -> Path:
+        """Return the folder of the images of a run at a mark; they aren't kept with the records."""
         name = f"{setting}-seed{seed}-{mark}"
         steps = self.study.evaluation.num_inference_steps
-        return self._pictures(Candidate(name, steps, lora=Path(name)))
+        return self._images(Candidate(name, steps, lora=Path(name)))
 
-    def _pictures(self, candidate: Candidate) -> Path:
+    def _images(self, candidate: Candidate) -> Path:
         return self.outputs / "evaluation/pictures" / candidate.key
 
     def chosen(self, method: str) -> str | None:
-        """The setting of a method that is compared with other methods; None if not all have been tried.
+        """Return the setting of a method to compare with other methods; None if not all have been tried.
 
-        The one of the highest mean gain of the held-out rewards at the budget, on the first seed; None, too,
-        if all of them failed.
+        It has the highest mean gain of the held-out rewards at the budget, on the first seed. None also if
+        all of them failed.
         """
         tried = [self.record(setting, self.study.seeds[0]) for setting in self.study.methods[method]]
         if any(record is None for record in tried):
@@ -99,7 +99,7 @@ class Work:
         return max(known, key=lambda record: record.at(self.study.budget).gain("held-out")).setting
 
     def compared(self) -> dict[str, list[Record]]:
-        """Records of all seeds there are of each setting that is compared, by its name.
+        """Return the records of all seeds there are of each setting that is compared, by its name.
 
         Raises:
             ValueError: runs that are compared by time were made on different machines.
@@ -119,7 +119,7 @@ class Work:
         return {setting: records for setting, records in known.items() if records}
 
     def missing(self) -> Iterator[tuple[str, int]]:
-        """Runs that can be done now: settings on the first seed, then the chosen ones on the others."""
+        """Yield runs that can be done now: settings on the first seed, then the chosen ones on the others."""
         first, *others = self.study.seeds
         for setting in self.study.settings:
             if self.record(setting, first) is None:
@@ -132,7 +132,7 @@ class Work:
                         yield setting, seed
 
     def do_next(self) -> str | None:
-        """Do the first missing run that no other program does; its name, None if there is none.
+        """Do the first missing run that no other program does; return its name, None if there is none.
 
         Raises:
             ValueError: a run can't be started, or its time would not be comparable.
@@ -161,7 +161,7 @@ class Work:
         declared, method = self.declared(setting), str(flags["method"])
         record = Record(setting, method, seed, declared, machine(), snapshots, failed)
         file = record_file(self.data, setting, seed)
-        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's pictures
+        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's images
         write_record(record, file)
 
 

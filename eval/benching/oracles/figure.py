@@ -1,4 +1,4 @@
-"""Densities of the tuned laws over that of the tilt, one small plot a row, from the committed results."""
+"""Densities of the tuned laws over the tilt's density, one small plot per row, from the committed results."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from benching.oracles.variants import VARIANTS
 (PROBLEM, SEED), COLUMNS = DRAWN, 4
 STYLES = {"ode": ("#d1495b", "-"), "sde": ("#00798c", "--")}
 TOP = 1.5
-"""Of the density axis; a law that has collapsed goes beyond it."""
+"""Top of the density axis; a law that has collapsed goes beyond it."""
 
 
 def write_figure(file: Path, folder: Path = DATA) -> None:
-    """Draw every row that was run on `PROBLEM`; nothing if none was."""
+    """Draw every row that was run on `PROBLEM`; draw nothing if none was."""
     rows = [name for name in VARIANTS if load(Key(PROBLEM, name, SEED), folder) is not None]
     if not rows:
         return
@@ -36,7 +36,7 @@ def write_figure(file: Path, folder: Path = DATA) -> None:
 
 
 def _draw(axis: Axes, name: str, folder: Path) -> None:
-    """One row: the tilt's density as an area, the base's as a dotted line, the tuned laws' as lines."""
+    """Draw one row: the tilt's density as an area, the base's as a dotted line, the tuned laws' as lines."""
     record, problem = load(Key(PROBLEM, name, SEED), folder), PROBLEMS[PROBLEM]
     assert record is not None
     middle: Tensor = (BIN_EDGES[1:] + BIN_EDGES[:-1]) / 2

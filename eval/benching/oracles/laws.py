@@ -6,7 +6,7 @@ weights of a grid's points into the density of a mixture of Gaussians, one for e
     density(x') = sum_i weight_i N(x'; x_coef * x_i + v_coef * velocity(x_i), std^2),
 
 taken at the grid's points again. In the plane the same is done with `NUM_SAMPLES` independent samples, and
-distances have a floor: that of two such sets from one law.
+distances have a floor: the distance of two such sets from one law.
 """
 
 import math
@@ -30,7 +30,7 @@ FINE = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
 
 
 def describe() -> dict[str, Any]:
-    """Everything that a measured law depends on beside the field, for JSON."""
+    """Return everything that a measured law depends on beside the field, for JSON."""
     return {
         "sde": f"memoryless_local_linear, uniform, {SDE_STEPS} steps",
         "ode": f"second order, uniform, {ODE_STEPS} steps",
@@ -40,13 +40,13 @@ def describe() -> dict[str, Any]:
 
 
 def law_of(field: VelocityField, dim: int, sampler: Sampler, seed: int) -> Points:
-    """End points of a field.
+    """Return the end points of a field.
 
     Args:
-        field: what is followed.
+        field: field to follow.
         dim: 1 or 2 dimensions.
         sampler: the memoryless SDE, or the ODE in steps of second order; both in many steps.
-        seed: of the noise in the plane; on a line there is none.
+        seed: seed of the noise in the plane; on a line there is none.
 
     Raises:
         ValueError: if an end point isn't finite.
@@ -66,26 +66,26 @@ def law_of(field: VelocityField, dim: int, sampler: Sampler, seed: int) -> Point
 
 
 def points_of(law: Mixture, seed: int) -> Points:
-    """A mixture as points: on a line a fine grid weighed by the density, in the plane samples."""
+    """Return a mixture as points: on a line a fine grid weighed by the density, in the plane samples."""
     if law.means.shape[1] > 1:
         return Points.equal(law.sample(NUM_SAMPLES, generator_for("points", seed)))
     return Points(FINE[:, None], law.log_density(FINE[:, None], 0.0).softmax(0))
 
 
 def conditioning(num: int) -> Conditioning:
-    """Of `num` samples of one prompt, which the fields here don't look at."""
+    """Return the conditioning of `num` samples of one prompt, which the fields here ignore."""
     return Conditioning(("",) * num)
 
 
 def quantiles_of_noise() -> Tensor:
-    """Quantiles of N(0, 1) in the middle of equal shares, (NUM_QUANTILES, 1)."""
+    """Return the quantiles of N(0, 1) in the middle of equal shares, (NUM_QUANTILES, 1)."""
     levels = (torch.arange(NUM_QUANTILES, dtype=torch.float64) + 0.5) / NUM_QUANTILES
     return math.sqrt(2) * torch.erfinv(2 * levels - 1)[:, None]
 
 
 @torch.no_grad()
 def sde_on_a_line(field: VelocityField, table: Transitions) -> Points:
-    """End points of a table whose steps all add noise except the last; means of steps stay in the grid."""
+    """Return the end points of a table whose steps all add noise but the last; means stay in the grid."""
     x, cond = GRID[:, None], conditioning(len(GRID))
     weight, end = (-0.5 * GRID**2).softmax(0), x
     for k in range(table.num_steps):

@@ -1,4 +1,4 @@
-"""How far a law is from the tilt, both as weighted points."""
+"""Measures of how far a law is from the tilt, both as weighted points."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from benching.oracles.mixture import Mixture
 from benching.oracles.problems import Problem
 
 DIRECTIONS = 32
-"""On which points of the plane are projected, evenly spaced."""
+"""Directions on which points of the plane are projected, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Points:
     """A law: points and their shares.
 
     Attributes:
-        x: (N, D) float64.
-        weight: (N,), adding up to 1.
+        x: points (N, D), float64.
+        weight: shares (N,), adding up to 1.
 
     Raises:
         ValueError: if a number is not finite or the shapes disagree.
@@ -37,20 +37,20 @@ class Points:
 
     @classmethod
     def equal(cls, x: Tensor) -> "Points":
-        """Points `x` (N, D) that all weigh the same."""
+        """Return points `x` (N, D) that all weigh the same."""
         return cls(x, x.new_full((len(x),), 1 / len(x)))
 
     def mean(self) -> Tensor:
-        """Mean, (D,)."""
+        """Return the mean, (D,)."""
         return self.weight @ self.x
 
     def spread(self) -> float:
-        """Root of the mean squared distance from the mean."""
+        """Return the root of the mean squared distance from the mean."""
         return math.sqrt((self.weight @ (self.x - self.mean()).square().sum(1)).item())
 
 
 def wasserstein2(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> float:
-    """Exact Wasserstein-2 distance of two laws of weighted points on a line, (N,) and (M,) each.
+    """Return the exact Wasserstein-2 distance of two laws of weighted points on a line, (N,) and (M,) each.
 
     The root of the integral over u in (0, 1) of (quantile_a(u) - quantile_b(u))^2, whose integrand is
     constant between the two laws' cumulated weights.
@@ -68,7 +68,7 @@ def wasserstein2(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> fl
 
 
 def distance(a: Points, b: Points) -> float:
-    """Wasserstein-2 distance on a line; in the plane its root mean square over projections (sliced).
+    """Return the Wasserstein-2 distance on a line; in the plane the root mean square over projections.
 
     Raises:
         ValueError: if the points have more than 2 dimensions.
@@ -85,13 +85,13 @@ def distance(a: Points, b: Points) -> float:
 
 
 def measures(found: Points, aim: Mixture, points_of_aim: Points, problem: Problem) -> dict[str, float]:
-    """What sets a law apart from the mixture it should be.
+    """Measure what sets a law apart from the mixture it should be.
 
     Args:
         found: the law to judge.
         aim: the mixture, of which moments and mode weights are exact.
-        points_of_aim: the same as points, for the distance.
-        problem: gives the reward.
+        points_of_aim: the mixture as points, for the distance.
+        problem: problem, which gives the reward.
 
     Returns:
         `w2`: see `distance`. `mean_bias`: distance of the means, on a line with its sign. `spread_bias`: the

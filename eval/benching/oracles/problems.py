@@ -1,9 +1,9 @@
-"""What the methods are asked: a mixture as the base's law, and a reward whose tilt is again a mixture.
+"""Problems for the methods: a mixture as the base's law, and a reward whose tilt is again a mixture.
 
     reward(x) = slope . x - curvature / 2 * |x|^2,        tilt = base * exp(reward)
 
-Rewards are measured so that reward_scale = 1. Their deviations under the base, .95, .8 and .65, are about as
-large as RAM stands: on the first it diverges.
+Rewards are scaled so that reward_scale = 1. Their deviations under the base, .95, .8 and .65, are about as
+large as RAM tolerates: on the first it diverges.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ class Problem:
     """A base law and a reward.
 
     Attributes:
-        title: for the page.
-        law: of the base's data, in 1 or 2 dimensions.
-        slope: of the reward, (D,).
-        curvature: of the reward, >= 0.
+        title: title on the page.
+        law: law of the base's data, in 1 or 2 dimensions.
+        slope: slope of the reward, (D,).
+        curvature: curvature of the reward, >= 0.
     """
 
     title: str
@@ -40,20 +40,20 @@ class Problem:
         return len(self.slope)
 
     def reward(self, x: Tensor, prompts: Sequence[str] = ()) -> Tensor:
-        """Rewards of `x` (B, D), (B,)."""
+        """Return rewards of `x` (B, D), (B,)."""
         return x @ self.slope - 0.5 * self.curvature * x.square().sum(1)
 
     def tilt(self) -> Mixture:
-        """The law aimed at, base * exp(REWARD_SCALE * reward)."""
+        """Return the law aimed at, base * exp(REWARD_SCALE * reward)."""
         return self.law.tilted(REWARD_SCALE * self.slope, REWARD_SCALE * self.curvature)
 
     def mean_reward(self, law: Mixture) -> float:
-        """Mean of the reward under a mixture, exactly."""
+        """Return the mean of the reward under a mixture, exactly."""
         mean, square = law.mean(), law.covariance().trace() + law.mean().square().sum()
         return (self.slope @ mean - 0.5 * self.curvature * square).item()
 
     def describe(self) -> dict[str, Any]:
-        """Everything that results depend on, for JSON."""
+        """Return everything that results depend on, for JSON."""
         return {
             "weights": self.law.weights.tolist(),
             "means": self.law.means.tolist(),
@@ -70,7 +70,7 @@ def _mixture(weights: list[float], means: list[list[float]], std: float) -> Mixt
 
 
 def _towards(best: list[float], curvature: float) -> tuple[Tensor, float]:
-    """Slope and curvature of -curvature / 2 * |x - best|^2, up to a constant."""
+    """Return the slope and curvature of -curvature / 2 * |x - best|^2, up to a constant."""
     return curvature * torch.tensor(best, dtype=torch.float64), curvature
 
 

@@ -1,6 +1,6 @@
-"""One result a file: what a row of the comparison gives on a problem with a seed, and the settings it is of.
+"""Results, one per file: what a row of the comparison gives on a problem with a seed, and its settings.
 
-A result is skipped where a file with the same settings lies already, and computed anew where they differ.
+A result is skipped if a file with the same settings exists, and computed anew if they differ.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from benching.oracles.variants import VARIANTS
 
 DATA = Path(__file__).parents[1] / "data" / "oracles"
 AIM_SEED, FAR = 1_000_000, 10.0
-"""Seed of the aim's points in the plane; a law with a point so far out has diverged (data lie within 3)."""
+"""Seed of the aim's points in the plane; radius beyond which a law has diverged (data are within 3)."""
 DRAWN = ("two_modes_quadratic", 0)
 """Problem and seed whose densities are kept, for the figure."""
 BIN_EDGES = torch.linspace(-3, 3, 121, dtype=torch.float64)
-"""Of those densities."""
+"""Edges of the bins of those densities."""
 Record = dict[str, Any]
 Reference = Literal["base", "base_as_base", "tilt_velocity", "two_sets"]
 REFERENCES: dict[Reference, str] = {
@@ -41,19 +41,19 @@ REFERENCES: dict[Reference, str] = {
 
 
 class Key(NamedTuple):
-    """Which result: names of problem and row, and the seed."""
+    """Name of a result: problem, row and seed."""
 
     problem: str
     row: str
     seed: int
 
     def file(self, folder: Path) -> Path:
-        """Where it is kept."""
+        """Return the file of the result."""
         return folder / self.problem / f"{self.row}-seed{self.seed}.json"
 
 
 def settings_of(key: Key) -> Record:
-    """Everything that a result depends on, as JSON gives it back."""
+    """Return everything that a result depends on, as JSON gives it back."""
     problem = PROBLEMS[key.problem]
     found: Record = {"problem": problem.describe(), "seed": key.seed, "laws": oracle_laws.describe()}
     if key.row in VARIANTS:
@@ -71,13 +71,13 @@ def settings_of(key: Key) -> Record:
 
 
 def load(key: Key, folder: Path = DATA) -> Record | None:
-    """A result that was written, or None."""
+    """Load a result that was written, or return None."""
     file = key.file(folder)
     return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
 def ensure(key: Key, folder: Path = DATA) -> Literal["kept", "new", "settings changed"]:
-    """Compute and write a result unless it is there with the same settings; what was done.
+    """Compute and write a result unless it is there with the same settings; return what was done.
 
     Raises:
         ValueError: if the file can't be written.
@@ -116,7 +116,7 @@ def _of_reference(key: Key) -> Record:
 
 @torch.no_grad()
 def _judge(field: CallableField, key: Key, samplers: list[Sampler]) -> Record:
-    """Measures of the laws that a field samples, None where they have diverged, and their densities."""
+    """Measure the laws that a field samples, None where they have diverged, and their densities."""
     found: Record = {}
     densities: Record = {}
     for sampler in samplers:
@@ -132,7 +132,7 @@ def _judge(field: CallableField, key: Key, samplers: list[Sampler]) -> Record:
 
 
 def _measured(law: Points, key: Key) -> Record:
-    """Measures of a law against the one it should be, in 5 digits."""
+    """Measure a law against the one it should be, in 5 digits."""
     problem = PROBLEMS[key.problem]
     aim = problem.law if key.row == "base_as_base" else problem.tilt()
     values = measures(law, aim, points_of(aim, AIM_SEED), problem)
@@ -140,7 +140,7 @@ def _measured(law: Points, key: Key) -> Record:
 
 
 def density(law: Points) -> list[float]:
-    """Mean density of a law on a line between `BIN_EDGES`, in 4 digits."""
+    """Return the mean density of a law on a line between `BIN_EDGES`, in 4 digits."""
     x, order = law.x[:, 0].sort()
     weight = law.weight[order]
     levels = weight.cumsum(0) - weight / 2  # of the points; linear between them, so that no grid shows

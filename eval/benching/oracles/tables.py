@@ -21,12 +21,12 @@ MISSING, DIVERGED = "-", "diverged"
 
 
 def render(folder: Path = DATA) -> str:
-    """All tables as Markdown, one a problem; rows that weren't run are left out."""
+    """Return all tables as Markdown, one a problem; rows that weren't run are left out."""
     return "\n\n".join(_table(problem, folder) for problem in PROBLEMS)
 
 
 def replace_block(text: str, block: str) -> str:
-    """A page with what stands between the marks replaced.
+    """Replace the text between the marks of a page.
 
     Raises:
         ValueError: if the marks aren't there, once each and in order.
@@ -54,13 +54,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _iterations(records: Sequence[Record]) -> str:
-    """How many iterations were made, from the fewest to the most."""
+    """Return the number of iterations that were made, from the fewest to the most."""
     made = sorted({n for record in records if (n := record.get("iterations")) is not None})
     return MISSING if not made else str(made[0]) if len(made) == 1 else f"{made[0]}-{made[-1]}"
 
 
 def _cells(records: Sequence[Record]) -> list[str]:
-    """Distances by both samplers, and the other measures as SDE / ODE."""
+    """Return distances by both samplers, and the other measures as SDE / ODE."""
     distances = [_distance(_over_seeds(records, sampler, "w2")) for sampler in ("sde", "ode")]
     others = []
     for measure, (_, written) in COLUMNS.items():
@@ -70,7 +70,7 @@ def _cells(records: Sequence[Record]) -> list[str]:
 
 
 def _distance(values: list[float] | str) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Return the mean and standard deviation over the seeds."""
     if isinstance(values, str):
         return values
     mean = _mean(values)
@@ -83,7 +83,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _over_seeds(records: Sequence[Record], sampler: str, measure: str) -> list[float] | str:
-    """A measure by seed, or why there is none: a law that one seed at least has lost is no law."""
+    """Return a measure by seed, or why there is none: a law that one seed at least has lost is no law."""
     asked = [record["found"][sampler] for record in records if sampler in record["found"]]
     there = [found[measure] for found in asked if found is not None]
     if len(there) == len(asked):

@@ -24,18 +24,18 @@ from benching.oracles.problems import Problem
 
 WIDTH, WAVES, BETAS = 48, (3, 6), (0.9, 0.99)
 LOOK_SAMPLES, LOOK_STEPS = 4000, 20
-"""What the mean reward is taken of where training ends by it."""
+"""Samples and steps of the mean reward, where training ends by it."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a method is trained.
+    """Length and speed of a training.
 
     Attributes:
-        iterations: of the optimizer.
-        batch: samples an iteration.
-        learning_rate: of the first iteration.
-        until_reward: end once the mean reward of the policy's ODE is that of the tilt, with a constant
+        iterations: optimizer steps.
+        batch: samples per iteration.
+        learning_rate: learning rate of the first iteration.
+        until_reward: end once the mean reward of the policy's ODE is the tilt's, with a constant
             learning rate: for methods that nothing else stops.
         from_tilt: begin at the tilt's own velocity instead of the base's, to tell a method that leaves the
             tilt from one that is slow to come near it.
@@ -49,7 +49,7 @@ class Schedule:
 
 
 def describe() -> dict[str, Any]:
-    """Everything that training depends on beside method and schedule, for JSON."""
+    """Return everything that training depends on beside method and schedule, for JSON."""
     return {
         "width": WIDTH,
         "waves": list(WAVES),
@@ -59,7 +59,7 @@ def describe() -> dict[str, Any]:
 
 
 def control(law: Mixture, seed: int) -> tuple[CallableField, list[Tensor]]:
-    """The velocity of a law plus a network that is zero at first, and the network's parameters."""
+    """Return the velocity of a law plus a network that is zero at first, and the network's parameters."""
     dim, generator = law.means.shape[1], generator_for("control", seed)
     sizes = [2 * dim + 1 + 2 * len(WAVES), WIDTH, WIDTH, dim]
     layers = [torch.nn.Linear(*pair, dtype=torch.float64) for pair in pairwise(sizes)]
@@ -80,14 +80,14 @@ def control(law: Mixture, seed: int) -> tuple[CallableField, list[Tensor]]:
 def train(
     method: Method, parameters: list[Tensor], schedule: Schedule, *, seed: int, done: Callable[[], bool]
 ) -> int:
-    """Train by the method's own examples and losses; the number of iterations made.
+    """Train by the method's own examples and losses; return the number of iterations made.
 
     Args:
-        method: made around the field that `parameters` belong to.
-        parameters: what is trained.
-        schedule: how long and how fast.
-        seed: of the training noise.
-        done: whether training should end, asked before each iteration if the schedule says so.
+        method: method, made around the field that `parameters` belong to.
+        parameters: trained parameters.
+        schedule: length and speed.
+        seed: seed of the training noise.
+        done: tells if training should end, asked before each iteration if the schedule says so.
     """
     optimizer = torch.optim.Adam(parameters, schedule.learning_rate, betas=BETAS)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.iterations)
@@ -107,7 +107,7 @@ def train(
 
 
 def reaches(field: CallableField, problem: Problem) -> Callable[[], bool]:
-    """Whether the field's ODE makes points of at least the tilt's mean reward, as a function."""
+    """Return a function that tells if the field's ODE makes points of at least the tilt's mean reward."""
     aim, generator = problem.mean_reward(problem.tilt()), generator_for("look")
     noise = torch.randn(LOOK_SAMPLES, problem.dim, generator=generator, dtype=torch.float64)
 

@@ -29,11 +29,11 @@ class Variant:
     """A row of the comparison.
 
     Attributes:
-        title: for the page.
+        title: title on the page.
         method: key of `METHODS`.
         shared: flags of `SharedSettings` that aren't the defaults.
         own: the method's own flags that aren't the defaults.
-        schedule: of the training.
+        schedule: schedule of the training.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Variant:
 
     @property
     def samplers(self) -> list[Sampler]:
-        """Return how the law is sampled: by the memoryless SDE too if the method is to reweight the base."""
+        """Samplers of the law: the memoryless SDE too if the method is to reweight the base."""
         return ["ode"] if self.method in NO_REWEIGHTING else ["sde", "ode"]
 
     def _settings(self) -> tuple[SharedSettings, Any]:

@@ -1,1 +1,1 @@
-"""What is measured of images: scores, distances, features; which weights did it."""
+"""Measures of images: scores, distances, features, and the weights that made them."""

@@ -1,4 +1,4 @@
-"""What is measured on pictures: published scores of rewards, image features, and how far a picture moved."""
+"""Measures of images: published scores of rewards, image features, and how far an image moved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from evaluating.measuring.weights import fingerprint
 from evaluating.options import named
 
 Function = Callable[[Tensor, Sequence[str], Tensor], Tensor]
-"""Pictures (n, 3, H, W) in [0, 1], prompts, the base's pictures from the same noise -> (n,) or (n, D)."""
+"""Images (n, 3, H, W) in [0, 1], prompts, the base's images from the same noise -> (n,) or (n, D)."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that is measured on each picture.
+    """Something that is measured on each image.
 
     Attributes:
         kind: `rewards` (one number, higher is better), `features` (a vector) or `changes` (a distance to the
-            base's picture from the same noise; of tuned candidates only).
+            base's image from the same noise; of tuned candidates only).
         name: a key of `REWARDS` or of `FEATURES`, or `lpips`.
-        model: where its weights are; None = it has none.
+        model: place of its weights; None = it has none.
     """
 
     kind: Literal["rewards", "features", "changes"]
@@ -37,7 +37,7 @@ class Measure:
 
     @property
     def identity(self) -> str:
-        """What its values are made by; of a hub id known once it is downloaded."""
+        """Fingerprint of what its values are made by; for a hub id known once it is downloaded."""
         return f"{self.name}={self.model} {self.weights}".strip()
 
     @property
@@ -46,12 +46,12 @@ class Measure:
         return fingerprint(self.model)
 
     def load(self, device: torch.device, batch_size: int | None, prompts: Sequence[str]) -> Function:
-        """What measures, with its weights in memory.
+        """Load the weights and return the function that measures.
 
         Args:
-            device: where it runs.
-            batch_size: pictures a pass.
-            prompts: all that it will have to score.
+            device: device it runs on.
+            batch_size: images per pass.
+            prompts: all prompts that it will have to score.
 
         Raises:
             ValueError: if the weights are missing or don't fit, or it can't score a prompt.
@@ -89,7 +89,7 @@ class Measure:
 
 
 def choose_rewards(asked: Sequence[str], declared: Mapping[str, str]) -> list[Measure]:
-    """The rewards of `--rewards`, `declared` ones with the model's own weights.
+    """Return the rewards of `--rewards`, `declared` ones with the model's own weights.
 
     Raises:
         ValueError: unknown or repeated name, or no such weights; says what to do.
@@ -108,7 +108,7 @@ def choose_features(
     declared: Mapping[str, str],
     trained: Mapping[str, Sequence[str]],
 ) -> list[Measure]:
-    """The features of `--features`; None = those of the last reward with some, a held-out one if there is.
+    """Return the features of `--features`; None = those of the last reward with some, if possible held-out.
 
     Raises:
         ValueError: unknown or repeated name, or a reward without image features.
@@ -138,5 +138,5 @@ def choose_features(
 def _each_once(chosen: list[Measure], flag: str) -> list[Measure]:
     names = [measure.name for measure in chosen]
     if len(set(names)) < len(names):
-        raise ValueError(f"{flag}: each name once, got {' '.join(names)}")
+        raise ValueError(f"{flag}: give each name once, got {' '.join(names)}")
     return chosen

@@ -1,4 +1,4 @@
-"""Pictures that others are compared with as a set: photographs, for instance."""
+"""Reference images that others are compared with as a set: photographs, for instance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.files import sha256
 from am_diffusers.system.processes import Processes
 from evaluating.measuring.measures import Measure
-from evaluating.store import Store, read_picture
+from evaluating.store import Store, read_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def find_references(folder: Path, features: Sequence[Measure]) -> list[Path]:
-    """The picture files in a folder and those below it.
+    """Find the image files in a folder and below it.
 
     Raises:
         ValueError: fewer than 2, or no features that could be compared.
@@ -31,7 +31,7 @@ def find_references(folder: Path, features: Sequence[Measure]) -> list[Path]:
 
 @torch.no_grad()
 def reference_features(store: Store, measure: Measure, files: Sequence[Path], processes: Processes) -> Array:
-    """Features (N, D) of picture files of any sizes; kept for the next time.
+    """Compute the features (N, D) of image files of any sizes; they are kept for the next time.
 
     Raises:
         ValueError: one can't be read.
@@ -43,9 +43,9 @@ def reference_features(store: Store, measure: Measure, files: Sequence[Path], pr
         return found
     function = measure.load(processes.accelerator.device, 1, ())
     rows = []
-    for file in tqdm(files, desc=f"{measure.name} of reference pictures", disable=None):
+    for file in tqdm(files, desc=f"{measure.name} of reference images", disable=None):
         processes.poll()
-        image = read_picture(file)[None]
+        image = read_image(file)[None]
         rows.append(function(image, [""], image))
     features = torch.cat(rows).float().cpu().numpy()
     store.save_values(kept, features, depends_on)

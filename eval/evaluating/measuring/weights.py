@@ -1,4 +1,4 @@
-"""What exactly is at the place of a model, so that values of other weights aren't taken for its own."""
+"""Fingerprints of a model's weights, so that values of other weights aren't taken for its own."""
 
 import re
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ NOT_HERE = "not downloaded yet"
 
 
 def fingerprint(model: str | None, revision: str | None = None) -> str:
-    """SHA-256 of local files, the commit of a hub id, the version of a package; "" without a model.
+    """Return the SHA-256 of local files, the commit of a hub id, or a package's version; "" without a model.
 
     Args:
         model: folder, file, `asset:` path, hub id (with a file behind it, or not) or `package:NAME`.
-        revision: of a hub id.
+        revision: revision of a hub id.
     """
     if model is None:
         return ""
@@ -44,13 +44,13 @@ def _of_files(root: Path, files: Sequence[Path]) -> str:
 
 @cache
 def _digest(root: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of names and contents; read again only if a size or date changed."""
+    """Hash names and contents; read files again only if a size or date changed."""
     lines = [f"{file.relative_to(root)} {sha256(file)}" for file, *_ in states]
     return sha256_of_text("\n".join(lines))[:16]
 
 
 def _commit(repository: str, revision: str) -> str:
-    """Where the hub's cache says that a revision is."""
+    """Return the commit of a revision in the hub's cache."""
     if COMMIT.fullmatch(revision):
         return f"commit {revision}"
     folder = repo_folder_name(repo_id=repository, repo_type="model")

@@ -1,4 +1,4 @@
-"""What the report's template shows: tables, figures, largest changes, and the numbers its script works on."""
+"""Content of the report's template: tables, figures, largest changes, and the numbers its script works on."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,12 @@ WORDS = {
     "seed": "seed",
     "resolution": "resolution",
 }
-# Said elsewhere on the page, or a checksum.
+# Shown elsewhere on the page, or a checksum.
 UNSHOWN = ("prompts", "num_prompts", "num_images_per_prompt")
 
 
 class Pair(NamedTuple):
-    """A base and a tuned picture from the same noise, with their scores by one reward."""
+    """A base and a tuned image from the same noise, with their scores by one reward."""
 
     prompt: int
     image: int
@@ -41,13 +41,13 @@ class Pair(NamedTuple):
 def report_context(
     results: Results, summary: Summary, findings: Sequence[Finding], embedded: Mapping[int, Embedded]
 ) -> dict[str, Any]:
-    """Variables of report.html.jinja.
+    """Return the variables of report.html.jinja.
 
     Args:
-        results: of the evaluation.
-        summary: of the same results.
-        findings: of its tuned candidates, in their order.
-        embedded: pictures by prompt and candidate key.
+        results: results of the evaluation.
+        summary: summary of the same results.
+        findings: findings on its tuned candidates, in their order.
+        embedded: images by prompt and candidate key.
     """
     rewards = list(dict.fromkeys(name for finding in findings for name in finding.against.rewards))
     columns = list(results.prompts.categories.values())
@@ -76,7 +76,7 @@ def report_context(
 
 
 def _settings(results: Results) -> dict[str, str]:
-    """What holds for all candidates, in words; of a LoRA too if there's only one, else a table has them."""
+    """Return the settings that hold for all candidates, in words; a LoRA's too if it is the only one."""
     first = [name for name in WORDS if name in results.settings]
     names = [*first, *(name for name in results.settings if name not in (*first, *UNSHOWN))]
     shown = {name: results.settings[name] for name in names if results.settings[name] is not None}
@@ -100,14 +100,14 @@ def _text(value: object) -> str:
 
 
 def _bars(gains: Sequence[Estimate]) -> Callable[[float], str]:
-    """Places of gains in the bars of the table, which all have one scale: 0 to 100, zero among them."""
+    """Return a function that places gains in the bars of the table, all on one scale: 0 to 100 with zero."""
     ends = [end for gain in gains for end in (gain.low, gain.value, gain.high) if end is not None]
     low, high = min([0, *ends]), max([0, *ends])
     return lambda gain: f"{100 * (gain - low) / ((high - low) or 1):.1f}"
 
 
 def _data(results: Results, rewards: Sequence[str]) -> dict[str, Any]:
-    """What the page's script needs: who is compared with whom, and all scores."""
+    """Return the data of the page's script: who is compared with whom, and all scores."""
     places = {candidate.key: place for place, candidate in enumerate(results.candidates)}
     return {
         "rewards": rewards,
@@ -117,12 +117,12 @@ def _data(results: Results, rewards: Sequence[str]) -> dict[str, Any]:
 
 
 def _rounded(scores: Array) -> list[list[float]]:
-    """Scores (P, S) with as many digits as a reader could want: half the page would be digits otherwise."""
+    """Round scores (P, S) to as many digits as a reader could want: else half the page would be digits."""
     return [[float(f"{score:.{DIGITS}g}") for score in row] for row in scores.tolist()]
 
 
 def _charts(results: Results, finding: Finding) -> dict[str, list[Markup]]:
-    """Figures of one candidate: score distributions under "", and gains by category under the column."""
+    """Draw one candidate: score distributions under "", and gains by category under the column."""
     base, tuned = results.scores[finding.candidate.base.key], results.scores[finding.candidate.key]
     names = list(finding.against.rewards)
     charts = {
@@ -136,7 +136,7 @@ def _charts(results: Results, finding: Finding) -> dict[str, list[Markup]]:
 
 
 def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
-    """Figure of the gains in the categories with the most prompts; "" where no category has a gain."""
+    """Draw the gains in the categories with the most prompts; "" where no category has a gain."""
     most = sorted(found, key=lambda name: -found[name].num_prompts)[:MAX_CATEGORIES]
     shown = {name: comparison for name, comparison in found.items() if name in most}
     names = [f"{figures.shorten(name)} ({comparison.num_prompts})" for name, comparison in shown.items()]
@@ -145,7 +145,7 @@ def _category_chart(reward: str, found: Mapping[str, Comparison]) -> str:
 
 
 def _extremes(results: Results, finding: Finding) -> dict[str, tuple[list[Pair], list[Pair]]]:
-    """By reward: the largest gains and the largest losses, at most one picture a prompt."""
+    """Return the largest gains and the largest losses by reward, at most one image per prompt."""
     base, tuned = results.scores[finding.candidate.base.key], results.scores[finding.candidate.key]
     return {reward: _ends(base[reward], tuned[reward]) for reward in finding.against.rewards}
 

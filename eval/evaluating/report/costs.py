@@ -1,4 +1,4 @@
-"""What the report says of the price of the gains: diversity, path KL, change, and pictures as sets."""
+"""Costs of the gains in the report: diversity, path KL, change, and images as sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Cost(NamedTuple):
 
     Attributes:
         kind: diversity, path_kl or change.
-        title: of the column.
-        estimates: of each finding; None = not measured.
+        title: title of the column.
+        estimates: one per finding; None = not measured.
     """
 
     kind: str
@@ -33,10 +33,10 @@ class SetDistance:
     """A row of the table of Frechet distances.
 
     Attributes:
-        label: of the candidate.
-        number: of the finding; None for a base.
-        from_base: by name of the features; empty for a base.
-        to_reference: by name of the features; empty without reference pictures.
+        label: label of the candidate.
+        number: number of the finding; None for a base.
+        from_base: distances by name of the features; empty for a base.
+        to_reference: distances by name of the features; empty without reference images.
     """
 
     label: str
@@ -46,7 +46,7 @@ class SetDistance:
 
 
 def find_costs(findings: Sequence[Finding]) -> list[Cost]:
-    """What was measured beside the rewards."""
+    """Return the costs that were measured beside the rewards."""
     found = [finding.against for finding in findings]
     features = dict.fromkeys(name for against in found for name in against.diversity_kept)
     columns = [
@@ -61,7 +61,7 @@ def find_costs(findings: Sequence[Finding]) -> list[Cost]:
 def set_distances(
     summary: Summary, findings: Sequence[Finding], labels: Mapping[str, str]
 ) -> list[SetDistance]:
-    """Frechet distances of the candidates that have some; bases have them from reference pictures only."""
+    """Return the Frechet distances of the candidates; bases have them from reference images only."""
     numbers = {finding.candidate.key: finding.number for finding in findings}
     rows = [
         SetDistance(
@@ -78,10 +78,10 @@ def set_distances(
 def trade_offs(
     findings: Sequence[Finding], costs: Sequence[Cost], labels: Mapping[str, str]
 ) -> dict[str, list[list[Markup]]]:
-    """Figures of gain against what it cost, by the cost's title: a row a base, a figure a reward.
+    """Draw gain against what it cost, by the cost's title: a row per base, a figure per reward.
 
-    Gains, diversity kept and path KL are relative to a base: those of other steps or guidance are no points
-    of the same plot.
+    Gains, diversity kept and path KL are relative to a base: candidates with other steps or guidance have
+    another base, and so a plot of their own.
     """
     draw = {"diversity": figures.gain_against_diversity, "path_kl": figures.gain_against_path_kl}
     groups = {c.title: _charts(findings, c.estimates, labels, draw[c.kind]) for c in costs if c.kind in draw}
@@ -94,7 +94,7 @@ def _charts(
     labels: Mapping[str, str],
     draw: Callable[[str, str, Sequence[Point]], str],
 ) -> list[list[Markup]]:
-    """Figures of the candidates whose cost is known; those of rising LoRA scale are joined."""
+    """Draw the candidates whose cost is known; rising LoRA scales are joined."""
     bases: dict[str, dict[str, list[Point]]] = {}
     known = zip(findings, costs, strict=True)
     for finding, cost in sorted(known, key=lambda each: each[0].candidate.lora_scale):

@@ -38,8 +38,8 @@ class Point:
     """One tuned candidate in a plot of what a gain cost.
 
     Attributes:
-        number: of the candidate in the report's table; None if it is the only one.
-        family: its LoRA; points of one are joined by a line in the order given.
+        number: number of the candidate in the report's table; None if it is the only one.
+        family: LoRA of the candidate; points of one LoRA are joined by a line in the order given.
         cost: diversity kept (1 = the base's) or path KL (nats).
         gain: in base standard deviations.
     """
@@ -51,12 +51,12 @@ class Point:
 
 
 def distributions(reward: str, base: Array, tuned: Array) -> str:
-    """Histograms of all base and all tuned scores, with their means.
+    """Draw histograms of all base and all tuned scores, with their means.
 
     Args:
-        reward: its name.
+        reward: name of the reward.
         base: scores of any shape, in the reward's units.
-        tuned: the same for the tuned pictures.
+        tuned: the same for the tuned images.
 
     Returns:
         An `<svg>` element.
@@ -78,20 +78,20 @@ def distributions(reward: str, base: Array, tuned: Array) -> str:
         )
         axes.axvline(float(base.mean()), color=GREY, linewidth=1.2, linestyle=":")
         axes.axvline(float(tuned.mean()), color=COLOURS[0], linewidth=1.2, linestyle=":")
-        axes.set(xlabel=f"{reward} score", ylabel="pictures")
+        axes.set(xlabel=f"{reward} score", ylabel="images")
         axes.set_ylim(top=1.05 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         legend_above(figure)
-        return to_svg(figure, f"{reward}: how many pictures got which score, base and tuned")
+        return to_svg(figure, f"{reward}: how many images got which score, base and tuned")
 
 
 def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate]) -> str:
-    """Gain with its interval, a row a category.
+    """Draw gains with their intervals, a row per category.
 
     Args:
-        reward: its name.
-        names: of the categories, with the number of prompts, top row first.
-        gains: theirs, in base standard deviations.
+        reward: name of the reward.
+        names: names of the categories, with the number of prompts, top row first.
+        gains: gains of the categories, in base standard deviations.
 
     Returns:
         An `<svg>` element.
@@ -111,7 +111,7 @@ def category_gains(reward: str, names: Sequence[str], gains: Sequence[Estimate])
 
 
 def _readable_limits(gains: Sequence[Estimate]) -> tuple[float, float]:
-    """All values, and the intervals of ordinary width: those of two prompts would squeeze the others."""
+    """Return limits for all values and intervals of ordinary width, not for the wide ones of two prompts."""
     ends = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
     widest = 3 * float(np.median([high - low for low, high in ends])) if ends else 0.0
     usual = [end for pair in ends if pair[1] - pair[0] <= widest for end in pair]
@@ -121,12 +121,12 @@ def _readable_limits(gains: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def gain_against_diversity(reward: str, base: str, points: Sequence[Point]) -> str:
-    """Gain against diversity kept, with the base and the front that no candidate beats in both.
+    """Draw gain against diversity kept, with the base and the front that no candidate beats in both.
 
     Args:
-        reward: its name.
+        reward: name of the reward.
         base: label of the base that the gains and diversities are relative to.
-        points: of the candidates compared with it.
+        points: points of the candidates compared with it.
 
     Returns:
         An `<svg>` element.
@@ -143,12 +143,12 @@ def gain_against_diversity(reward: str, base: str, points: Sequence[Point]) -> s
 
 
 def gain_against_path_kl(reward: str, base: str, points: Sequence[Point]) -> str:
-    """Gain against path KL, the base at (0, 0).
+    """Draw gain against path KL, the base at (0, 0).
 
     Args:
-        reward: its name.
-        base: label of the base, whose sampler is that of all the points.
-        points: of the candidates compared with it that have a path KL.
+        reward: name of the reward.
+        base: label of the base, which has the sampler of all points.
+        points: points of the candidates compared with it that have a path KL.
 
     Returns:
         An `<svg>` element.
@@ -164,13 +164,13 @@ def gain_against_path_kl(reward: str, base: str, points: Sequence[Point]) -> str
 
 
 def shorten(text: str, limit: int = 26) -> str:
-    """`text`, cut in its middle to `limit` characters."""
+    """Cut `text` in its middle to `limit` characters."""
     half = (limit - 1) // 2
     return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other one reaches in one coordinate and beats in the other, by their first coordinate."""
+    """Return the points that no other one reaches in one coordinate and beats in the other, left to right."""
     front: list[tuple[float, float]] = []
     for point in sorted(set(points), reverse=True):
         if not front or point[1] > front[-1][1]:
@@ -190,7 +190,7 @@ def _in_percent(point: Point) -> Point:
 
 
 def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: str) -> None:
-    """Every candidate with both intervals and its number, and the base at (`origin`, 0)."""
+    """Draw every candidate with both intervals and its number, and the base at (`origin`, 0)."""
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.plot([origin], [0], "x", color="black", markersize=8, markeredgewidth=2, label=base, zorder=3)
     families = list(dict.fromkeys(point.family for point in points))
@@ -214,7 +214,7 @@ def _cost_points(axes: Axes, points: Sequence[Point], *, origin: float, base: st
 
 
 def _number(figure: Figure, axes: Axes, points: Sequence[Point], *, origin: float) -> None:
-    """Each candidate's number beside its marker, as near as markers and other numbers leave room."""
+    """Write each candidate's number beside its marker, as near as markers and other numbers leave room."""
     places = [(point.cost.value, point.gain.value) for point in points]
     axes.autoscale_view()  # matplotlib puts it off, and without it places are not where they will be
     inches = axes.transData.transform([*places, (origin, 0)]) / figure.dpi

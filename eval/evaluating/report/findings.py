@@ -1,4 +1,4 @@
-"""What the report says of each tuned candidate: the summary's numbers, named and put in words."""
+"""Findings of the report on each tuned candidate: the summary's numbers, named and put in words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ BETTER, WORSE, UNCLEAR, TOO_FEW = "better", "worse", "no clear difference", "too
 
 @dataclass(frozen=True)
 class Finding:
-    """A tuned candidate and what was found of it.
+    """Findings on a tuned candidate.
 
     Attributes:
-        number: from 1, in the tables and figures.
-        place: among all candidates of the evaluation, from 0.
-        candidate: it.
-        label: its name, with what tells it from the others.
-        against: what the summary says of it.
+        number: number in the tables and figures, from 1.
+        place: index among all candidates of the evaluation, from 0.
+        candidate: the candidate.
+        label: name of the candidate, with what distinguishes it from the others.
+        against: comparison in the summary.
     """
 
     number: int
@@ -31,7 +31,7 @@ class Finding:
 
     @property
     def gains(self) -> dict[str, Estimate]:
-        """By reward name, in base sd; a reward by which all base pictures score the same is missing."""
+        """Gains by reward name, in base sd; a reward by which all base images score the same is missing."""
         found = {name: reward.overall.gain for name, reward in self.against.rewards.items()}
         return {name: gain for name, gain in found.items() if gain is not None}
 
@@ -44,13 +44,13 @@ class Finding:
         return {word: names for word, names in found.items() if names}
 
     def category_gains(self, reward: str, column: str) -> dict[str, Comparison]:
-        """Comparisons by category, of those with a gain."""
+        """Return the comparisons by category that have a gain."""
         found = self.against.rewards[reward].categories[column]
         return {name: comparison for name, comparison in found.items() if comparison.gain is not None}
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words: no clear difference unless it's significant, which it can't be with too few prompts."""
+    """Put a comparison in words: no clear difference unless significant, which few prompts can't be."""
     if comparison.num_prompts < FEWEST_PROMPTS:
         return TOO_FEW
     if not comparison.significant:
@@ -59,7 +59,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def candidate_labels(candidates: Sequence[Candidate]) -> dict[str, str]:
-    """By candidate key: its name, and scale, steps and guidance where not all candidates agree on them."""
+    """Return labels by candidate key: name, and scale, steps and guidance where candidates differ in them."""
     scales = {candidate.lora_scale for candidate in candidates if not candidate.is_base}
     steps = {candidate.num_inference_steps for candidate in candidates}
     guidance = {candidate.guidance_scale for candidate in candidates}
@@ -75,11 +75,11 @@ def candidate_labels(candidates: Sequence[Candidate]) -> dict[str, str]:
 
 
 def read_findings(results: Results, summary: Summary) -> tuple[Finding, ...]:
-    """Findings of all tuned candidates, in the order of `results`.
+    """Return the findings on all tuned candidates, in the order of `results`.
 
     Args:
-        results: of the evaluation.
-        summary: of the same results.
+        results: results of the evaluation.
+        summary: summary of the same results.
     """
     labels = candidate_labels(results.candidates)
     against = {found.key: found.against_base for found in summary.candidates}

@@ -1,4 +1,4 @@
-"""Pictures of the report: of which prompts, and as text that stands in the page itself."""
+"""Images of the report: which prompts it shows, and the images as text in the page itself."""
 
 import base64
 import io
@@ -15,32 +15,32 @@ from evaluating.summary.results import Results
 # Up to this side the PNG itself is embedded: pixels that can be counted shouldn't be smeared.
 EXACT_SIDE = 128
 QUALITY = 85
-# Of all embedded pictures together; a browser opens such a page within seconds.
+# Characters of all embedded images together; a browser opens such a page within seconds.
 MAX_CHARACTERS = 100_000_000
 
 Embedded = dict[str, list[str]]
 
 
 def gain_order(base: Array, tuned: Array) -> list[tuple[int, int]]:
-    """All (prompt, picture) by the gain of the tuned over the base picture, largest first.
+    """Return all (prompt, image) by the gain of the tuned over the base image, largest first.
 
     Args:
         base: scores (P, S).
-        tuned: scores (P, S) of the pictures from the same noise.
+        tuned: scores (P, S) of the images from the same noise.
     """
     order = np.argsort((base - tuned).ravel(), kind="stable")
     return [divmod(int(place), base.shape[1]) for place in order]
 
 
 def prompts_to_show(results: Results, number: int) -> list[int]:
-    """Prompts whose pictures are embedded, most wanted first.
+    """Return the prompts whose images are embedded, most wanted first.
 
-    Two thirds are those of the largest gains and losses of every candidate by every reward, the rest is
+    Two thirds have the largest gains and losses of every candidate by every reward, the rest is
     spread evenly over the others.
 
     Args:
-        results: of the evaluation.
-        number: of prompts, at most.
+        results: results of the evaluation.
+        number: largest number of prompts.
     """
     extreme = dict.fromkeys(islice(dict.fromkeys(_extremes(results)), -(-2 * number // 3)))
     others = [prompt for prompt in range(len(results.prompts)) if prompt not in extreme]
@@ -50,7 +50,7 @@ def prompts_to_show(results: Results, number: int) -> list[int]:
 
 
 def _extremes(results: Results) -> Iterator[int]:
-    """Prompts of the largest gain and loss by every reward, then of the second largest, and so on."""
+    """Yield prompts of the largest gain and loss by every reward, then of the second largest, and so on."""
     orders = [
         gain_order(results.scores[candidate.base.key][reward], results.scores[candidate.key][reward])
         for candidate in results.tuned
@@ -62,23 +62,23 @@ def _extremes(results: Results) -> Iterator[int]:
             yield order[-1 - rank][0]
 
 
-def embed_pictures(results: Results, number: int, side: int) -> dict[int, Embedded]:
-    """Pictures of the most wanted prompts as `data:` addresses, by prompt and candidate key.
+def embed_images(results: Results, number: int, side: int) -> dict[int, Embedded]:
+    """Embed images of the most wanted prompts as `data:` addresses, by prompt and candidate key.
 
     Args:
-        results: of the evaluation.
-        number: of prompts, at most; fewer where their pictures would exceed `MAX_CHARACTERS`.
-        side: of pictures larger than `EXACT_SIDE`, in pixels.
+        results: results of the evaluation.
+        number: largest number of prompts; fewer where their images would exceed `MAX_CHARACTERS`.
+        side: side in pixels of images larger than `EXACT_SIDE`.
 
     Raises:
-        ValueError: if a picture is missing or can't be read.
+        ValueError: if an image is missing or can't be read.
     """
     images = range(next(iter(next(iter(results.scores.values())).values())).shape[1])
     embedded: dict[int, Embedded] = {}
     total = 0
     for prompt in prompts_to_show(results, number):
         pictures = {
-            candidate.key: [data_address(results.picture(candidate, prompt, i), side) for i in images]
+            candidate.key: [data_address(results.image(candidate, prompt, i), side) for i in images]
             for candidate in results.candidates
         }
         total += sum(len(address) for addresses in pictures.values() for address in addresses)
@@ -89,26 +89,26 @@ def embed_pictures(results: Results, number: int, side: int) -> dict[int, Embedd
 
 
 def data_address(file: Path, side: int) -> str:
-    """A picture as a `data:` address: small ones as they are, larger ones as WebP of `side` pixels.
+    """Return an image as a `data:` address: small ones as they are, others as WebP of `side` pixels.
 
     Args:
         file: PNG.
-        side: longest side of the embedded picture, in pixels.
+        side: longest side of the embedded image, in pixels.
 
     Raises:
-        ValueError: if the file is missing or no picture.
+        ValueError: if the file is missing or no image.
     """
     try:
         content = file.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            if max(picture.size) <= EXACT_SIDE:
-                picture.verify()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if max(image.size) <= EXACT_SIDE:
+                image.verify()
                 return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-            small = picture.convert("RGB")
+            small = image.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ValueError(
             f"{file}: expected a readable PNG of the evaluation, got {error}; run the evaluation again: it "
-            "makes missing and damaged pictures anew"
+            "makes missing and damaged images anew"
         ) from error
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -1,8 +1,8 @@
-"""report.html: everything a reader needs to believe or doubt a difference, in one page that asks no network.
+"""report.html: everything a reader needs to believe or doubt a difference, in one page that loads nothing.
 
 The page is readable without its script, which adds the slider, menus, search and sorting. Nothing of it may
 come from elsewhere: its Content-Security-Policy allows inline style, the one script by its hash, and `data:`
-pictures.
+images.
 """
 
 import base64
@@ -17,7 +17,7 @@ from am_diffusers.system.text import redact
 from evaluating.report import numbers as wording
 from evaluating.report.context import report_context
 from evaluating.report.findings import read_findings, verdict
-from evaluating.report.images import embed_pictures
+from evaluating.report.images import embed_images
 from evaluating.summary.results import Results
 from evaluating.summary.summary import Summary
 
@@ -25,26 +25,26 @@ HERE = Path(__file__).parent
 
 
 def write_report(
-    results: Results, summary: Summary, file: Path, *, max_prompts: int = 100, picture_side: int = 384
+    results: Results, summary: Summary, file: Path, *, max_prompts: int = 100, image_side: int = 384
 ) -> Path:
     """Write the report; an earlier one is replaced.
 
     Args:
         results: complete results, with at least one tuned candidate.
-        summary: of the same results.
-        file: of the page.
-        max_prompts: prompts whose pictures are embedded: largest gains, largest losses, then evenly.
-        picture_side: embedded pictures larger than 128 pixels are made this large.
+        summary: summary of the same results.
+        file: file of the page.
+        max_prompts: prompts whose images are embedded: largest gains, largest losses, then evenly.
+        image_side: embedded images larger than 128 pixels are made this large.
 
     Returns:
         `file`.
 
     Raises:
-        ValueError: if there is no tuned candidate, or a picture is missing or damaged.
+        ValueError: if there is no tuned candidate, or an image is missing or damaged.
     """
     if not results.tuned:
         raise ValueError("report: expected a tuned candidate to compare, got bases only; evaluate a LoRA")
-    embedded = embed_pictures(results, max_prompts, picture_side)
+    embedded = embed_images(results, max_prompts, image_side)
     context = report_context(results, summary, read_findings(results, summary), embedded)
     # A browser hashes a script with its line ends as \n, however git checked it out.
     script = "\n".join((HERE / "report.js").read_text("utf-8").splitlines())

@@ -23,7 +23,7 @@
     return made;
   }
 
-  // Mean scores of the chosen reward over the pictures of a prompt: base, tuned.
+  // Mean scores of the chosen reward over the images of a prompt: base, tuned.
   function means(prompt) {
     return [data.bases[candidate()], candidate()].map((who) => mean(scores(who, reward(), prompt)));
   }
@@ -37,7 +37,7 @@
     return image;
   }
 
-  // The tuned picture; dragging pulls the base over it from the left, Flicker shows the one or the other.
+  // The tuned image; dragging pulls the base over it from the left, Flicker shows the one or the other.
   function slider(shot, base, tuned, label, start) {
     const stage = element("div", "stage");
     const over = copyOf(shot, base);
@@ -45,7 +45,7 @@
     const names = [element("span", "name left", "base"), element("span", "name right", "tuned")];
     const range = element("input");
     Object.assign(range, { type: "range", min: 0, max: 100, step: 1 });
-    range.setAttribute("aria-label", `Share of the base picture over the tuned one, ${label}`);
+    range.setAttribute("aria-label", `Share of the base image over the tuned one, ${label}`);
     const flicker = element("button", "flicker", "Flicker");
     flicker.type = "button";
     flicker.setAttribute("aria-label", `Flicker between base and tuned, ${label}`);
@@ -91,14 +91,14 @@
   function compare(place, prompt, image) {
     const shot = pick(`p${prompt}`).querySelector(`.shot[data-image="${image}"]`);
     const [base, tuned] = [data.bases[candidate()], candidate()];
-    const label = `picture ${image + 1} of prompt ${prompt}`;
-    let [shown, flicker] = [element("p", "left-out", "Picture left out."), ""];
+    const label = `image ${image + 1} of prompt ${prompt}`;
+    let [shown, flicker] = [element("p", "left-out", "Image left out."), ""];
     if (shot && menus.view.value === "side") [shown, flicker] = sideBySide(shot, base, tuned, label);
     else if (shot) [shown, flicker] = slider(shot, base, tuned, label, 50);
     place.replaceChildren(shown, scoreTable(base, tuned, prompt, image, flicker));
   }
 
-  // What is near the window is built, with what is chosen now; the rest when it comes near.
+  // Items near the window are built with the current choice, the others when they come near.
   const near = new Set();
   const chosen = () => `${candidate()} ${reward()} ${menus.view.value}`;
   function build(item) {

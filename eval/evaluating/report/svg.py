@@ -37,12 +37,12 @@ STYLE: dict[Any, Any] = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """Inside it figures have the style of the report."""
+    """Return a context in which figures have the style of the report."""
     return matplotlib.rc_context(STYLE)
 
 
 def whiskers(estimates: Sequence[Estimate]) -> Array:
-    """Distances from the values to both ends of their intervals, (2, N); 0 where there is none."""
+    """Return the distances from values to the ends of their intervals, (2, N); 0 where there is none."""
     low = [e.value - e.low if e.low is not None else 0 for e in estimates]
     high = [e.high - e.value if e.high is not None else 0 for e in estimates]
     # An end can lie on the wrong side of its value by rounding.
@@ -50,13 +50,13 @@ def whiskers(estimates: Sequence[Estimate]) -> Array:
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one panel."""
+    """Make a figure with one panel, `width` by `height` inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def legend_above(figure: Figure) -> None:
-    """Legend of the figure's panel in rows above it, where it can't hide a curve.
+    """Draw the legend of the figure's panel in rows above it, where it can't hide a curve.
 
     The figure grows by the legend's height, so that the panel keeps its size however many rows there are.
     """
@@ -71,7 +71,7 @@ def legend_above(figure: Figure) -> None:
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """The figure as an element for an HTML page, its ids its own among other figures."""
+    """Return the figure as an element for an HTML page, with ids of its own among other figures."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": ""}), warnings.catch_warnings():
         # The reader's font has the characters that the one measured here lacks.

@@ -1,4 +1,4 @@
-"""When everything is there: results from the files, and what is written from them."""
+"""Collects a complete evaluation: results from the files, and what is written from them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from evaluating.summary.results import Results
 
 
 def missing_units(plan: Plan, store: Store) -> int:
-    """How many chunks of pictures still lack a value of some measure.
+    """Count the chunks of images that still lack a value of some measure.
 
     Only once all files are there are they read: while others work, this is a look at names.
     """
@@ -33,7 +33,7 @@ def missing_units(plan: Plan, store: Store) -> int:
 
 
 def collect(plan: Plan, store: Store) -> Results:
-    """Results of a complete evaluation."""
+    """Collect the results of a complete evaluation."""
     shape = (len(store.prompts), store.images_per_prompt)
 
     def values(kind: str) -> dict[str, dict[str, Array]]:
@@ -57,22 +57,22 @@ def collect(plan: Plan, store: Store) -> Results:
 
 
 def write_scores(results: Results, store: Store) -> Path:
-    """scores.jsonl: a line a picture, with its prompt, categories, seed, file and scores."""
+    """Write scores.jsonl: a line per image, with its prompt, categories, seed, file and scores."""
     file = results.folder / "scores.jsonl"
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as opened:
             for candidate in results.candidates:
-                for picture in (picture for chunk in store.chunks for picture in chunk):
-                    line = json.dumps(_line(results, store, candidate, picture), ensure_ascii=False)
+                for image in (image for chunk in store.chunks for image in chunk):
+                    line = json.dumps(_line(results, store, candidate, image), ensure_ascii=False)
                     opened.write(line + "\n")
 
     write_whole(file, write)
     return file
 
 
-def _line(results: Results, store: Store, candidate: Candidate, picture: Picture) -> Mapping[str, object]:
-    row, column = picture
+def _line(results: Results, store: Store, candidate: Candidate, image: Picture) -> Mapping[str, object]:
+    row, column = image
     scores = {name: values[row, column].item() for name, values in results.scores[candidate.key].items()}
     line = {
         "candidate": candidate.key,
@@ -80,8 +80,8 @@ def _line(results: Results, store: Store, candidate: Candidate, picture: Picture
         "image": column,
         "prompt": results.prompts.prompts[row],
         "categories": {name: values[row] for name, values in results.prompts.categories.items()},
-        "seed": store.about(candidate, picture)["seed"],
-        "file": str(store.picture(candidate, picture).relative_to(results.folder)),
+        "seed": store.about(candidate, image)["seed"],
+        "file": str(store.image(candidate, image).relative_to(results.folder)),
         "scores": scores,
     }
     if candidate.key in results.path_kl:
@@ -105,11 +105,11 @@ def _whole(store: Store, measure: Measure, candidate: Candidate, shape: Sequence
 
 
 def _path_kl(store: Store, candidates: Sequence[Candidate]) -> dict[str, Array]:
-    """From the texts of the pictures, where the sampler was a stochastic table."""
-    pictures = [picture for chunk in store.chunks for picture in chunk]
+    """Read path KL from the texts of the images, where the sampler was a stochastic table."""
+    images = [image for chunk in store.chunks for image in chunk]
     shape = (len(store.prompts), store.images_per_prompt)
     return {
-        candidate.key: np.array([store.path_kl(candidate, each) for each in pictures]).reshape(shape)
+        candidate.key: np.array([store.path_kl(candidate, each) for each in images]).reshape(shape)
         for candidate in candidates
         if store.has_path_kl(candidate)
     }

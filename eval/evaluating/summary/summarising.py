@@ -28,11 +28,11 @@ from evaluating.summary.summary import (
 
 
 def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
-    """Summary of complete results, the same for the same results.
+    """Summarise complete results: the same results give the same summary.
 
     Args:
-        results: of all candidates.
-        resamples: of the bootstrap.
+        results: results of all candidates.
+        resamples: resamples of the bootstrap.
 
     Raises:
         ValueError: if there are no scores, or a number isn't finite; names candidate and measure.
@@ -68,24 +68,24 @@ def _check_finite(results: Results) -> None:
         bad = int(np.size(values) - np.isfinite(values).sum())
         if bad:
             raise ValueError(
-                f"{where}: {bad} of {np.size(values)} numbers are NaN or infinite: remove what was kept of "
-                "it and evaluate again"
+                f"{where}: {bad} of {np.size(values)} numbers are NaN or infinite: remove its files "
+                "and evaluate again"
             )
 
 
 def _arrays(results: Results) -> Iterator[tuple[str, Array]]:
-    """Everything measured, with a name."""
+    """Yield everything measured, with a name."""
     for measure in (results.scores, results.features):
         for key, tables in measure.items():
             yield from ((f"{name} of {key}", values) for name, values in tables.items())
     for name, values in results.reference_features.items():
-        yield f"{name} of the reference pictures", values
+        yield f"{name} of the reference images", values
     for title, tables in (("path KL", results.path_kl), ("LPIPS", results.changes)):
         yield from ((f"{title} of {key}", values) for key, values in tables.items())
 
 
 def _rows_by_value(values: Sequence[str]) -> dict[str, list[int]]:
-    """Prompts of each value of a category column, in the order of their first; those without one left out."""
+    """Return the prompts of each value of a category column, in order of appearance, without empty values."""
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(values):
         if value:
@@ -111,12 +111,12 @@ def _candidate(results: Results, candidate: Candidate, resamples: int) -> Candid
 
 
 def _mean(values: Array, resamples: int) -> Estimate:
-    """Mean over all pictures of (P, S), its interval over prompts."""
+    """Return the mean over all images of (P, S), its interval over prompts."""
     return estimate(np.mean, values.mean(axis=1), resamples=resamples)
 
 
 def _distances(features: Mapping[str, Array]) -> dict[str, Array]:
-    """Mean pairwise distance of the pictures of each prompt, (P,); nothing for one picture a prompt."""
+    """Return the mean pairwise distance of each prompt's images, (P,); nothing for one image each."""
     return {name: pairwise_distance(each) for name, each in features.items() if each.shape[1] > 1}
 
 

@@ -29,8 +29,8 @@ class RewardComparison:
 
     Attributes:
         role: `trained` or `held-out`; "" if it isn't known what the model was trained on.
-        overall: for all prompts.
-        categories: for the prompts of each value of each category column; gains in the unit of `overall`.
+        overall: comparison over all prompts.
+        categories: comparison by value of each category column; gains in the unit of `overall`.
     """
 
     role: str
@@ -40,16 +40,16 @@ class RewardComparison:
 
 @dataclass(frozen=True)
 class AgainstBase:
-    """A tuned model against the base with the same sampler, pictures paired by noise.
+    """A tuned model against the base with the same sampler, images paired by noise.
 
     Attributes:
         base: key of that base.
-        rewards: by reward name.
+        rewards: comparisons by reward name.
         diversity_kept: by name of the features, diversity tuned / base, >= 0; left out where all base
-            pictures of a prompt are alike.
-        frechet: by name of the features, squared distance of the pictures as a set, in squared features.
-        path_kl: KL divergence of the tuned from the base path law, in nats a picture; None without an SDE.
-        change: mean LPIPS distance to the base picture of the same noise, >= 0; None if it wasn't measured.
+            images of a prompt are alike.
+        frechet: by name of the features, squared distance of the images as a set, in squared features.
+        path_kl: KL divergence of the tuned from the base path law, in nats an image; None without an SDE.
+        change: mean LPIPS distance to the base image of the same noise, >= 0; None if it wasn't measured.
     """
 
     base: str
@@ -62,21 +62,21 @@ class AgainstBase:
 
 @dataclass(frozen=True)
 class CandidateSummary:
-    """One model that made pictures.
+    """Summary of one model that made images.
 
     Attributes:
-        key: unique in the evaluation.
-        name: `base`, or that of the LoRA.
-        num_inference_steps: of the sampler.
+        key: key of the candidate, unique in the evaluation.
+        name: `base`, or the name of the LoRA.
+        num_inference_steps: steps of the sampler.
         guidance_scale: classifier-free guidance, 1.0 = off.
-        lora: where the LoRA was; None = the base.
+        lora: path of the LoRA; None = the base.
         lora_scale: strength of the LoRA.
         scores: mean score by reward name, in the reward's units, higher is better.
-        diversity: by name of the features, mean pairwise 1 - cos of the pictures of a prompt, in [0, 2]; left
-            out with one picture a prompt.
-        reference: by name of the features, squared Frechet distance of all pictures to the reference ones.
+        diversity: by name of the features, mean pairwise 1 - cos of the images of a prompt, in [0, 2]; left
+            out with one image per prompt.
+        reference: by name of the features, squared Frechet distance of all images to the reference ones.
             Biased upwards alike for all candidates of an evaluation: compare them, don't read the size.
-        against_base: None for a base.
+        against_base: comparison with the base; None for a base.
     """
 
     key: str
@@ -93,17 +93,17 @@ class CandidateSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What an evaluation found.
+    """Findings of an evaluation.
 
     Attributes:
         format: version of the file.
-        fingerprint: of settings, prompts and pictures a prompt: evaluations with the same one are comparable
-            in the rewards that they have from the same weights.
-        settings: what the pictures depend on beside prompts and candidates.
+        fingerprint: fingerprint of settings, prompts and images per prompt: if it agrees, evaluations are
+            comparable in the rewards that they have from the same weights.
+        settings: what the images depend on beside prompts and candidates.
         num_prompts: P.
         images_per_prompt: S, of each candidate.
-        prompts_sha256: of the prompts in their order.
-        categories: by category column, number of prompts of each value.
+        prompts_sha256: SHA-256 of the prompts in their order.
+        categories: number of prompts of each value, by category column.
         candidates: bases first.
         reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
@@ -127,7 +127,7 @@ class Summary:
                 raise ValueError(f"{candidate.key} is compared with {candidate.against_base.base}: not there")
 
     def base_of(self, candidate: CandidateSummary) -> CandidateSummary:
-        """What a candidate is compared with; itself for a base."""
+        """Return the candidate that a candidate is compared with; itself for a base."""
         base = candidate.key if candidate.against_base is None else candidate.against_base.base
         return next(other for other in self.candidates if other.key == base)
 
@@ -141,14 +141,14 @@ _READER = TypeAdapter(Summary)
 
 
 def fingerprint_of(settings: Mapping[str, object], prompts: PromptSet, images_per_prompt: int) -> str:
-    """16 hexadecimal digits that two evaluations share if they drew the same base pictures."""
+    """Return 16 hexadecimal digits that two evaluations share if they drew the same base images."""
     # The same prompts may come from two places.
     drawn = {name: value for name, value in settings.items() if name != "prompt_source"}
     return _sha256([drawn, prompts.prompts, images_per_prompt])[:16]
 
 
 def prompts_sha256(prompts: PromptSet) -> str:
-    """Which prompts, in which order."""
+    """Return the SHA-256 of the prompts in their order."""
     return _sha256(prompts.prompts)
 
 
@@ -168,7 +168,7 @@ def write_summary(summary: Summary, file: Path) -> None:
 
 
 def read_summary(file: Path) -> Summary:
-    """What `write_summary` wrote.
+    """Read what `write_summary` wrote.
 
     Raises:
         ValueError: if the file can't be read or isn't a summary; says where it is wrong first.

@@ -1,6 +1,6 @@
-"""Which evaluations can stand in one table, and in words what tells those apart that can't.
+"""Groups of evaluations that fit in one table, and in words what distinguishes the groups.
 
-Pictures of other prompts, seeds, samplers or bases give other numbers for the same model, and so do other
+Images of other prompts, seeds, samplers or bases give other numbers for the same model, and so do other
 weights of the same reward.
 """
 
@@ -10,7 +10,7 @@ from itertools import combinations
 
 from evaluating.summary.summary import Summary
 
-# Of the same base pictures; beyond it, in standard deviations of them, something else scored them.
+# Of the same base images; beyond it, in standard deviations of them, something else scored them.
 SAME_SCORES = 0.02
 SOURCE = "prompts from"
 # The summary has these by other names.
@@ -31,7 +31,7 @@ class Evaluated:
 
 
 def group(evaluations: Sequence[Evaluated]) -> list[list[Evaluated]]:
-    """Evaluations whose numbers can be compared, together.
+    """Group evaluations whose numbers can be compared.
 
     One without a reward that others have by two weights fits either; it goes to the first.
     """
@@ -51,19 +51,19 @@ def _alike(one: Summary, other: Summary) -> bool:
 
 
 def _other_weights(one: dict[str, str | None], other: dict[str, str | None]) -> list[str]:
-    """Rewards that both have, by different weights."""
+    """Name rewards that both have, by different weights."""
     return [name for name in one if name in other and one[name] != other[name]]
 
 
 def describe(members: Sequence[Evaluated]) -> str:
-    """What the evaluations of one group were made and scored with."""
+    """Describe what the evaluations of one group were made and scored with."""
     settings = {name: value for name, value in _made_with(members[0].summary).items() if value is not None}
     weights = {f"{name} weights": model for name, model in _weights(members).items() if model}
     return ", ".join(f"{name} {value}" for name, value in (settings | weights).items())
 
 
 def differences(groups: Sequence[Sequence[Evaluated]]) -> list[str]:
-    """What isn't the same for all groups."""
+    """Name what isn't the same for all groups."""
     found: dict[str, None] = {}
     for pair in combinations(groups, 2):
         one, other = (_made_with(members[0].summary) for members in pair)
@@ -77,18 +77,18 @@ def _made_with(summary: Summary) -> dict[str, object]:
     return {
         "prompts": f"{summary.num_prompts} ({summary.prompts_sha256[:8]})",
         SOURCE: summary.settings.get("prompt_source"),
-        "pictures a prompt": summary.images_per_prompt,
+        "images per prompt": summary.images_per_prompt,
         **{name: value for name, value in summary.settings.items() if name not in REPEATED},
     }
 
 
 def _weights(members: Sequence[Evaluated]) -> dict[str, str | None]:
-    """By reward; members of one group have the same ones."""
+    """Return the weights by reward; members of one group have the same ones."""
     return {name: model for each in members for name, model in each.summary.reward_models.items()}
 
 
 def disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Sentences about base pictures that are the same and scored otherwise."""
+    """Return sentences about base images that are the same and scored otherwise."""
     compared = [
         (each.name, reward, against.base, result.overall)
         for each in evaluations
@@ -102,7 +102,7 @@ def disagreements(evaluations: Sequence[Evaluated]) -> list[str]:
         other, known = first[reward, base]
         if abs(known.base_mean - result.base_mean) > SAME_SCORES * (known.base_sd or 0.0):
             sentences.append(
-                f"The base pictures score differently in {reward} in {other} and {name}: with another reward "
+                f"The base images score differently in {reward} in {other} and {name}: with another reward "
                 "model? Then their numbers can't be compared."
             )
     return list(dict.fromkeys(sentences))

@@ -30,18 +30,18 @@ class Row:
     candidate: CandidateSummary
 
     def comparison(self, reward: str) -> Comparison | None:
-        """With its base, for all prompts; None for a base, or without that reward."""
+        """Return the comparison with its base, for all prompts; None for a base, or without that reward."""
         against = self.candidate.against_base
         return against.rewards[reward].overall if against and reward in against.rewards else None
 
     def gain(self, reward: str) -> float | None:
-        """In base standard deviations."""
+        """Return the gain in base standard deviations."""
         comparison = self.comparison(reward)
         return comparison.gain.value if comparison and comparison.gain else None
 
 
 def find_evaluations(folder: Path) -> list[Evaluated]:
-    """All summaries below a folder by name; what isn't one is named in a warning and passed over.
+    """Find all summaries below a folder by name; skip what isn't one, with a warning.
 
     Raises:
         ValueError: if there is none.
@@ -51,14 +51,14 @@ def find_evaluations(folder: Path) -> list[Evaluated]:
         try:
             found.append(Evaluated(file.parent.relative_to(folder).as_posix(), read_summary(file)))
         except ValueError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
     if not found:
         raise ValueError(f"no readable {SUMMARY_FILE} in {folder}: expected output folders of evaluate.py")
     return found
 
 
 def choose_reward(evaluations: Sequence[Evaluated], sort_by: str | None) -> str:
-    """The reward to sort by; the first in the order of published tables if none is asked for.
+    """Choose the reward to sort by; the first in the order of published tables if none is asked for.
 
     Raises:
         ValueError: if no evaluation has it.
@@ -74,7 +74,7 @@ def choose_reward(evaluations: Sequence[Evaluated], sort_by: str | None) -> str:
 
 
 def leaderboard_tables(evaluations: Sequence[Evaluated], sort_by: str) -> list[Table]:
-    """A table for each group of evaluations whose numbers can be compared, saying what sets it apart.
+    """Make a table for each group of evaluations whose numbers can be compared, saying what sets it apart.
 
     Args:
         evaluations: one or more.
@@ -95,10 +95,10 @@ def leaderboard_tables(evaluations: Sequence[Evaluated], sort_by: str) -> list[T
 
 
 def leaderboard_table(evaluations: Sequence[Evaluated], sort_by: str) -> Table:
-    """A row a tuned model, the largest gain first, and one for each base at the end.
+    """Make a table with a row per tuned model, the largest gain first, and one for each base at the end.
 
     Args:
-        evaluations: of one group.
+        evaluations: evaluations of one group.
         sort_by: reward whose gain sorts; models without a gain come last.
     """
     rows = _sorted_rows(evaluations, sort_by)
@@ -136,7 +136,7 @@ def _sorted_rows(evaluations: Sequence[Evaluated], sort_by: str) -> list[Row]:
 
 
 def _merged(base: Row, other: Row) -> Row:
-    """A base with what was measured of it in the other evaluation only."""
+    """Add to a base what was measured of it in the other evaluation only."""
     one, more = base.candidate, other.candidate
     merged = replace(
         one,
@@ -164,7 +164,7 @@ def _win_cell(row: Row, reward: str) -> Cell:
 
 
 def to_rows(evaluations: Sequence[Evaluated]) -> list[dict[str, object]]:
-    """The rows of comparison.csv of all evaluations, behind the evaluation and the number of its table."""
+    """Return the rows of comparison.csv of all evaluations, behind the evaluation and its table's number."""
     return [
         {"evaluation": each.name, "table": place} | row
         for place, members in enumerate(group(evaluations), start=1)

@@ -18,10 +18,10 @@ _NUMBER = re.compile(r"-|-?\d+(\.\d+)?( \[-?\d+(\.\d+)?, -?\d+(\.\d+)?\])?")
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a place of a table.
+    """Cell of a table.
 
     Attributes:
-        text: plain, to be escaped.
+        text: plain text, to be escaped.
         best: printed bold.
         significant: marked with a star.
     """
@@ -36,9 +36,9 @@ class Table:
     """Rows under titles, names on the left and numbers on the right.
 
     Attributes:
-        titles: of the columns.
-        names: so many of the first columns hold text, the others numbers.
-        rows: as many cells each as there are titles.
+        titles: titles of the columns.
+        names: number of first columns that hold text; the others hold numbers.
+        rows: rows, each with one cell per title.
         notes: sentences below it.
 
     Raises:
@@ -57,7 +57,7 @@ class Table:
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub's tables, the notes below."""
+    """Write a table in GitHub's Markdown, the notes below."""
     rules = ["---"] * table.names + ["---:"] * (len(table.titles) - table.names)
     lines = [[escape_markdown(title) for title in table.titles], rules]
     lines += [[_markdown(cell) for cell in row] for row in table.rows]
@@ -66,7 +66,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A tabular for the package booktabs, the notes as comments above it."""
+    """Write a table as a tabular for the package booktabs, the notes as comments above it."""
     columns = "l" * table.names + "r" * (len(table.titles) - table.names)
     lines = [[escape_latex(title) for title in table.titles]]
     lines += [[_latex(cell) for cell in row] for row in table.rows]
@@ -77,7 +77,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_page(tables: Sequence[Table], title: str) -> str:
-    """A web page of tables, with nothing to be loaded."""
+    """Write a web page of tables that loads nothing."""
     style = "body{font-family:sans-serif} td,th{padding:.2em .8em;text-align:left;white-space:nowrap}"
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
     body = f"<h1>{escape(title)}</h1>\n{''.join(map(to_html, tables))}"
@@ -85,7 +85,7 @@ def to_page(tables: Sequence[Table], title: str) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A `<table>`, the notes as paragraphs."""
+    """Write a `<table>`, the notes as paragraphs."""
     head = "".join(f"<th>{escape(title)}</th>" for title in table.titles)
     body = "".join(f"<tr>{''.join(_html(cell) for cell in row)}</tr>\n" for row in table.rows)
     notes = "".join(f"<p>{escape(note)}</p>\n" for note in table.notes)
@@ -93,7 +93,7 @@ def to_html(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """`text` on one line that LaTeX prints as it is."""
+    """Escape `text` into one line that LaTeX prints as it is."""
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
@@ -113,5 +113,5 @@ def _html(cell: Cell) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is a number, alone or with its interval, or the `-` of none: nothing to be escaped."""
+    """Return whether a text is a number, alone or with its interval, or the `-` of none: no escaping."""
     return _NUMBER.fullmatch(text) is not None

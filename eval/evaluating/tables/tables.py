@@ -1,7 +1,7 @@
 """The comparison table of a summary, laid out as published tables are, and all its comparisons as CSV.
 
-A row a model, a column a reward in the order and with the decimals that papers use. The scores are those of
-the rewards as they were given: they can stand beside published numbers if weights, prompts, resolution and
+A row per model, a column per reward in the order and with the decimals that papers use. Scores are as the
+rewards gave them: they can stand beside published numbers if weights, prompts, resolution and
 sampler are the published ones.
 """
 
@@ -32,7 +32,7 @@ def published() -> dict[str, Column]:
 
 
 def in_order(rewards: Sequence[str]) -> list[str]:
-    """Return reward names in the order of published tables, the others behind them."""
+    """Return the reward names in the order of published tables, the others behind them."""
     first = published()
     return [name for name in first if name in rewards] + [name for name in rewards if name not in first]
 
@@ -43,12 +43,12 @@ def column_of(reward: str) -> Column:
 
 
 def number(value: float | None, decimals: int) -> str:
-    """A number as it is printed; never -0.00."""
+    """Format a number as it is printed; never -0.00."""
     return NONE if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
 def label(candidate: CandidateSummary, among: Sequence[CandidateSummary]) -> str:
-    """Name of a candidate with what tells it from the others: LoRA scale, steps, guidance."""
+    """Return the name of a candidate with what tells it from the others: LoRA scale, steps, guidance."""
     parts = [candidate.name]
     if candidate.lora is not None and len({other.lora_scale for other in among if other.lora}) > 1:
         parts.append(f"scale {candidate.lora_scale:g}")
@@ -60,7 +60,7 @@ def label(candidate: CandidateSummary, among: Sequence[CandidateSummary]) -> str
 
 
 def comparison_table(summary: Summary) -> Table:
-    """A row a candidate, bases first: mean rewards, and diversity and path KL where there are any."""
+    """Make a table with a row per candidate, bases first: mean rewards, and diversity and path KL if any."""
     candidates = summary.candidates
     columns = measures(summary.rewards, candidates)
     names = [Cell(label(candidate, candidates)) for candidate in candidates]
@@ -69,7 +69,7 @@ def comparison_table(summary: Summary) -> Table:
         names=1,
         rows=tuple(zip(names, *columns.values(), strict=True)),
         notes=(
-            f"{summary.num_prompts} prompts x {summary.images_per_prompt} pictures. {MARKS}",
+            f"{summary.num_prompts} prompts x {summary.images_per_prompt} images. {MARKS}",
             *_few(summary),
         ),
     )
@@ -81,7 +81,7 @@ def _few(summary: Summary) -> list[str]:
 
 
 def measures(rewards: Sequence[str], candidates: Sequence[CandidateSummary]) -> dict[str, list[Cell]]:
-    """The columns with a number of these candidates, by title: a cell for each, the best reward marked."""
+    """Return the columns with a number of these candidates, by title: a cell each, the best reward marked."""
     columns = {column_of(name).title: _reward_cells(name, candidates) for name in in_order(rewards)}
     for name in dict.fromkeys(name for candidate in candidates for name in candidate.diversity):
         known = [candidate.diversity.get(name) for candidate in candidates]
@@ -114,7 +114,7 @@ def _path_kl(candidate: CandidateSummary) -> float | None:
 
 
 def comparison_rows(summary: Summary) -> list[dict[str, object]]:
-    """A row for each candidate, reward and category, `all` prompts first, with every number in full."""
+    """Return a row for each candidate, reward and category, `all` prompts first, every number in full."""
     rows = []
     for candidate in summary.candidates:
         if candidate.against_base is None:
@@ -135,7 +135,7 @@ def comparison_rows(summary: Summary) -> list[dict[str, object]]:
 
 
 def _flat(comparison: Comparison) -> dict[str, object]:
-    """Fields of a comparison, an estimate as three of them."""
+    """Return the fields of a comparison, an estimate as three of them."""
     flat: dict[str, object] = {}
     for field in fields(comparison):
         value = getattr(comparison, field.name)
@@ -147,7 +147,7 @@ def _flat(comparison: Comparison) -> dict[str, object]:
 
 
 def to_csv(rows: Sequence[dict[str, object]]) -> str:
-    """Rows with equal keys as CSV, None as an empty field."""
+    """Write rows with equal keys as CSV, None as an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

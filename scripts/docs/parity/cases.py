@@ -1,4 +1,4 @@
-"""What both sides of the parity check are given: models, random weights, pictures and prompts.
+"""Inputs of both sides of the parity check: models, random weights, images and prompts.
 
 A case lives in a folder: case.json, inputs.npz, weights.json (names and shapes), weights.pt, and what the
 two sides make of them, originals.npz and ours.npz.
@@ -54,11 +54,11 @@ class Case:
     """One comparison.
 
     Attributes:
-        reward: of `REWARDS`.
-        size: of `SIZES`; "full" is the released architecture.
-        seed: of weights and pictures.
-        threads: that both sides compute with, because the order of sums depends on it.
-        prompts: picture n is scored for prompt n modulo their number.
+        reward: name in `REWARDS`.
+        size: name in `SIZES`; "full" is the released architecture.
+        seed: seed of weights and images.
+        threads: threads that both sides compute with, because the order of sums depends on their number.
+        prompts: texts; image n is scored for prompt n modulo their number.
     """
 
     reward: str
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def pixel_format(self) -> PixelFormat:
-        """Of the pictures that the vision tower reads."""
+        """Return the format of the images that the vision tower reads."""
         return PixelFormat(SMALL_SIZE if self.size == "small" else 224, CLIP_MEAN, CLIP_STD)
 
     def write(self, folder: Path) -> None:
@@ -83,14 +83,14 @@ class Case:
         form = self.pixel_format
         # Shrunk, enlarged, as is, and with a margin of 3 of which the packages crop 2 first.
         shapes = [(512, 512), (384, 512), (600, 400), (77, 45), (form.size,) * 2, (form.size + 3, form.size)]
-        pictures = [picture(self.seed + row, *shape) for row, shape in enumerate(shapes)]
+        images = [picture(self.seed + row, *shape) for row, shape in enumerate(shapes)]
         square = [picture(self.seed + 100 + row, form.size, form.size) for row in range(len(shapes))]
-        arrays: dict[str, Any] = {f"picture_{row}": to_bytes(image) for row, image in enumerate(pictures)}
+        arrays: dict[str, Any] = {f"picture_{row}": to_bytes(image) for row, image in enumerate(images)}
         np.savez(folder / INPUT_FILE, pixels=form.normalise(torch.stack(square)).numpy(), **arrays)
 
 
 def picture(seed: int, height: int, width: int) -> Tensor:
-    """A picture (3, height, width) in [0, 1]: soft blobs, a hard edge and a little noise."""
+    """Make an image (3, height, width) in [0, 1]: soft blobs, a hard edge and a little noise."""
     generator = torch.Generator().manual_seed(seed)
     image = bicubic(torch.rand(1, 3, 7, 7, generator=generator), height, width)[0]
     image = image + 0.02 * torch.randn(image.shape, generator=generator)
@@ -100,12 +100,12 @@ def picture(seed: int, height: int, width: int) -> Tensor:
 
 
 def to_bytes(image: Tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] as (H, W, 3) 8-bit levels."""
+    """Convert (3, H, W) in [0, 1] to (H, W, 3) 8-bit levels."""
     return (image * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def write_weights(folder: Path, seed: int) -> int:
-    """Write random weights under the names and shapes in weights.json; returns how many numbers they are.
+    """Write random weights under the names and shapes in weights.json; return how many numbers they are.
 
     Layer norms are near 1, matrices keep the size of what goes through them, counting buffers count.
     """

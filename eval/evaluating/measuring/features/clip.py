@@ -18,7 +18,7 @@ class CLIP(Features):
         model: the CLIP model, whose text tower is not kept.
         image_processor: the preprocessing published with it.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "clip"
@@ -47,7 +47,7 @@ class CLIP(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "CLIP":
-        """A folder or hub id of a `CLIPModel` with its preprocessor_config.json, see `Features`."""
+        """Load a folder or hub id of a `CLIPModel` with its preprocessor_config.json, see `Features`."""
         place, remedy = str(path), download_remedy(cls.released)
         check_model_type("CLIP", place, revision, cls.name, remedy)
         try:

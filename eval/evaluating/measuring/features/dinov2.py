@@ -1,6 +1,6 @@
 """DINOv2: the class token of a self-supervised vision transformer (Oquab et al. 2023, arXiv 2304.07193).
 
-Frechet distances of it agree with people better than those of Inception features (Stein et al. 2023,
+Frechet distances of it agree with people better than Inception features do (Stein et al. 2023,
 arXiv 2306.04675), who take the ViT-L/14; the default here is the smaller ViT-B/14.
 """
 
@@ -23,7 +23,7 @@ class DINOv2(Features):
         model: the vision transformer.
         image_processor: the preprocessing published with it: bicubic to 256, crop 224, ImageNet's statistics.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "dinov2"
@@ -50,7 +50,7 @@ class DINOv2(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "DINOv2":
-        """A folder or hub id of a `Dinov2Model` with its preprocessor_config.json, see `Features`."""
+        """Load a folder or hub id of a `Dinov2Model` with its preprocessor_config.json, see `Features`."""
         place, remedy = str(path), download_remedy(cls.released)
         check_model_type("DINOv2", place, revision, cls.name, remedy)
         try:

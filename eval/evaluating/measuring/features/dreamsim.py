@@ -1,4 +1,4 @@
-"""DreamSim: embeddings trained on people's judgements of which pictures are alike (arXiv 2306.09344).
+"""DreamSim: embeddings trained on people's judgements of which images are alike (arXiv 2306.09344).
 
 Needs the package dreamsim, which downloads its weights and, through `torch.hub`, runs code of
 facebookresearch/dino from GitHub: nothing of either is pinned here.
@@ -23,10 +23,10 @@ class DreamSim(Features):
     Build it with `from_pretrained`.
 
     Args:
-        model: has `embed`: prepared pictures to embeddings.
-        prepare: the package's preprocessing: a PIL picture to (1, 3, 224, 224) in [0, 1].
+        model: has `embed`: prepared images to embeddings.
+        prepare: the package's preprocessing: a PIL image to (1, 3, 224, 224) in [0, 1].
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "dreamsim"
@@ -53,14 +53,14 @@ class DreamSim(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "DreamSim":
-        """The ensemble of the package, see `Features`.
+        """Load the ensemble of the package, see `Features`.
 
         Args:
             path: folder of its weights, downloaded if they aren't there; by default `dreamsim` in the folder
                 of `torch.hub`.
             revision: must be None.
             device: where the model runs.
-            batch_size: pictures a pass; None = all at once.
+            batch_size: images per pass; None = all at once.
 
         Raises:
             ValueError: if the package or the weights are missing (with the command that gets them).

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: what its classifier reads of a picture; the weights come with a package, no download.
+"""EfficientNet-Lite0: what its classifier reads of an image; the weights come with a package, no download.
 
 The network of the reward imagenet_class, where its sources are.
 """
@@ -18,7 +18,7 @@ class EfficientNet(Features):
     Args:
         model: timm's classifier.
         device: where the model runs.
-        batch_size: pictures a pass; None = all at once.
+        batch_size: images per pass; None = all at once.
     """
 
     name = "efficientnet"
@@ -39,7 +39,7 @@ class EfficientNet(Features):
         device: torch.device | str = "cpu",
         batch_size: int | None = None,
     ) -> "EfficientNet":
-        """The weights of the installed package, or a file in the same layout, see `Features`."""
+        """Load the weights of the installed package, or a file in the same layout, see `Features`."""
         return cls(load_classifier(path, revision=revision), device=device, batch_size=batch_size)
 
     def _pixels(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LPIPS: how much a picture changed, by distances of AlexNet's activations (arXiv 1801.03924)."""
+"""LPIPS: how much an image changed, by distances of AlexNet's activations (arXiv 1801.03924)."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ NAME = "lpips"
 
 
 class LPIPS:
-    """Distance of pairs of pictures, at least 0. Build it with `from_pretrained`.
+    """Distance of pairs of images, at least 0. Build it with `from_pretrained`.
 
     Args:
         model: the package's network; frozen, set to evaluation and moved in place.
-        device: where it runs.
+        device: device it runs on.
     """
 
     name = NAME
@@ -27,7 +27,7 @@ class LPIPS:
 
     @classmethod
     def from_pretrained(cls, *, device: torch.device | str = "cpu") -> "LPIPS":
-        """Version 0.1 on AlexNet, the package's default, which torchvision downloads once (233 MB).
+        """Load version 0.1 on AlexNet, the package's default, which torchvision downloads once (233 MB).
 
         Raises:
             ValueError: if the package or AlexNet's weights are missing (with the command that gets them).
@@ -43,7 +43,7 @@ class LPIPS:
 
     @torch.no_grad()
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (B,) of `first` and `second`, both (B, 3, H, W) in [0, 1], float32 on the CPU.
+        """Return distances (B,) of `first` and `second`, both (B, 3, H, W) in [0, 1], float32 on the CPU.
 
         Raises:
             ValueError: if they have different shapes, or the wrong shape or values.
@@ -51,8 +51,6 @@ class LPIPS:
         check_images(first)
         check_images(second)
         if first.shape != second.shape:
-            raise ValueError(
-                f"expected pairs of pictures, got {tuple(first.shape)} and {tuple(second.shape)}"
-            )
+            raise ValueError(f"expected pairs of images, got {tuple(first.shape)} and {tuple(second.shape)}")
         pair = (images.to(self._device, torch.float32) for images in (first, second))
         return self._model(*pair, normalize=True).flatten().cpu()
