@@ -12,7 +12,7 @@ section 4), which in t = 1 - sigma and u = -velocity reads
 
 start and end of its trajectories are independent, which makes the tilted law the only optimum, and lets
 the tuned model be sampled by any sampler afterwards. Their last step is deterministic (x_next = clean
-estimate), so that the reward is taken at a noise-free picture.
+estimate), so that the reward is taken at a noise-free image.
 """
 
 import math
@@ -236,7 +236,7 @@ def _check_final_drop(sigmas: Tensor) -> None:
     if len(sigmas) > 2 and sigmas[-3] > MAX_FINAL_DROP * sigmas[-2]:
         raise ValueError(
             f"the noise of the step from sigma {sigmas[-3]:.4f} to {sigmas[-2]:.4f} would stay "
-            "in the picture; use uniform_sigmas or shifted_sigmas (grids ending .0089, 0 are for the ODE)"
+            "in the image; use uniform_sigmas or shifted_sigmas (grids ending .0089, 0 are for the ODE)"
         )
 
 

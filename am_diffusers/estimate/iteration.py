@@ -26,7 +26,7 @@ from am_diffusers.estimate.passes import (
 )
 from am_diffusers.estimate.pretend import Pretence
 from am_diffusers.estimate.tracker import Tracker
-from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.images import image_ids
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.base import Collected
 from am_diffusers.noise import generator_for, generators_for
@@ -110,12 +110,12 @@ def sample_images(plan: Plan, pretence: Pretence, tracker: Tracker) -> int:
     config, model = plan.config, pretence.model
     evaluation, prompts = config.evaluation, plan.eval_prompts or plan.validation_prompts
     a_prompt = evaluation.eval_images_per_prompt if plan.eval_prompts else evaluation.num_validation_images
-    which = pictures_of(len(prompts), a_prompt)[: evaluation.eval_batch_size]
+    which = image_ids(len(prompts), a_prompt)[: evaluation.eval_batch_size]
     sampler = make_sampler(config, model)
     sampler = replace(sampler, latents=Noise(pretence, sampler.latents.shape))  # pyright: ignore[reportArgumentType]
     with tracker.phase(SAMPLING), torch.no_grad():
         field = guided(Field(model.policy, tracker, Costs()), evaluation.eval_guidance_scale)
-        images = sampler.pictures(field, prompts, which)
+        images = sampler.images(field, prompts, which)
         texts = [prompts[image.prompt] for image in which]
         if plan.eval_prompts:  # base and tuned together
             for reward in [*pretence.rewards, *pretence.held_out]:

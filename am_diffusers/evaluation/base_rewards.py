@@ -1,4 +1,4 @@
-"""Rewards of base pictures: what rewards are calibrated with, and divergences normalised."""
+"""Rewards of base images: what rewards are calibrated with, and divergences normalised."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation.images import Sampler, pictures_of, share_of
+from am_diffusers.evaluation.images import Sampler, image_ids, share_of
 from am_diffusers.rewards import Reward
 from am_diffusers.system.files import write_json
 from am_diffusers.system.processes import Processes
@@ -33,7 +33,7 @@ def base_rewards(
     All processes call it, inside `processes.together()`.
 
     Args:
-        sampler: makes the pictures, `sampler.batch_size` at a time.
+        sampler: makes the images, `sampler.batch_size` at a time.
         base: field before fine-tuning.
         rewards: scores to take, each under a name of its own.
         prompts: P prompts.
@@ -43,16 +43,16 @@ def base_rewards(
     Raises:
         PeerError: another process failed.
     """
-    which = pictures_of(len(prompts), images_per_prompt)
+    which = image_ids(len(prompts), images_per_prompt)
     mine = share_of(which, processes.index, processes.number)
     scored: list[tuple[int, int, list[float]]] = []
-    for start in trange(0, len(mine), sampler.batch_size, desc="base pictures", disable=None):
+    for start in trange(0, len(mine), sampler.batch_size, desc="base images", disable=None):
         batch = mine[start : start + sampler.batch_size]
-        images, texts = sampler.pictures(base, prompts, batch), [prompts[p.prompt] for p in batch]
+        images, texts = sampler.images(base, prompts, batch), [prompts[p.prompt] for p in batch]
         scores = zip(*(reward(images, texts).tolist() for reward in rewards), strict=True)
         scored.extend((p.prompt, p.image, list(each)) for p, each in zip(batch, scores, strict=True))
     found = {(prompt, image): scores for prompt, image, scores in processes.gather_objects(scored)}
-    table = torch.tensor([found[picture] for picture in which], dtype=torch.float64)
+    table = torch.tensor([found[image_id] for image_id in which], dtype=torch.float64)
     shaped = table.view(len(prompts), images_per_prompt, len(rewards))
     return {reward.name: shaped[:, :, column] for column, reward in enumerate(rewards)}
 
@@ -73,7 +73,7 @@ def load_base_rewards(file: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
         document = json.loads(file.read_text("utf-8"))
         scores = {name: torch.tensor(s, dtype=torch.float64) for name, s in document["scores"].items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): remove it to score base pictures again") from error
+        raise ValueError(f"{file} is damaged ({error!r}): remove it to score base images again") from error
     if document["prompts"] != redact_values(prompts):
-        raise ValueError(f"{file} is about other prompts: remove it to score base pictures again")
+        raise ValueError(f"{file} is about other prompts: remove it to score base images again")
     return scores

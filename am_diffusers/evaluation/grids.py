@@ -1,4 +1,4 @@
-"""Base beside tuned: labelled picture grids of fixed prompts and fixed noise."""
+"""Base beside tuned: labelled image grids of fixed prompts and fixed noise."""
 
 from collections.abc import Sequence
 
@@ -29,13 +29,13 @@ def comparison_grid(
 
     Args:
         prompts: P prompts.
-        base: P * S base pictures of one size, prompt by prompt.
-        tuned: tuned pictures from the same noise, like `base`.
-        captions: a line under each picture of `base` and of `tuned`.
+        base: P * S base images of one size, prompt by prompt.
+        tuned: tuned images from the same noise, like `base`.
+        captions: a line under each image of `base` and of `tuned`.
         legend: what the captions are, a line at the end.
 
     Returns:
-        RGB picture. Small pictures are enlarged by a whole factor, without smoothing.
+        RGB image. Small images are enlarged by a whole factor, without smoothing.
     """
     scale = max(1, CELL // base[0].width)
     width, height = base[0].width * scale, base[0].height * scale

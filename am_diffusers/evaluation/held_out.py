@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from am_diffusers.evaluation.images import pictures_of, share_of
+from am_diffusers.evaluation.images import image_ids, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.statistics import Comparison, Diversity, compare, diversity
 from am_diffusers.system.processes import Processes
@@ -92,7 +92,7 @@ class HeldOut:
 
         All processes call it, inside `processes.together()`.
         """
-        which = pictures_of(len(self.prompts), self.images_per_prompt)
+        which = image_ids(len(self.prompts), self.images_per_prompt)
         mine = share_of(which, processes.index, processes.number)
         pairs = processes.gather_objects(self.scorer.pairs(self.prompts, mine))
         found = {(pair.prompt, pair.image): pair for pair in pairs}

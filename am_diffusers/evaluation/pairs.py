@@ -1,4 +1,4 @@
-"""Scores of pairs of pictures, base and tuned from the same noise, for `evaluation.summarise`."""
+"""Scores of pairs of images, base and tuned from the same noise, for `evaluation.summarise`."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from am_diffusers.evaluation.images import Picture, Sampler
+from am_diffusers.evaluation.images import ImageId, Sampler
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.rewards import ImageFeatures, LearnedReward, Reward
 from am_diffusers.velocity import VelocityField
@@ -17,11 +17,11 @@ from am_diffusers.velocity import VelocityField
 
 @dataclass(frozen=True)
 class PairScore:
-    """Scores of one base picture and the tuned picture from the same noise.
+    """Scores of one base image and the tuned image from the same noise.
 
     Attributes:
         prompt: index of the evaluation prompt.
-        image: index of the picture among those of its prompt.
+        image: index of the image among those of its prompt.
         scores: by reward name, (base, tuned).
         features: image features (2, D) of base and tuned, or None.
     """
@@ -34,15 +34,15 @@ class PairScore:
     @classmethod
     def of(
         cls,
-        picture: tuple[int, int],
+        image_id: tuple[int, int],
         scores: Sequence[dict[str, float]],
         features: Sequence[Array | None],
     ) -> "PairScore":
-        """Make a pair from (base, tuned) scores and features of the picture (prompt, image)."""
+        """Make a pair from (base, tuned) scores and features of the image (prompt, image)."""
         base, tuned = scores
         known = [feature for feature in features if feature is not None]
         paired = {name: (base[name], tuned[name]) for name in base}
-        return cls(*picture, paired, np.stack(known) if known else None)
+        return cls(*image_id, paired, np.stack(known) if known else None)
 
 
 def by_prompt(pairs: Sequence[PairScore]) -> tuple[dict[str, Array], Array | None]:
@@ -52,7 +52,7 @@ def by_prompt(pairs: Sequence[PairScore]) -> tuple[dict[str, Array], Array | Non
         pairs: one for every (prompt, image).
 
     Returns:
-        Scores by reward name, (P prompts, S pictures a prompt, 2: base and tuned), and features
+        Scores by reward name, (P prompts, S images a prompt, 2: base and tuned), and features
         (P, S, 2, D) if there are any.
     """
     ordered = sorted(pairs, key=lambda pair: (pair.prompt, pair.image))
@@ -79,7 +79,7 @@ class Scorer:
     """Makes and scores pairs.
 
     Attributes:
-        sampler: makes the pictures, `sampler.batch_size` at a time.
+        sampler: makes the images, `sampler.batch_size` at a time.
         base: field before fine-tuning.
         tuned: field after fine-tuning, with the same guidance as `base`.
         rewards: scores to take, each under a name of its own.
@@ -93,8 +93,8 @@ class Scorer:
     features: ImageFeatures | None
 
     @torch.no_grad()
-    def pairs(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
-        """Scores of the pictures `which` of `prompts`, in that order."""
+    def pairs(self, prompts: Sequence[str], which: Sequence[ImageId]) -> list[PairScore]:
+        """Scores of the images `which` of `prompts`, in that order."""
         scored: list[PairScore] = []
         for start in trange(0, len(which), self.sampler.batch_size, desc="evaluation", disable=None):
             scored.extend(self._batch(prompts, which[start : start + self.sampler.batch_size]))
@@ -104,10 +104,10 @@ class Scorer:
     def score(
         self, images: Tensor, prompts: Sequence[str]
     ) -> tuple[list[dict[str, float]], list[Array | None]]:
-        """Scores by reward name and image features (D,) of each picture.
+        """Scores by reward name and image features (D,) of each image.
 
         Args:
-            images: pictures (N, 3, H, W) in [0, 1].
+            images: images (N, 3, H, W) in [0, 1].
             prompts: N prompts of the images.
         """
         columns = {reward.name: reward(images, prompts).tolist() for reward in self.rewards}
@@ -116,11 +116,11 @@ class Scorer:
             return scores, [None] * len(images)
         return scores, list(self.features.image_features(images).double().cpu().numpy())
 
-    def _batch(self, prompts: Sequence[str], which: Sequence[Picture]) -> list[PairScore]:
-        images = torch.stack([self.sampler.pictures(f, prompts, which) for f in (self.base, self.tuned)], 1)
-        texts = [prompts[picture.prompt] for picture in which for _ in range(2)]
+    def _batch(self, prompts: Sequence[str], which: Sequence[ImageId]) -> list[PairScore]:
+        images = torch.stack([self.sampler.images(f, prompts, which) for f in (self.base, self.tuned)], 1)
+        texts = [prompts[image_id.prompt] for image_id in which for _ in range(2)]
         scores, features = self.score(images.flatten(0, 1), texts)
         return [
-            PairScore.of(picture, scores[2 * row : 2 * row + 2], features[2 * row : 2 * row + 2])
-            for row, picture in enumerate(which)
+            PairScore.of(image_id, scores[2 * row : 2 * row + 2], features[2 * row : 2 * row + 2])
+            for row, image_id in enumerate(which)
         ]

@@ -1,4 +1,4 @@
-"""The reward-hacking panel: a run's curves in one picture, drawn from what the run has written so far.
+"""The reward-hacking panel: a run's curves in one image, drawn from what the run has written so far.
 
 A model that fools its reward shows: the trained reward rises while the held-out one stalls or falls, path KL
 and adjoint norms grow without end, diversity goes.
@@ -34,7 +34,7 @@ def draw_panel(folder: Path) -> Path:
         folder: output folder of the run, with config.yaml, metrics.jsonl and validation.jsonl.
 
     Returns:
-        The picture's path.
+        The image's path.
 
     Raises:
         ValueError: if the folder has no config.yaml or none of the metrics yet.
@@ -120,7 +120,7 @@ def _interval_curve(axes: Axes, lines: Lines, name: str, label: str, colour: str
 def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
     _start(
         axes,
-        "Reward gain on validation pictures (trained up but held-out down: reward hacking)",
+        "Reward gain on validation images (trained up but held-out down: reward hacking)",
         "gain (base sd)",
     )
     suffix = "_gain"
@@ -138,7 +138,7 @@ def _gains(axes: Axes, lines: Lines, trained: Sequence[str]) -> None:
 
 
 def _diversity(axes: Axes, lines: Lines) -> None:
-    _start(axes, "Diversity kept on validation pictures", "of the base's (%)")
+    _start(axes, "Diversity kept on validation images", "of the base's (%)")
     if not any("validation/diversity_kept" in line for line in lines):
         _empty(axes)
         return

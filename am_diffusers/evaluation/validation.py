@@ -1,6 +1,6 @@
-"""Validation as training goes on: the same pictures of base and tuned model each time, scored and shown.
+"""Validation as training goes on: the same images of base and tuned model each time, scored and shown.
 
-Every process makes its share of the pictures, all of them learn the scores, so that all stop together when a
+Every process makes its share of the images, all of them learn the scores, so that all stop together when a
 score says so. `evaluation/statistics.py` defines gain (in base standard deviations) and diversity kept.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import trange
 
 from am_diffusers.evaluation.grids import comparison_grid, to_pil
-from am_diffusers.evaluation.images import Picture, pictures_of, share_of
+from am_diffusers.evaluation.images import ImageId, image_ids, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
 from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
@@ -28,29 +28,29 @@ from am_diffusers.velocity import VelocityField
 
 
 class Made(NamedTuple):
-    """A picture of one model with its scores; the picture itself is kept if the grid shows it."""
+    """An image of one model with its scores; the image itself is kept if the grid shows it."""
 
-    picture: Picture
+    image_id: ImageId
     scores: dict[str, float]
     features: Array | None
     image: Image.Image | None
 
 
 Pair = tuple[Made, Made]
-"""A base picture and the tuned one from the same noise."""
+"""A base image and the tuned one from the same noise."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores fixed pictures of the tuned model against those of the base, which are made and scored once.
+    """Scores fixed images of the tuned model against those of the base, which are made and scored once.
 
     Attributes:
-        scorer: makes and scores the pictures.
-        prompts: what the pictures show.
+        scorer: makes and scores the images.
+        prompts: what the images show.
         num_in_grid: number of prompts that are shown, the first ones.
-        images_per_prompt: pictures a prompt, each with its own fixed noise.
+        images_per_prompt: images a prompt, each with its own fixed noise.
         roles: trained or held-out, by reward name.
-        processes: share the pictures.
+        processes: share the images.
         log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
     """
 
@@ -69,46 +69,46 @@ class Validation:
             The metrics of `validation_metrics`, the same on all processes.
 
         Raises:
-            ValueError: a picture or score is NaN or infinite; names iteration, model and prompts.
+            ValueError: an image or score is NaN or infinite; names iteration, model and prompts.
         """
         try:
             mine = list(zip(self._base, self._make(self.scorer.tuned, "tuned"), strict=True))
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: validation: {error}") from error
-        found = {pair[0].picture: pair for pair in self.processes.gather_objects(mine)}
-        pairs = [found[picture] for picture in sorted(found)]
-        scores = [PairScore.of(b.picture, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
+        found = {pair[0].image_id: pair for pair in self.processes.gather_objects(mine)}
+        pairs = [found[image_id] for image_id in sorted(found)]
+        scores = [PairScore.of(b.image_id, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
         if self.log is not None:
             self.log(iteration, metrics, self._grid(pairs), self._shown())
         return metrics
 
     def _shown(self) -> dict[str, object]:
-        """Return prompts and seeds of the pictures in the grid, to make the same ones with Diffusers."""
-        pictures = [
-            {**picture._asdict(), "seed": self.scorer.sampler.generator(picture).initial_seed()}
-            for picture in pictures_of(self.num_in_grid, self.images_per_prompt)
+        """Return prompts and seeds of the images in the grid, to make the same ones with Diffusers."""
+        images = [
+            {**image_id._asdict(), "seed": self.scorer.sampler.generator(image_id).initial_seed()}
+            for image_id in image_ids(self.num_in_grid, self.images_per_prompt)
         ]
-        return {"prompts": list(self.prompts[: self.num_in_grid]), "pictures": pictures}
+        return {"prompts": list(self.prompts[: self.num_in_grid]), "pictures": images}
 
     @cached_property
     def _base(self) -> list[Made]:
         return self._make(self.scorer.base, "base")
 
     def _make(self, field: VelocityField, name: str) -> list[Made]:
-        """Make this process's share of the pictures."""
-        size, which = self.scorer.sampler.batch_size, pictures_of(len(self.prompts), self.images_per_prompt)
+        """Make this process's share of the images."""
+        size, which = self.scorer.sampler.batch_size, image_ids(len(self.prompts), self.images_per_prompt)
         mine = share_of(which, self.processes.index, self.processes.number)
         made: list[Made] = []
         quiet = True if self.log is None else None
         for start in trange(0, len(mine), size, desc=f"validation, {name}", leave=False, disable=quiet):
             batch = mine[start : start + size]
-            texts = [self.prompts[picture.prompt] for picture in batch]
-            images = self.scorer.sampler.pictures(field, self.prompts, batch)
+            texts = [self.prompts[image_id.prompt] for image_id in batch]
+            images = self.scorer.sampler.images(field, self.prompts, batch)
             scores, features = self._score(images, texts, name)
             shown = [
-                to_pil(image) if picture.prompt < self.num_in_grid else None
-                for picture, image in zip(batch, images, strict=True)
+                to_pil(image) if image_id.prompt < self.num_in_grid else None
+                for image_id, image in zip(batch, images, strict=True)
             ]
             made.extend(map(Made, batch, scores, features, shown))
         return made
@@ -119,11 +119,11 @@ class Validation:
         try:
             scores, features = self.scorer.score(images, prompts)
         except ValueError as error:
-            raise ValueError(f"{name} pictures of {prompts}: {error}") from error
+            raise ValueError(f"{name} images of {prompts}: {error}") from error
         for prompt, own in zip(prompts, scores, strict=True):
             for reward, value in own.items():
                 if not math.isfinite(value):
-                    raise ValueError(f"{reward} is {value} for the {name} picture of {prompt!r}")
+                    raise ValueError(f"{reward} is {value} for the {name} image of {prompt!r}")
         return scores, features
 
     def _grid(self, pairs: Sequence[Pair]) -> Image.Image:
@@ -136,7 +136,7 @@ class Validation:
             self.prompts[: self.num_in_grid],
             *images,
             captions=(base, tuned),
-            legend=f"under each picture: {', '.join(self.roles)} (higher is better)",
+            legend=f"under each image: {', '.join(self.roles)} (higher is better)",
         )
 
 
@@ -151,8 +151,8 @@ def validation_metrics(pairs: Sequence[PairScore], roles: Iterable[str]) -> dict
         For each reward `validation/NAME` and `validation/NAME_base`, the mean scores of tuned and base, and
         `validation/NAME_gain`, `_gain_low` and `_gain_high`, the paired gain in base standard deviations with
         its 95 % interval over prompts; `validation/diversity_kept`, `_low` and `_high`. What can't be
-        measured is left out: a gain with one prompt or where all base pictures score the same, diversity
-        with one picture a prompt, or where those of the base are all the same.
+        measured is left out: a gain with one prompt or where all base images score the same, diversity
+        with one image a prompt, or where those of the base are all the same.
     """
     scores, features = by_prompt(pairs)
     metrics: dict[str, float] = {}
@@ -180,7 +180,7 @@ class ValidationLog:
     Attributes:
         folder: output folder of the run.
         track: receives (metrics, iteration), e.g. `accelerator.log`.
-        track_images: receives (pictures by name, iteration).
+        track_images: receives (images by name, iteration).
     """
 
     folder: Path
@@ -195,7 +195,7 @@ class ValidationLog:
         Args:
             iteration: optimizer steps taken.
             metrics: by the names they're logged by.
-            grid: the pictures.
+            grid: the images.
             shown: prompts and seeds of the grid, for pictures.json beside it.
         """
         samples = self.folder / "samples"
@@ -204,8 +204,8 @@ class ValidationLog:
         self._append(iteration, metrics)
         panel = draw_panel(self.folder)
         self.track(metrics, iteration)
-        with Image.open(panel) as picture:
-            self.track_images({GRID: grid, PANEL: picture.convert("RGB")}, iteration)
+        with Image.open(panel) as image:
+            self.track_images({GRID: grid, PANEL: image.convert("RGB")}, iteration)
 
     def _append(self, iteration: int, metrics: dict[str, float]) -> None:
         """Write a line; that of a resumed run, which validates again, replaces those from there on."""

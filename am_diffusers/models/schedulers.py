@@ -2,7 +2,7 @@
 
 Which are fit was measured on a Gaussian law, whose ODE has a closed form (tests/models/test_schedulers.py).
 Not fit are those whose last step ends above sigma 0 with flow sigmas (DEIS, SA-Solver), which leaves noise in
-the picture, and those that don't take a velocity.
+the image, and those that don't take a velocity.
 """
 
 import inspect

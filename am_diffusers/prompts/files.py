@@ -140,7 +140,7 @@ def _from_folder(path: Path, split: str | None) -> Data:
 
 
 def _from_hub(hub_id: str, split: str | None, limit: int | None) -> Rows:
-    """Load a hub data set; streamed when only its first rows are wanted, as some hold pictures as well."""
+    """Load a hub data set; streamed when only its first rows are wanted, as some hold images as well."""
     try:
         data = _load(_downloaded(hub_id) or hub_id, split, streaming=limit is not None)
     except ConnectionError as error:
@@ -185,7 +185,7 @@ def _head(data: Data, limit: int | None) -> Data:
 
 
 def _without_media(data: Data) -> Iterable[Mapping[str, object]]:
-    """Rows without columns that hold pictures, sounds or bytes, so that none is decoded."""
+    """Rows without columns that hold images, sounds or bytes, so that none is decoded."""
     features = data.features or datasets.Features()
     data = data.remove_columns([name for name, feature in features.items() if _is_media(feature)])
     labels = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}

@@ -1,7 +1,7 @@
 """Published prompt sets by name, each pinned to one revision, and the lists of the embedded model.
 
 Their columns are among the usual ones that `sets.load_prompts` finds. A set is downloaded file by file: of
-Pick-a-Pic that is 145 kB instead of 190 GB, as its prompts also exist without the pictures.
+Pick-a-Pic that is 145 kB instead of 190 GB, as its prompts also exist without the images.
 """
 
 from collections.abc import Mapping

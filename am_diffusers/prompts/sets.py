@@ -24,7 +24,7 @@ CATEGORY_COLUMNS = ("category", "categories", "challenge", "style", "tag")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order; the index of a prompt is its id, the noise of its pictures follows from it.
+    """Prompts in a fixed order; the index of a prompt is its id, the noise of its images follows from it.
 
     Attributes:
         prompts: P >= 1 texts, none blank.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-SPARE_BYTES = 64 * 2**20  # left free for logs and pictures
+SPARE_BYTES = 64 * 2**20  # left free for logs and images
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _HIDDEN = (".writing-", ".replaced-")
 

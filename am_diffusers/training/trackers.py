@@ -52,7 +52,7 @@ class Trackers:
             self.accelerator.log(metrics, iteration)
 
     def log_images(self, images: Mapping[str, Image.Image], iteration: int) -> None:
-        """Log pictures by name."""
+        """Log images by name."""
         for tracker in self.accelerator.trackers if iteration >= self.first else []:
             if tracker.name == "tensorboard":
                 for name, image in images.items():

@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from am_diffusers.evaluation.images import Picture
+from am_diffusers.evaluation.images import ImageId
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.prompts.presets import describe_source
 from am_diffusers.system.processes import Processes
@@ -110,7 +110,7 @@ def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processe
     yield to_markdown(comparison_table(summary))
     for layout, candidate in product(plan.options.layouts, plan.candidates):
         images = [
-            [store.image(candidate, Picture(prompt, image)) for image in range(store.images_per_prompt)]
+            [store.image(candidate, ImageId(prompt, image)) for image in range(store.images_per_prompt)]
             for prompt in range(len(store.prompts))
         ]
         export_layout(layout, store.folder / "layouts" / layout / candidate.key, plan.prompts, images)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from am_diffusers.evaluation.images import Picture, Sampled, Sampler
+from am_diffusers.evaluation.images import ImageId, Sampled, Sampler
 from am_diffusers.models.base import Model
 from am_diffusers.models.proof import lora_effect, prompt_point
 from am_diffusers.noise import LatentSpec
@@ -26,7 +26,7 @@ EFFECT_FLOOR = 1e-6
 ENCODE_GROUP = 16
 """Prompts encoded at a time."""
 
-Batches = list[tuple[Candidate, tuple[Picture, ...]]]
+Batches = list[tuple[Candidate, tuple[ImageId, ...]]]
 
 
 def missing_batches(store: Store, units: Sequence[tuple[Candidate, int]], batch_size: int) -> Batches:
@@ -109,7 +109,7 @@ class Generator:
             self.model.load_lora(candidate.lora)
         self.model.set_lora_scale(candidate.lora_scale)
 
-    def _batch(self, candidate: Candidate, batch: Sequence[Picture]) -> None:
+    def _batch(self, candidate: Candidate, batch: Sequence[ImageId]) -> None:
         sampler, prompts = self.sampler(candidate), self.plan.prompts.prompts
         policy = guided(self.model.policy, candidate.guidance_scale)
         base = None if candidate.is_base else guided(self.model.base, candidate.guidance_scale)
@@ -118,10 +118,10 @@ class Generator:
             self._require_finite(made, row, candidate, image)
             if self.store.damage(candidate, image) is not None:
                 path_kl = None if made.path_kl is None else made.path_kl[row].item()
-                self.store.save_image(candidate, image, made.pictures[row], path_kl)
+                self.store.save_image(candidate, image, made.images[row], path_kl)
 
-    def _require_finite(self, made: Sampled, row: int, candidate: Candidate, image: Picture) -> None:
-        values = [made.pictures[row], *([] if made.path_kl is None else [made.path_kl[row]])]
+    def _require_finite(self, made: Sampled, row: int, candidate: Candidate, image: ImageId) -> None:
+        values = [made.images[row], *([] if made.path_kl is None else [made.path_kl[row]])]
         if not all(value.isfinite().all() for value in values):
             prompt = self.plan.prompts.prompts[image.prompt]
             raise ValueError(

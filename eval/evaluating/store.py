@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from am_diffusers.evaluation.grids import to_pil
-from am_diffusers.evaluation.images import PURPOSE, Picture, pictures_of
+from am_diffusers.evaluation.images import PURPOSE, ImageId, image_ids
 from am_diffusers.noise import generator_for
 from am_diffusers.system.files import sha256, write_json, write_whole
 from am_diffusers.transitions import TRANSITIONS
@@ -57,9 +57,9 @@ class Store:
     _hashed: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
-    def chunks(self) -> tuple[tuple[Picture, ...], ...]:
+    def chunks(self) -> tuple[tuple[ImageId, ...], ...]:
         """All P * S images, CHUNK at a time."""
-        which = pictures_of(len(self.prompts), self.images_per_prompt)
+        which = image_ids(len(self.prompts), self.images_per_prompt)
         return tuple(tuple(which[start : start + CHUNK]) for start in range(0, len(which), CHUNK))
 
     def open(self, candidates: Sequence[Candidate]) -> None:
@@ -83,12 +83,12 @@ class Store:
         }
         self._agree(self.folder / "pictures" / candidate.key / "candidate.json", made_from)
 
-    def image(self, candidate: Candidate, image: Picture) -> Path:
+    def image(self, candidate: Candidate, image: ImageId) -> Path:
         """Return the file of an image."""
         name = f"{image.prompt:05d}-{image.image:03d}.png"
         return self.folder / "pictures" / candidate.key / name
 
-    def about(self, candidate: Candidate, image: Picture) -> dict[str, object]:
+    def about(self, candidate: Candidate, image: ImageId) -> dict[str, object]:
         """Describe an image: prompt, candidate, and the seed of its starting noise."""
         generator = generator_for(self.settings["seed"], PURPOSE, *image)
         return {
@@ -98,7 +98,7 @@ class Store:
         }
 
     def save_image(
-        self, candidate: Candidate, picture: Picture, image: Tensor, path_kl: float | None
+        self, candidate: Candidate, picture: ImageId, image: Tensor, path_kl: float | None
     ) -> None:
         """Write an image (3, H, W) in [0, 1] as an 8-bit PNG with a text about it; path KL in nats."""
         about = self.about(candidate, picture) | ({} if path_kl is None else {"path_kl": path_kl})
@@ -110,7 +110,7 @@ class Store:
 
         write_whole(self.image(candidate, picture), write)
 
-    def damage(self, candidate: Candidate, picture: Picture) -> str | None:
+    def damage(self, candidate: Candidate, picture: ImageId) -> str | None:
         """Return what is wrong with an image's file: None = nothing, "" = it isn't there."""
         file = self.image(candidate, picture)
         if not file.exists():
@@ -137,7 +137,7 @@ class Store:
         sampler = self.settings["sampler"]
         return not candidate.is_base and sampler in TRANSITIONS and sampler != "ode_euler"
 
-    def path_kl(self, candidate: Candidate, picture: Picture) -> float:
+    def path_kl(self, candidate: Candidate, picture: ImageId) -> float:
         """Return the path KL of an image in nats, from its text."""
         with Image.open(self.image(candidate, picture)) as image:
             return read_about(image)["path_kl"]

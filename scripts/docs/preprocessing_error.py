@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_tensor
 
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.images import image_ids
 from am_diffusers.rewards import OCR, OFFICIAL, REWARDS, ImageNetClass, LearnedReward, RewardOptions
 from am_diffusers.rewards.base import Mode
 from am_diffusers.rewards.parts.preprocess import bicubic
@@ -50,7 +50,7 @@ def decoded(seed: int) -> tuple[Tensor, list[str]]:
     model = load_model(plan, torch.device("cpu"))
     sampler = make_sampler(config, model, purpose="preprocessing")
     prompts = list(plan.eval_prompts)
-    return sampler.pictures(model.base, prompts, pictures_of(len(prompts), 1)), prompts
+    return sampler.images(model.base, prompts, image_ids(len(prompts), 1)), prompts
 
 
 def enlarged(images: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from benching.images.curves import make_curve, where
 from benching.images.equal_reward import at_equal_reward
 from benching.images.figures import draw
 from benching.images.page import reference_of, tables
-from benching.images.sheet import draw_sheet, pictures_of
+from benching.images.sheet import draw_sheet, images_of
 from benching.images.study import Elsewhere
 from benching.images.tables import budget_table, equal_reward_table, tried_table
 from benching.images.work import Work
@@ -155,7 +155,7 @@ def test_the_sheet_has_a_row_for_each_setting_whose_pictures_are_there(tmp_path:
             file = tmp_path / "evaluation/pictures" / folder / f"{prompt:05d}-000.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), (100 * place, 10 * prompt, 0)).save(file)
-    found = pictures_of(work, ["a", "b"])
+    found = images_of(work, ["a", "b"])
     assert list(found) == ["base", "a"]
     assert [file.name for file in found["a"]] == [f"{prompt:05d}-000.png" for prompt in range(0, 20, 2)]
     file = tmp_path / "sheet.png"

@@ -9,7 +9,7 @@ from scipy import stats
 
 from am_diffusers.evaluation.grids import comparison_grid, shorten, to_pil
 from am_diffusers.evaluation.held_out import summarise
-from am_diffusers.evaluation.images import Picture, pictures_of
+from am_diffusers.evaluation.images import ImageId, image_ids
 from am_diffusers.evaluation.pairs import PairScore, official
 from am_diffusers.evaluation.statistics import compare, diversity, estimate, pairwise_distance
 from am_diffusers.rewards import OFFICIAL, Brightness, PickScore
@@ -128,17 +128,17 @@ def to_pils(images):
 
 
 def test_pictures_do_not_depend_on_the_batch_they_are_made_in():
-    which = pictures_of(3, 3)
-    reference = make_sampler(9).pictures(field(0.0), PROMPTS, which)
+    which = image_ids(3, 3)
+    reference = make_sampler(9).images(field(0.0), PROMPTS, which)
     for batch_size in (1, 2, 4):
-        torch.testing.assert_close(make_sampler(batch_size).pictures(field(0.0), PROMPTS, which), reference)
-    some = [Picture(2, 1), Picture(0, 2)]
-    torch.testing.assert_close(make_sampler().pictures(field(0.0), PROMPTS, some), reference[[7, 2]])
+        torch.testing.assert_close(make_sampler(batch_size).images(field(0.0), PROMPTS, which), reference)
+    some = [ImageId(2, 1), ImageId(0, 2)]
+    torch.testing.assert_close(make_sampler().images(field(0.0), PROMPTS, some), reference[[7, 2]])
 
 
 def test_every_picture_has_noise_of_its_own_that_is_a_function_of_the_seed():
     def seeds(seed):
-        return [make_sampler(seed=seed).generator(picture).initial_seed() for picture in pictures_of(3, 3)]
+        return [make_sampler(seed=seed).generator(picture).initial_seed() for picture in image_ids(3, 3)]
 
     assert len({*seeds(3), *seeds(4)}) == 18
     assert seeds(3) == seeds(3)
@@ -147,16 +147,16 @@ def test_every_picture_has_noise_of_its_own_that_is_a_function_of_the_seed():
 def test_pairs_are_scored_for_their_prompt_whatever_the_batch(tmp_path):
     save_pickscore(tmp_path)
     pick = PickScore.from_pretrained(tmp_path)
-    which = pictures_of(3, 2)
+    which = image_ids(3, 2)
     reference = make_scorer(6, [pick, Brightness()], pick).pairs(PROMPTS, which)
     again = make_scorer(4, [pick, Brightness()], pick).pairs(PROMPTS, which)
     assert [(pair.prompt, pair.image) for pair in reference] == which
     sampler = make_sampler()
     for pair, other in zip(reference, again, strict=True):
         assert other.scores["pickscore"] == pytest.approx(pair.scores["pickscore"], rel=1e-4)
-        one = [Picture(pair.prompt, pair.image)]
+        one = [ImageId(pair.prompt, pair.image)]
         for place, shift in enumerate((0.0, 0.1)):
-            picture = sampler.pictures(field(shift), PROMPTS, one)
+            picture = sampler.images(field(shift), PROMPTS, one)
             expected = pick(picture, [PROMPTS[pair.prompt]]).item()
             assert pair.scores["pickscore"][place] == pytest.approx(expected, rel=1e-4)
             assert pair.scores["brightness"][place] == pytest.approx(picture.mean().item(), rel=1e-5)
@@ -166,7 +166,7 @@ def test_pairs_are_scored_for_their_prompt_whatever_the_batch(tmp_path):
 
 def test_evaluation_of_a_known_shift_end_to_end():
     """Pictures brighter by 0.1 everywhere: the gain is 0.1 in standard deviations of the base."""
-    pairs = make_scorer(5, [Brightness()]).pairs(PROMPTS, pictures_of(3, 4))
+    pairs = make_scorer(5, [Brightness()]).pairs(PROMPTS, image_ids(3, 4))
     gain = summarise(pairs, {"brightness": "trained"}, None).rewards["brightness"]
     assert gain.difference.value == pytest.approx(0.1, abs=1e-5)
     assert gain.difference.low == pytest.approx(0.1, abs=1e-5)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.images import image_ids
 from am_diffusers.noise import generator_for
 from am_diffusers.rollout import Solution, TableSolver
 from am_diffusers.transitions import memoryless_local_linear, ode_euler, uniform_sigmas
 from analytic_pictures import PROMPTS, field, make_sampler
 
-WHICH = pictures_of(3, 3)
+WHICH = image_ids(3, 3)
 
 
 def stochastic(batch_size=4, seed=3):
@@ -23,12 +23,12 @@ def stochastic(batch_size=4, seed=3):
 def test_stochastic_pictures_and_path_kl_do_not_depend_on_the_batch(batch_size):
     whole = stochastic(9).sample(field(0.1), PROMPTS, WHICH, base=field(0.0))
     parts = stochastic(batch_size).sample(field(0.1), PROMPTS, WHICH, base=field(0.0))
-    torch.testing.assert_close(parts.pictures, whole.pictures)
+    torch.testing.assert_close(parts.images, whole.images)
     torch.testing.assert_close(parts.path_kl, whole.path_kl)
     assert whole.path_kl.shape == (9,)
     assert (whole.path_kl > 0).all()
     some = stochastic().sample(field(0.1), PROMPTS, [WHICH[7], WHICH[2]], base=field(0.0))
-    torch.testing.assert_close(some.pictures, whole.pictures[[7, 2]])
+    torch.testing.assert_close(some.images, whole.images[[7, 2]])
     torch.testing.assert_close(some.path_kl, whole.path_kl[[7, 2]])
 
 
@@ -51,7 +51,7 @@ class Recording:
 def test_step_noise_is_a_function_of_seed_purpose_and_picture_apart_from_the_starting_noise():
     recording = Recording()
     sampler = replace(make_sampler(), solver=recording, decode=lambda latents: latents)
-    starts = sampler.pictures(field(0.0), PROMPTS, WHICH)
+    starts = sampler.images(field(0.0), PROMPTS, WHICH)
     steps = torch.stack(recording.drawn)
     for picture, start, step in zip(WHICH, starts, steps, strict=True):
         own = generator_for(3, "picture", picture.prompt, picture.image)
@@ -59,11 +59,11 @@ def test_step_noise_is_a_function_of_seed_purpose_and_picture_apart_from_the_sta
         of_steps = generator_for(3, "picture", picture.prompt, picture.image, "steps")
         assert torch.equal(step, torch.randn(2, generator=of_steps))
     again = Recording()
-    replace(sampler, solver=again, batch_size=9).pictures(field(0.2), PROMPTS, WHICH)
+    replace(sampler, solver=again, batch_size=9).images(field(0.2), PROMPTS, WHICH)
     assert torch.equal(torch.stack(again.drawn), steps), "another model, the same noise"
     for other in (replace(sampler, seed=4), replace(sampler, purpose="divergence")):
         again = Recording()
-        replace(other, solver=again).pictures(field(0.0), PROMPTS, WHICH)
+        replace(other, solver=again).images(field(0.0), PROMPTS, WHICH)
         assert not torch.isclose(torch.stack(again.drawn), steps).any()
     assert len({tuple(step.tolist()) for step in steps}) == len(WHICH)
 
@@ -75,4 +75,4 @@ def test_the_noise_of_steps_does_not_change_what_the_ode_draws():
     table, x = ode_euler(uniform_sigmas(5)), noise
     for k in range(5):
         x = table.mean(k, x, field(0.0)(x, x.new_full((1,), table.sigmas[k].item()), cond))
-    assert torch.equal(sampler.pictures(field(0.0), PROMPTS, [one]), x.clamp(0, 1))
+    assert torch.equal(sampler.images(field(0.0), PROMPTS, [one]), x.clamp(0, 1))

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from am_diffusers.evaluation.grids import to_pil
-from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.images import image_ids
 from am_diffusers.evaluation.pairs import PairScore
 from am_diffusers.evaluation.statistics import compare
 from am_diffusers.evaluation.validation import Validation, ValidationLog, validation_metrics
@@ -49,7 +49,7 @@ def make_validation(scorer, **changes):
 def test_a_known_shift_is_measured_in_base_standard_deviations():
     """Pictures brighter by 0.1 everywhere, all alike: an interval of no width, diversity unchanged."""
     metrics = make_validation(make_scorer(4, [Brightness()], Tint()))(7)
-    base = make_sampler().pictures(field(0.0), PROMPTS, pictures_of(3, 2)).flatten(1).mean(1).double()
+    base = make_sampler().images(field(0.0), PROMPTS, image_ids(3, 2)).flatten(1).mean(1).double()
     assert metrics["validation/brightness_base"] == pytest.approx(base.mean().item(), rel=1e-6)
     assert metrics["validation/brightness"] == pytest.approx(base.mean().item() + 0.1, rel=1e-5)
     for end in ("", "_low", "_high"):
@@ -101,8 +101,8 @@ def test_processes_share_the_pictures_and_know_all_scores():
         )
         assert part(0) == expected
     assert [len(share) for share in shares] == [3, 3]
-    together = sorted([*shares[0], *shares[1]], key=lambda pair: pair[0].picture)
-    assert [pair[0].picture for pair in together] == pictures_of(3, 2)
+    together = sorted([*shares[0], *shares[1]], key=lambda pair: pair[0].image_id)
+    assert [pair[0].image_id for pair in together] == image_ids(3, 2)
     for (base, tuned), (base_alone, tuned_alone) in zip(together, whole, strict=True):
         assert base.scores == pytest.approx(base_alone.scores, rel=1e-6)
         assert tuned.scores == pytest.approx(tuned_alone.scores, rel=1e-6)
@@ -117,7 +117,7 @@ def test_a_picture_that_is_not_finite_names_iteration_model_and_prompts(name):
 
     scorer = replace(make_scorer(4, [Brightness()]), **{name: CallableField(broken)})
     with pytest.raises(
-        ValueError, match=rf"iteration 12: validation: {name} pictures of .*'bright'.* finite"
+        ValueError, match=rf"iteration 12: validation: {name} images of .*'bright'.* finite"
     ):
         make_validation(scorer)(12)
 
@@ -128,7 +128,7 @@ def test_a_score_that_is_not_finite_names_iteration_model_reward_and_prompt():
             bright = torch.tensor([prompt == "bright" for prompt in prompts])
             return super().__call__(images, prompts).where(~bright, torch.inf)
 
-    message = "iteration 12: validation: brightness is inf for the base picture of 'bright'"
+    message = "iteration 12: validation: brightness is inf for the base image of 'bright'"
     with pytest.raises(ValueError, match=message):
         make_validation(make_scorer(4, [Broken()]))(12)
 
@@ -136,7 +136,7 @@ def test_a_score_that_is_not_finite_names_iteration_model_reward_and_prompt():
 def make_pairs(prompts, images, *, constant=False, flat=False):
     rng = np.random.default_rng(0)
     pairs = []
-    for picture in pictures_of(prompts, images):
+    for picture in image_ids(prompts, images):
         base, features = 3.0 if constant else rng.normal(), rng.normal(size=(2, 4))
         pairs.append(PairScore(*picture, {"a": (base, base + 1)}, np.ones((2, 4)) if flat else features))
     return pairs
@@ -203,7 +203,7 @@ def test_a_validation_is_written_drawn_and_tracked(run_folder):
     # Row 1, its second base picture, three times as large under a line of header and one of prompt.
     top, left = 16 + 6 + (16 + 120 + 16 + 6) + 16, 6 + 2 * 126
     cell = np.asarray(grid)[top : top + 120 : 3, left : left + 120 : 3]
-    (expected,) = make_sampler().pictures(field(0.0), PROMPTS, [pictures_of(3, 2)[3]])
+    (expected,) = make_sampler().images(field(0.0), PROMPTS, [image_ids(3, 2)[3]])
     assert np.array_equal(cell, np.asarray(to_pil(expected)))
 
 

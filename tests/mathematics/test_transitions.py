@@ -216,7 +216,7 @@ def test_stochastic_tables_need_pure_noise_and_two_steps(build):
 def test_grids_whose_last_noise_would_stay_are_for_the_ode_only(build):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="would stay in the picture"):
+    with pytest.raises(ValueError, match="would stay in the image"):
         build(scheduler.sigmas)
     ode_euler(scheduler.sigmas)
     ancestral(scheduler.sigmas)  # adds at most the noise level it goes to

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.grids import to_pil
-from am_diffusers.evaluation.images import pictures_of
+from am_diffusers.evaluation.images import image_ids
 from am_diffusers.models.base import Model
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
@@ -76,7 +76,7 @@ def test_calibration_writes_a_config_that_standardises_base_scores(
     sampler = dataclasses.replace(run.held_out.scorer.sampler, purpose="calibration")
     prompts = plan.some_train_prompts(2, "calibration")
     assert len(set(prompts)) == 2
-    images = sampler.pictures(run.held_out.scorer.base, prompts, pictures_of(2, 4))
+    images = sampler.images(run.held_out.scorer.base, prompts, image_ids(2, 4))
     brightness = images.flatten(1).mean(1).double()
     assert (first[1].mean, first[1].std) == pytest.approx((brightness.mean().item(), brightness.std().item()))
 

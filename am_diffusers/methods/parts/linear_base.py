@@ -2,7 +2,7 @@
 
 The base is the reverse SDE of Gaussian data N(0, variance * I), memoryless and linear, so that its adjoint
 is known in closed form. With s = sigma, t = 1 - s, m(s) = variance * t^2 + s^2, and a state x_e at the noise
-level s_e < s (s_e = 0: a clean picture) whose tilted law is p_e(x_e) exp(reward_scale * V(x_e)):
+level s_e < s (s_e = 0: a clean image) whose tilted law is p_e(x_e) exp(reward_scale * V(x_e)):
 
     x_s    = (t / t_e) x_e + sqrt(s^2 - (t / t_e)^2 s_e^2) * fresh noise
     target = velocity_lin(x_s, s) - (s m_e / (t_e m)) [ x_e / m_e + score_e(x_e) + reward_scale grad V(x_e) ]

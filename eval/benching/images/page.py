@@ -10,7 +10,7 @@ from benching.images.curves import Curve, make_curve
 from benching.images.figures import draw
 from benching.images.likeness import RunLikeness
 from benching.images.records import Record
-from benching.images.sheet import draw_sheet, pictures_of
+from benching.images.sheet import draw_sheet, images_of
 from benching.images.tables import budget_table, equal_reward_table, likeness_table, tried_table
 from benching.images.work import Work, check_machines
 from evaluating.candidates import BASE
@@ -130,7 +130,7 @@ def write_page(name: str, work: Work, docs: Path) -> None:
         "seconds" if work.study.timed else "calls",
         docs / "images" / f"{name}.png",
     )
-    images = pictures_of(work, [curve.setting for curve in curves])
+    images = images_of(work, [curve.setting for curve in curves])
     if work.study.select == "best" and len(images) == len(curves) + 1:  # the base and all others
         prompts = load_texts(work.study.evaluation.prompts)
         shown = [prompts[int(file.name.split("-")[0])] for file in images[BASE]]

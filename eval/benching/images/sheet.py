@@ -14,7 +14,7 @@ PROMPTS = 10
 CELL, NAME, TEXT, GAP, LINE = 112, 190, 15, 4, 20
 
 
-def pictures_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
+def images_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
     """Return images of the first seed at the budget, the base's first, the same prompts and noise for all.
 
     Settings whose images aren't on this disk are left out: images aren't kept with the records.

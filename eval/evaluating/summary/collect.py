@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from am_diffusers.evaluation.images import Picture
+from am_diffusers.evaluation.images import ImageId
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.files import write_whole
 from evaluating.candidates import Candidate
@@ -71,7 +71,7 @@ def write_scores(results: Results, store: Store) -> Path:
     return file
 
 
-def _line(results: Results, store: Store, candidate: Candidate, image: Picture) -> Mapping[str, object]:
+def _line(results: Results, store: Store, candidate: Candidate, image: ImageId) -> Mapping[str, object]:
     row, column = image
     scores = {name: values[row, column].item() for name, values in results.scores[candidate.key].items()}
     line = {
