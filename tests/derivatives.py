@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_diffusers.adjoint import last_step
 from oracles import Mixture
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -60,15 +59,3 @@ def states(law: Mixture, sigma: Tensor, seed: int = 0) -> Tensor:
     which = torch.multinomial(law.weights, num, replacement=True, generator=generator)
     clean = law.means[which] + law.variances[which, None].sqrt() * noises[0]
     return (1 - sigma[:, None]) * clean + sigma[:, None] * noises[1]
-
-
-def vjp(field, x, sigma, cond, cotangent):
-    """Velocity and vector-Jacobian product of a field; the cotangent may be a function of the velocity."""
-    velocity, pull = field.vjp(x, sigma, cond)
-    return velocity, pull(cotangent(velocity) if callable(cotangent) else cotangent)
-
-
-def swept(adjoint, base, trajectory, terminal, *policy, **options):
-    """Sweep `lean_adjoint` or `full_adjoint` from the terminal cost's gradient at x_K."""
-    last = last_step(base, trajectory)
-    return adjoint(base, *policy, trajectory, last, terminal(last.final), **options)

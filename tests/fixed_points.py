@@ -18,8 +18,8 @@ from torch import Tensor
 
 from am_diffusers.matching import matching_target
 from am_diffusers.transitions import Transitions
-from derivatives import vjp
 from oracles import Mixture, unconditional
+from pull_backs import vjp
 
 Terminal = Callable[[Tensor], Tensor]
 GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
-from derivatives import vjp
+from pull_backs import vjp
 
 
 def make_model(path: str) -> Model:

@@ -70,7 +70,7 @@ def count(config: Config) -> Counted:
     """
     counts, group = Counter[str](), config.shared.samples_per_prompt
     shared = replace(config.shared, mask_quantile=None, divergence="kl")
-    cond = Conditioning(("",) * group, *[torch.zeros(group, 1, 1), torch.zeros(group, 1)] * 2)
+    cond = Conditioning(("",) * group, negative_embeddings=torch.zeros(group, 1, 1))
     fields = with_guidance(config, CountedField("policy", counts), CountedField("base", counts))
     with tempfile.TemporaryDirectory() as folder:
         around = Surroundings(

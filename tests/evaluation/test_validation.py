@@ -116,9 +116,7 @@ def test_a_picture_that_is_not_finite_names_iteration_model_and_prompts(name):
         return field(0.0)(x, sigma, cond).where(~rows, torch.nan)
 
     scorer = replace(make_scorer(4, [Brightness()]), **{name: CallableField(broken)})
-    with pytest.raises(
-        ValueError, match=rf"iteration 12: validation: {name} images of .*'bright'.* finite"
-    ):
+    with pytest.raises(ValueError, match=rf"iteration 12: validation: {name} images of .*'bright'.* finite"):
         make_validation(scorer)(12)
 
 

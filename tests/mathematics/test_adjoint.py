@@ -16,8 +16,8 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField
-from derivatives import swept
 from oracles import THREE_MODES, CountingField, chain_moments, gaussian, unconditional
+from pull_backs import swept
 
 STOCHASTIC = [memoryless_euler, memoryless_local_linear, ancestral]
 BASE = THREE_MODES.field()

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from am_diffusers.matching import matching_target
 from am_diffusers.transitions import memoryless_euler, memoryless_local_linear, uniform_sigmas
-from derivatives import vjp
 from fixed_points import COND, SIGMAS, Truth, base_and_jacobian, error, fixed_point, lookup
 from oracles import Mixture, float64
+from pull_backs import vjp
 
 SCHEMES = {"published": (memoryless_euler, "left"), "default": (memoryless_local_linear, "right")}
 

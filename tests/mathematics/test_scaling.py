@@ -9,8 +9,8 @@ from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.system import half_precision as scaling
 from am_diffusers.system.half_precision import SAFE_NORM, ScaledBackward, safe_scale
-from derivatives import vjp
 from families import point, strong_lora
+from pull_backs import vjp
 
 ROUNDING = 0.01  # float16 has 11 bits; some ten rounded layers between input and output
 

@@ -19,6 +19,7 @@ from am_diffusers.transitions import (
 from am_diffusers.velocity import CallableField
 from methods_around import adjoint_matching, collect
 from oracles import affine, gaussian, unconditional
+from pull_backs import swept
 
 LAW = gaussian(0.4, 0.3)
 BASE = LAW.field()
@@ -88,10 +89,10 @@ def test_the_exact_linear_quadratic_control_is_the_fixed_point(build, kind):
     table, policy, cond = chain.table, chain.policy(), unconditional(4)
     x_0 = torch.linspace(-2, 2, 4, dtype=torch.float64)[:, None]
     trajectory = rollout(policy, table, cond, x_0, lambda k: torch.zeros_like(x_0))
-    fields = (BASE,) if kind == "lean" else (BASE, policy)
+    fields = () if kind == "lean" else (policy,)
     sweep = {"lean": lean_adjoint, "full": full_adjoint}[kind]
-    found = sweep(*fields, trajectory, terminal, state_cost=state_cost)
-    without = sweep(*fields, trajectory, terminal)
+    found = swept(sweep, BASE, trajectory, terminal, *fields, state_cost=state_cost)
+    without = swept(sweep, BASE, trajectory, terminal, *fields)
     for k in range(1, table.num_steps):
         expected = chain.curvature[k] * trajectory.latents[k] + chain.slope[k]
         torch.testing.assert_close(found.adjoints[k], expected, rtol=0, atol=1e-10)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from am_diffusers.velocity import CallableField, Conditioning, GuidedField
-from derivatives import vjp
 from oracles import THREE_MODES, unconditional
+from pull_backs import vjp
 
 FIELD = CallableField(
     lambda x, sigma, cond: torch.sin(x * cond.pooled.sum(1)[:, None]) + sigma[:, None] * x.flip(1)

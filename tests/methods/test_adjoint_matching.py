@@ -60,7 +60,9 @@ def conditional(field):
 def test_guidance_everywhere_is_adjoint_matching_of_the_guided_fields(adjoint):
     """Against fields that combine both branches in one function, with derivatives by autograd."""
     cond = Conditioning(
-        tuple("abc"), torch.full((3, 1, 1), 0.7).double(), None, torch.full((3, 1, 1), -0.4).double()
+        tuple("abc"),
+        torch.full((3, 1, 1), 0.7).double(),
+        negative_embeddings=torch.full((3, 1, 1), -0.4).double(),
     )
 
     def combined(field):

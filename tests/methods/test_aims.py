@@ -29,9 +29,12 @@ def config(tiny_sd3_dir, tmp_path):
     return make
 
 
+FAMILY = FAMILIES["StableDiffusion3Pipeline"]
+
+
 def aim(config):
     """Return the sentence of the model card."""
-    return card_facts(make_plan(config, 1), None).law
+    return card_facts(make_plan(config, 1), None, FAMILY).law
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,10 +94,10 @@ def test_the_kl_weight_of_flow_grpo_divides_the_scale(config):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_card_names_the_method_and_its_paper(config, method, tmp_path):
     plan = make_plan(config(method), 1)
-    facts = card_facts(plan, None, FAMILIES["StableDiffusion3Pipeline"])
+    facts = card_facts(plan, None, FAMILY)
     text = write_card(tmp_path, facts, None).read_text()
     title, paper = METHODS[method].title, METHODS[method].paper
     assert f"fine-tuned by {title} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" in text
     assert f"\n- {title.lower().replace(' ', '-')}\n" in text
     assert set(re.findall(r"arXiv (\d{4}\.\d{5})", text)) == {paper}
-    assert card_facts(plan, None).law in text
+    assert facts.law in text

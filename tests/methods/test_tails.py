@@ -15,10 +15,10 @@ from am_diffusers.system.failures import NonFiniteError
 from am_diffusers.terminal_cost import reward_gradient
 from am_diffusers.transitions import TRANSITIONS, shifted_sigmas, uniform_sigmas
 from am_diffusers.velocity import CallableField
-from derivatives import swept
 from methods_around import LATENTS, make_method
 from methods_around import collect as collect_samples
 from oracles import THREE_MODES, CountingField, float64, unconditional
+from pull_backs import swept
 
 K = 6
 SAMPLERS = [

@@ -15,8 +15,8 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.rollout import sample
 from am_diffusers.transitions import ode_euler
 from am_diffusers.velocity import GuidedField
-from derivatives import vjp
 from families import CASES, PROMPTS, Case, point, redraw_lora, strong_lora
+from pull_backs import vjp
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))

@@ -32,6 +32,10 @@ class Buffered(Method):
 
     needs_reward_gradient = False
 
+    @classmethod
+    def law(cls, shared, own):
+        return ""
+
     def __init__(self, weight):
         self.policy = CallableField(lambda x, sigma, cond: x * weight)
         self.buffer: list[torch.Tensor] = []

@@ -19,9 +19,9 @@ from am_diffusers.transitions import (
     uniform_sigmas,
 )
 from am_diffusers.velocity import CallableField, VelocityField
-from derivatives import swept
 from fixed_points import GRID, base_and_jacobian, fixed_point
 from oracles import Mixture, affine, chain_moments, float64, gaussian, unconditional
+from pull_backs import swept
 
 STOCHASTIC = [memoryless_euler, memoryless_local_linear, ancestral]
 LAW = gaussian(0.4, 0.3)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from am_diffusers.features import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from evaluating.measuring.features import EfficientNet
 
 from .loop import Loop, gather
 from .world import COLOURS, CONCEPTS, CONDITIONS, Labels, World, draw_conditions

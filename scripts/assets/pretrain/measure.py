@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from am_diffusers.features import EfficientNet
 from torch import Tensor
 from torchvision.utils import save_image
 
 from am_diffusers.rewards import HPSv2, ImageReward, PickScore
+from evaluating.measuring.features import EfficientNet
 
 from .judge import Judge
 from .loop import Loop
