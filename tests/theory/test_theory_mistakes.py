@@ -14,8 +14,9 @@ from am_diffusers.matching import matching_target
 from am_diffusers.rollout import rollout, sample
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField
-from derivatives import SIGMAS, derivatives, divergence, drift, memoryless, states, swept
+from derivatives import SIGMAS, derivatives, divergence, drift, memoryless, states
 from oracles import THREE_MODES, chain_moments, float64, gaussian, unconditional
+from pull_backs import swept
 
 
 @pytest.mark.parametrize(("factor", "right"), [(-0.5, True), (0.5, False)])
