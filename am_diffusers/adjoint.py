@@ -99,7 +99,7 @@ def lean_adjoint(
     Args:
         base: field before fine-tuning.
         trajectory: rollout of the policy.
-        last: its last step.
+        last: last step of the trajectory.
         adjoint: adjoint_K, (B, ...).
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
         state_cost: running cost of the states, see the module docstring; None = 0.
@@ -155,7 +155,7 @@ def full_adjoint(
         base: field before fine-tuning.
         policy: field the trajectory was rolled out with.
         trajectory: rollout of `policy`.
-        last: its last step.
+        last: last step of the trajectory.
         adjoint: adjoint_K, (B, ...).
         with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
         state_cost: running cost of the states, see the module docstring; None = 0.
@@ -169,7 +169,7 @@ def full_adjoint(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What lean and full adjoint share: everything but the step."""
+    """A sweep back, lean or full: all but the step."""
 
     base: VelocityField
     trajectory: Trajectory
@@ -200,7 +200,7 @@ def _require_finite_adjoints(adjoints: dict[int, Tensor], trajectory: Trajectory
 
 
 def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[int], Tensor | float]:
-    """The part of adjoint_k that step k's own state cost makes, by k."""
+    """Return the part of adjoint_k that step k's own state cost makes, by k."""
     if state_cost is None:
         return lambda k: 0.0
     sigmas = trajectory.transitions.sigmas

@@ -70,10 +70,10 @@ class Divergence:
         return 1 / inverse.clamp(min=1 / max_slope)
 
     def normaliser(self, rewards: Tensor, reward_scale: float) -> float:
-        """The reward at which the ratio is 1, so that its mean over base samples is 1, by bisection.
+        """Return the reward at which the ratio is 1, so that its mean over base samples is 1, by bisection.
 
         Args:
-            rewards: of base samples, (N,), N >= 1.
+            rewards: rewards of base samples, (N,), N >= 1.
             reward_scale: 1 / alpha.
 
         Returns:
@@ -130,7 +130,7 @@ class Tilt:
         Args:
             divergence: which.
             reward_scale: 1 / alpha.
-            rewards: of base samples, by prompt.
+            rewards: rewards of base samples, by prompt.
             per_prompt: a normaliser for each prompt; else, for prompts that are a sample of many, the pooled
                 one alone.
             max_slope: see the class.

@@ -32,7 +32,7 @@ class MatchingBatch:
 
     Attributes:
         latents: states x_k, (N, ...).
-        sigmas: their noise levels, (N,).
+        sigmas: noise levels of the states, (N,).
         target: velocities to regress on, (N, ...).
         weight: factors of the squared errors, (N,); 0 for a masked row.
         samples: row of `cond` each row belongs to, (N,) int64 on the CPU.
@@ -74,12 +74,12 @@ class MatchingBatch:
         ]
 
     def to(self, device: torch.device | str) -> "MatchingBatch":
-        """The same rows on `device`; the conditioning stays where it is."""
+        """Return the same rows on `device`; the conditioning stays where it is."""
         moved = {n: (v := getattr(self, n)).to(device, non_blocking=v.is_pinned()) for n in _TENSORS}
         return replace(self, **moved)
 
     def pin_memory(self) -> "MatchingBatch":
-        """The same rows, the latents and targets in memory of the CPU that a GPU copies from fastest."""
+        """Return the same rows, latents and targets in pinned memory, which a GPU copies from fastest."""
         return replace(self, latents=self.latents.pin_memory(), target=self.target.pin_memory())
 
     def describe(self) -> str:
@@ -162,7 +162,7 @@ class QuantileMask:
 
     Args:
         quantile: share of rows kept, in (0, 1).
-        decay: of the exponential moving average of the batch quantiles, in [0, 1); the first batch of a
+        decay: decay of the exponential moving average of the batch quantiles, in [0, 1); the first batch of a
             step initialises it.
 
     Raises:
@@ -183,7 +183,7 @@ class QuantileMask:
             self._thresholds[step] = self.decay * old + (1 - self.decay) * new
 
     def keep(self, steps: Sequence[int], residuals: Tensor) -> Tensor:
-        """Which residuals (B, S) are at most their step's threshold, (B, S) bool."""
+        """Tell which residuals (B, S) are at most their step's threshold, (B, S) bool."""
         thresholds = residuals.new_tensor([self._thresholds[step] for step in steps], dtype=torch.float64)
         return residuals.double().sqrt() <= thresholds
 

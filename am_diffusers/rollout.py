@@ -101,7 +101,7 @@ def sample(
     *,
     watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """All K steps of the policy from `noise`: final latents, (B, ...).
+    """Run all K steps of the policy from `noise`: final latents, (B, ...).
 
     Args:
         policy: field that is followed, K calls.

@@ -1,4 +1,4 @@
-"""Where the adjoint starts: rewards of final latents, their gradients, and what becomes of those.
+"""The start of the adjoint: rewards of final latents, their gradients, and what becomes of those.
 
     adjoint_K = -reward_scale * slope * clip(grad reward(x_K))
 
@@ -23,7 +23,7 @@ RewardOfLatents = Callable[[Tensor, Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class GradientOptions:
-    """How the gradient of a reward is taken.
+    """Options of a reward's gradient.
 
     Attributes:
         batch_size: samples decoded and differentiated at once; None = all.
@@ -31,7 +31,7 @@ class GradientOptions:
         smoothing_samples: noisy copies averaged over, in opposite pairs: an even number.
         clip_quantile: gradients longer than a running quantile of the norms are shortened to it, in (0, 1);
             None = off.
-        clip_decay: of the running quantile, in [0, 1).
+        clip_decay: decay of the running quantile, in [0, 1).
 
     Raises:
         ValueError: if a number is out of range.
@@ -61,12 +61,12 @@ PLAIN = GradientOptions()
 
 @dataclass(frozen=True, eq=False)
 class Terminal:
-    """What a chunk of B samples starts its adjoint sweep with.
+    """The start of the adjoint sweep of a chunk of B samples.
 
     Attributes:
         rewards: (B,), means over the noisy copies if smoothed.
         adjoint: adjoint_K, (B, ...).
-        gradient_norms: of the rewards' gradients before clipping, (B,).
+        gradient_norms: norms of the rewards' gradients before clipping, (B,).
         slopes: factor of the gradient relative to reward_scale, (B,).
     """
 

@@ -134,7 +134,7 @@ def memoryless_euler(sigmas: Tensor) -> Transitions:
 
 
 def memoryless_local_linear(sigmas: Tensor) -> Transitions:
-    """The memoryless SDE integrated exactly over each step with the velocity frozen (the default).
+    """Return the memoryless SDE integrated exactly over each step with the velocity frozen (the default).
 
     d(t x) = 2 t u dt + sqrt(2 t (1 - t)) dW has no singularity at sigma = 1.
 
@@ -176,12 +176,12 @@ TRANSITIONS: dict[str, Callable[[Tensor], Transitions]] = {
 
 
 def uniform_sigmas(num_steps: int) -> Tensor:
-    """The uniform grid 1, 1 - 1/K, ..., 0 of K = `num_steps` steps, (K+1,) float64."""
+    """Return the uniform grid 1, 1 - 1/K, ..., 0 of K = `num_steps` steps, (K+1,) float64."""
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
-    """The uniform grid under SD3's resolution shift s -> shift * s / (1 + (shift - 1) * s), (K+1,) float64.
+    """Return the uniform grid under the shift s -> shift * s / (1 + (shift - 1) * s), (K+1,) float64.
 
     Equal to `FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(sigmas=linspace(1, 1/K, K))`
     (SD3, arXiv 2403.03206, section 5.3.2); SD3 uses shift 3.

@@ -1,4 +1,4 @@
-"""What a network is to the mathematics: a velocity, its vector-Jacobian product, and what a velocity says.
+"""A network as the mathematics sees it: a velocity, its vector-Jacobian product, and what a velocity says.
 
     x = (1 - sigma) * clean + sigma * noise        velocity = noise - clean
     clean = x - sigma * velocity                   noise = x + (1 - sigma) * velocity
@@ -22,7 +22,7 @@ graph."""
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything a velocity field is conditioned on, one row per sample.
+    """The conditioning of a velocity field, one row per sample.
 
     Attributes:
         prompts: the B prompts the rows were made from.
@@ -64,7 +64,7 @@ class Conditioning:
         return replace(self, prompts=tuple(self.prompts[i] for i in rows), **picked)
 
     def negative(self) -> "Conditioning":
-        """The same rows conditioned on the negative prompt, for classifier-free guidance.
+        """Return the same rows conditioned on the negative prompt, for classifier-free guidance.
 
         Raises:
             ValueError: if no negative embeddings were encoded.

@@ -50,7 +50,7 @@ def draw_panel(folder: Path) -> Path:
 
 
 def panel_figure(config: Mapping[str, object], training: Lines, validation: Lines) -> Figure:
-    """All curves of a run.
+    """Draw all curves of a run.
 
     Args:
         config: the resolved config; `output_dir`, `rewards` and `max_grad_norm` are read.
@@ -109,7 +109,7 @@ def _empty(axes: Axes, text: str = "not measured yet") -> None:
 
 
 def _interval_curve(axes: Axes, lines: Lines, name: str, label: str, colour: str, style: str) -> None:
-    """A curve with a marker at each validation and its 95 % band."""
+    """Draw a curve with a marker at each validation and its 95 % band."""
     iterations, values = _series(lines, name)
     axes.plot(iterations, values, style, color=colour, marker="o", markersize=4, label=label)
     _, low = _series(lines, f"{name}_low")
@@ -148,7 +148,7 @@ def _diversity(axes: Axes, lines: Lines) -> None:
 
 
 def _noisy(axes: Axes, lines: Lines, name: str, title: str, unit: str, *, log: bool = False) -> None:
-    """A metric of each iteration, faint, and its running median."""
+    """Draw a metric of each iteration, faint, and its running median."""
     _start(axes, title, unit)
     iterations, values = _series(lines, name)
     if not len(values):
@@ -164,7 +164,7 @@ class PlainLog(LogFormatter):
     """Numbers as `{:g}`, at the ticks that matplotlib labels: some of those between few powers of ten."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """The label of a tick at `x`; empty for most of the minor ones."""
+        """Return the label of a tick at `x`; empty for most of the minor ones."""
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 

@@ -79,10 +79,10 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval of the difference excludes 0 and p < 0.05: both, as each can mislead alone.
+        """True if the interval of the difference excludes 0 and p < 0.05: both, as each can mislead alone.
 
         The interval is about the mean, which one prompt can move; the test is about ranks. One comparison
-        only: of many null comparisons some are significant by chance.
+        only: some of many null comparisons are significant by chance.
         """
         low, high = self.difference.low, self.difference.high
         return self.p_value < LEVEL and low is not None and high is not None and (low > 0 or high < 0)

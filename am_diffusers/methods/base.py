@@ -1,4 +1,4 @@
-"""What the trainer needs of a fine-tuning method.
+"""A fine-tuning method, as the trainer sees it.
 
     collected = method.collect(cond, generators, shared)           no gradient
     for example in collected.examples.split(n):                    micro-batches of rows
@@ -38,7 +38,7 @@ class Examples(Protocol):
         ...
 
     def describe(self) -> str:
-        """The rows in one line, for an error message: prompts, noise levels."""
+        """Describe the rows in one line, for an error message: prompts, noise levels."""
         ...
 
 
@@ -165,7 +165,7 @@ class Method(ABC, Generic[E]):
         """Restore what `state_dict` returned."""
 
     def snapshot(self) -> Callable[[Exception | None], None]:
-        """A function that brings the method back to where it is now, told the error that makes it necessary.
+        """Return a function that, told the error, brings the method back to where it is now.
 
         An iteration that is to be done again as it was, such as one that a signal ended, must find the method
         exactly as now; after a `NonFiniteError` a method may drop what would lead there again.
@@ -179,7 +179,7 @@ class Method(ABC, Generic[E]):
         return roll_back
 
     def local_state_dict(self) -> dict[str, Any]:
-        """What must survive a restart and differs between ranks, such as a buffer; {} for most methods.
+        """Return what must survive a restart and differs between ranks; {} for most methods.
 
         A snapshot that later calls don't change: references to tensors that are never written to will do.
         """

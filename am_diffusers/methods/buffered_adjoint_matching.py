@@ -8,7 +8,7 @@ policy does not make them stale: only the law of the states ages, and the fixed 
 Matching. Replay with closed-form bridges is that of Adjoint Sampling (arXiv 2504.11713); this version, which
 stores the states of the chain itself, is a reconstruction, without importance weights (docs/theory.md,
 section 9). Mask and step selection are those of the iteration that collected a row: it is not judged again.
-Passes: those of Adjoint Matching in an iteration that collects, the regression's alone in the others, which
+Passes of Adjoint Matching in an iteration that collects, the regression's alone in the others, which
 report no rewards.
 """
 

@@ -147,7 +147,7 @@ class FlowGRPO(Method[PolicyRows]):
         return loss, {"path_kl": (weight @ path_kl.detach()).item(), "clipped": clipped.item()}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many passes the rows have had."""
+        """Return how many passes the rows have had."""
         return {"passes": self._passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class FlowGRPO(Method[PolicyRows]):
         self._passes = state["passes"]
 
     def local_state_dict(self) -> dict[str, Any]:
-        """The rows, if they have passes left."""
+        """Return the rows, if they have passes left."""
         if self._kept is None or not self._rows_left():
             return {}
         return {"examples": self._kept.state_dict()}
@@ -168,7 +168,7 @@ class FlowGRPO(Method[PolicyRows]):
             self._kept = rows_of_rank(parts, share, self.latents.device)
 
     def snapshot(self) -> Callable[[Exception | None], None]:
-        """As `Method.snapshot`, but rows of a pass that wasn't finite are dropped: they would fail again."""
+        """Return a roll-back that also drops rows of a pass that wasn't finite: they would fail again."""
         restore = super().snapshot()
 
         def roll_back(error: Exception | None) -> None:
@@ -179,7 +179,7 @@ class FlowGRPO(Method[PolicyRows]):
         return roll_back
 
     def _rows_left(self) -> bool:
-        """Whether the rows have passes left; rows without any pass are of an iteration that failed."""
+        """Tell if the rows have passes left; rows without any pass are of an iteration that failed."""
         return 0 < self._passes < self.own.grpo_passes
 
     def _rollouts(

@@ -29,7 +29,7 @@ class Model(TunedNetwork):
     Attributes:
         vae: the autoencoder, float32.
         source: where it was loaded from; None for a pipeline made in memory.
-        weight_dtype: of the network and the text encoders; the LoRA is float32.
+        weight_dtype: dtype of the network and the text encoders; the LoRA is float32.
         policy: velocity field with the LoRA; before `attach_lora` or `load_lora` it equals `base`.
         base: velocity field without the LoRA.
         before_pass: called before every pass of network or VAE, and may raise: to stop a run.
@@ -73,7 +73,7 @@ class Model(TunedNetwork):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self.network.device
 
     def pipeline(self) -> Any:

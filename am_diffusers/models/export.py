@@ -27,12 +27,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is exported.
+    """A finished export.
 
     Attributes:
         lora_path: the LoRA file, or a folder that holds `pytorch_lora_weights.safetensors`.
         scale: strength of the LoRA in the export; not 0.
-        dtype: of a merged pipeline's transformer and text encoders; LoRA files are float32.
+        dtype: dtype of a merged pipeline's transformer and text encoders; LoRA files are float32.
     """
 
     lora_path: Path

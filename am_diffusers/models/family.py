@@ -1,4 +1,4 @@
-"""What a model family says of itself: everything that `Model` cannot know of a Diffusers pipeline.
+"""A model family's own facts and functions: everything that `Model` cannot know of a Diffusers pipeline.
 
 A family is a record of stateless functions of a pipeline's components or of their configurations. `Model`
 moves, casts, caches and clamps; what is the same for all families isn't here.
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 class Encoded(NamedTuple):
-    """What is kept of one encoded prompt, None where the family has no such thing.
+    """One encoded prompt as it is kept, None where the family has no such thing.
 
     Attributes:
         embeddings: token embeddings, (tokens, dim).
@@ -40,15 +40,15 @@ class Family:
         network: the trained component, `transformer` or `unet`; also the prefix of LoRA keys.
         text_components: components that encode prompts; a pipeline runs without them.
         lora_layers: endings of the names of the linear layers that get a LoRA by default.
-        velocity: of (network, x, sigma, cond), `x` (B, ...) in the dtype of the weights, `sigma` (B,); a
-            ValueError if `cond` lacks what the network is conditioned on.
+        velocity: function of (network, x, sigma, cond), `x` (B, ...) in the dtype of the weights, `sigma`
+            (B,); a ValueError if `cond` lacks what the network is conditioned on.
         encode: (pipe, texts, max_sequence_length) to what is kept of each text; a ValueError if the pipeline
             cannot take prompts of that length.
         decode: (vae, latents) to images (B, 3, H, W) in [-1, 1], or frames (B, 3, F, H, W); not clamped.
         sigmas: (scheduler, num_steps, shape, stochastic) to noise levels (num_steps + 1,), float64, 1 to 0,
             for latents of a shape: of a stochastic table, or the pipeline's own. The scheduler is left as is.
-        latent_shape: of an image, (config, height, width) in pixels; a ValueError that names the nearest
-            size if the model cannot make that one.
+        latent_shape: shape of an image's latents, (config, height, width) in pixels; a ValueError that names
+            the nearest size if the model cannot make that one.
         multiple: (config) to the number of pixels that height and width are multiples of.
         resolution: (config) to the side in pixels of the square images that the model was made for.
         prompt_shapes: (config, max_sequence_length) to the shape of each part of `Encoded` that is there.

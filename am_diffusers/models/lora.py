@@ -80,7 +80,7 @@ class TunedNetwork:
             rank: inner dimension of A and B, at least 1.
             lora_alpha: scaling times rank.
             layers: endings of the names of the linear layers that get a LoRA; None = the family's.
-            seed: of A; the global generators are left as they were.
+            seed: seed of A; the global generators are left as they were.
 
         Raises:
             ValueError: if a LoRA is there already, or one of `layers` matches nothing.

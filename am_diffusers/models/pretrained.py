@@ -1,4 +1,4 @@
-"""Where a model lives: checks that need no weights, then loading.
+"""The place of a model: checks that need no weights, then loading.
 
 Everything that can be wrong with a model folder or a hub id is said here, before gigabytes are read.
 """
@@ -62,7 +62,7 @@ class Pretrained:
         """Load the pipeline on the CPU, VAE in float32 and the rest in `weight_dtype`.
 
         Args:
-            weight_dtype: of the network and the text encoders.
+            weight_dtype: dtype of the network and the text encoders.
             text_and_vae: False loads the network and the scheduler only.
 
         Returns:

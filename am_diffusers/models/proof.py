@@ -15,7 +15,7 @@ Point = tuple[Tensor, Tensor, Conditioning]
 
 @dataclass(frozen=True)
 class Proof:
-    """How a LoRA that was written, loaded back, compares with the tuned model at a fixed point.
+    """A LoRA that was written, loaded back and compared with the tuned model at a fixed point.
 
     Attributes:
         effect: largest change of the velocity by the LoRA, relative to the largest velocity.

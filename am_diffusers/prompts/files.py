@@ -204,7 +204,7 @@ def _is_media(feature: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """A JSON value; what can't be one is left out of the dict or list it stands in."""
+    """Return a JSON value; what can't be one is left out of the dict or list it stands in."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items() if _has_plain(part)}
     if isinstance(value, list | tuple):

@@ -182,7 +182,7 @@ class Wording:
         self.words = tuple(sorted(word for phrase in phrases for word in phrase))
 
     def rewords(self, other: "Wording") -> bool:
-        """Whether both say the same: the same words equally often, none tied to another partner.
+        """Tell if both say the same: the same words equally often, none tied to another partner.
 
         Same words are not enough: `a red cube and a blue ball` is not `a blue cube and a red ball`, and
         `a dog riding a horse` is not `a horse riding a dog`. So no word may share a phrase with x but not y
@@ -207,7 +207,7 @@ class Vocabulary:
         self._singulars: dict[str, str] = {}
 
     def may_be_of(self, text: str, words: Set[str]) -> bool:
-        """Whether a normalised text has no content word but `words`, openings aside: a quick look."""
+        """Tell if a normalised text has no content word but `words`, openings aside: a quick look."""
         return all(word in NO_CONTENT or self._singular(word) in words for word in WORD.findall(text))
 
     def wording(self, text: str) -> Wording:

@@ -80,7 +80,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def is_preset(source: str) -> bool:
-    """Whether a source is the name of a preset, or of a copy of one, and no file or folder."""
+    """Tell if a source is the name of a preset, or of a copy of one, and no file or folder."""
     return source.partition("=")[0] in PRESETS and not Path(source).exists()
 
 

@@ -24,7 +24,7 @@ class Reward(Protocol):
 
     @property
     def differentiable(self) -> bool:
-        """Whether scores have gradients with respect to the images."""
+        """True if scores have gradients with respect to the images."""
         ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

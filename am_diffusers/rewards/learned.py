@@ -41,7 +41,7 @@ class FrozenReward(ABC):
 
     @property
     def differentiable(self) -> bool:
-        """Whether scores have gradients with respect to the images: in every mode but "official"."""
+        """True if scores have gradients with respect to the images: in every mode but "official"."""
         return self.options.mode != "official"
 
     @abstractmethod

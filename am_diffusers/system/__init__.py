@@ -1,1 +1,1 @@
-"""What a process owes its user: whole files, clear failures, signals, memory, no secrets in its output."""
+"""Duties of a process to its user: whole files, clear failures, signals, memory, no secrets in its output."""

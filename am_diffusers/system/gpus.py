@@ -18,8 +18,8 @@ class Gpu:
     Attributes:
         memory: GiB.
         bf16: peak of bfloat16 and float16 matrix products, TFLOPS.
-        tf32: of float32 ones in TF32 (`allow_tf32`), TFLOPS.
-        fp32: of float32 ones, TFLOPS.
+        tf32: peak of float32 products in TF32 (`allow_tf32`), TFLOPS.
+        fp32: peak of float32 products, TFLOPS.
     """
 
     memory: float

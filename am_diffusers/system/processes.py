@@ -35,7 +35,7 @@ class PeerNotFiniteError(NonFiniteError):
 
 
 def is_secondhand(error: BaseException | None) -> bool:
-    """Whether an exception came from another process, which has the first-hand account."""
+    """Tell if an exception came from another process, which has the first-hand account."""
     while error is not None:
         if isinstance(error, PeerError | PeerNotFiniteError):
             return True
@@ -53,7 +53,7 @@ class Status(IntEnum):
 
 
 class Verdict(NamedTuple):
-    """What all processes agreed on in an exchange.
+    """The outcome that all processes agreed on in an exchange.
 
     Attributes:
         status: the worst of all.
@@ -212,7 +212,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _told_since(began: int, error: BaseException | None) -> bool:
-    """Whether the others were told of an exception, or of one that it came from, since a block began."""
+    """Tell if the others were told of an exception, or of one that it came from, since a block began."""
     while error is not None and vars(error).get("told", -1) < began:
         error = error.__cause__ or error.__context__
     return error is not None

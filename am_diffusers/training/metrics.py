@@ -1,4 +1,4 @@
-"""Where an iteration's numbers go: metrics.jsonl (always, flushed), trackers and the progress bar."""
+"""Logs of an iteration's numbers: metrics.jsonl (always, flushed), trackers and the progress bar."""
 
 import json
 from collections.abc import Callable, Mapping

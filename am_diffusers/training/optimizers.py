@@ -25,7 +25,7 @@ PRODIGY_SMALLEST_RATE = 0.1
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What the optimizers have in common.
+    """Settings that the optimizers have in common.
 
     Attributes:
         learning_rate: peak learning rate; of Prodigy a factor of the rate that it finds itself.

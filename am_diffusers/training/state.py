@@ -1,4 +1,4 @@
-"""What iterations change: parameters, optimizer, schedule, EMA and counters. All of it survives a restart."""
+"""State that iterations change and a restart keeps: parameters, optimizer, schedule, EMA, counters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """What an iteration changes, besides the method's own state.
+    """All that an iteration changes, besides the method's own state.
 
     Attributes:
         parameters: trained parameters by name, the same on all processes.

@@ -1,11 +1,11 @@
-"""What a method keeps from iteration to iteration: its size, and how ranks share what others saved."""
+"""Storage of a method from iteration to iteration: its size, and how ranks share what others saved."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PartShare:
-    """Which of the samples that ranks saved in parts are this rank's, however many ranks there are now.
+    """The samples of this rank among those that ranks saved in parts, however many ranks there are now.
 
     All ranks had as many samples, and all have, in rank order: rank r of R has the r-th of R equal shares.
 

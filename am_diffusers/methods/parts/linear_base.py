@@ -27,7 +27,7 @@ def later_state(start: Tensor, start_sigma: float, sigma: Tensor, noise: Tensor)
 
     Args:
         start: x_e, (N, ...).
-        start_sigma: their noise level s_e, in [0, 1).
+        start_sigma: noise level of those states s_e, in [0, 1).
         sigma: noise levels in [s_e, 1], (N,).
         noise: standard normal, (N, ...).
     """
@@ -50,12 +50,12 @@ def linear_target(
 
     Args:
         x: `later_state` of `start`, (N, ...).
-        sigma: its noise levels in (s_e, 1], (N,).
+        sigma: noise level, noise levels in (s_e, 1], (N,).
         start: x_e, (N, ...).
-        start_sigma: its noise level s_e, in [0, 1).
+        start_sigma: noise level, noise level s_e, in [0, 1).
         score: score of the base's law at x_e, (N, ...).
         adjoint: -reward_scale * grad V(x_e), (N, ...).
-        variance: of the Gaussian data behind the linear base, > 0.
+        variance: variance of the Gaussian data behind the linear base, > 0.
     """
     t, t_e = 1 - sigma, 1 - start_sigma
     m, m_e = variance * t**2 + sigma**2, variance * t_e**2 + start_sigma**2

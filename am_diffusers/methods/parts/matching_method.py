@@ -1,4 +1,4 @@
-"""What the methods that regress on velocities have in common: chunks, mask, reports, loss, state.
+"""Methods that regress on velocities, and what they have in common: chunks, mask, reports, loss, state.
 
 A method says what the chunks of an iteration share (`prepare`) and what a chunk of samples contributes
 (`chunk`). The rest is here: samples go through the network `Sizes.rollout` at a time, rows wait on the CPU
@@ -52,8 +52,8 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
         Args:
             common: what `prepare` returned.
             ids: rows of this rank's samples that are meant.
-            cond: their conditioning.
-            generators: their generators.
+            cond: conditioning of those samples.
+            generators: generators of those samples.
         """
 
     @torch.no_grad()

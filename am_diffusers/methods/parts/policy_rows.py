@@ -26,11 +26,11 @@ class PolicyRows:
         steps: k, (N,) int64 on the CPU.
         log_prob: log density of x_{k+1} under the policy of the rollout, summed over the latent dimensions,
             (N,) float64.
-        advantage: of the sample, (N,).
+        advantage: advantage of the sample, (N,).
         weight: factors in the loss, (N,).
         samples: row of `cond` each row belongs to, (N,) int64 on the CPU.
         cond: conditioning of the samples, stored once.
-        table: of the rollout.
+        table: table of the rollout.
 
     Raises:
         ValueError: if the shapes disagree.
@@ -76,7 +76,7 @@ class PolicyRows:
         return f"steps {self.steps.tolist()}, prompts {prompts}, advantages {advantages}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and strings."""
+        """Return everything, as tensors and strings."""
         cond = {field.name: getattr(self.cond, field.name) for field in fields(self.cond)}
         return {
             "rows": {name: getattr(self, name) for name in (*_ROWS, "samples")},

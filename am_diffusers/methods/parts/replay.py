@@ -39,8 +39,8 @@ class Generation:
     """Samples of one collection on this rank; nothing is ever written to it.
 
     Attributes:
-        rows: of B samples, on the CPU.
-        prompts: theirs, (B,).
+        rows: rows of B samples, on the CPU.
+        prompts: prompts of the samples, (B,).
         iteration: when they were collected.
     """
 
@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         rows: (B, S) of them, on the CPU.
-        prompts: of each row, B x S.
+        prompts: prompt of each row, B x S.
         iterations: when each was collected, (B, S) int64.
     """
 
@@ -90,10 +90,10 @@ class Replay:
         self._generations = (*self._generations, new)[-self.limit :]
 
     def draw(self, generators: Sequence[torch.Generator]) -> Drawn:
-        """A row for each place (b, s) of a generation, drawn with the generator of sample b.
+        """Return a row for each place (b, s) of a generation, drawn with the generator of sample b.
 
         Args:
-            generators: of the B samples of this rank.
+            generators: generators of the B samples of this rank.
 
         Raises:
             ValueError: if what is stored has another number of samples.
@@ -149,7 +149,7 @@ class Replay:
             )
 
     def _stored(self, rows: Rows) -> Rows:
-        """The rows on the CPU, what is large in the store."""
+        """Return the rows on the CPU, what is large in the store."""
         small = (in_memory(tensor) for tensor in (rows.sigmas, rows.weight, rows.keep))
         return Rows(self.store(rows.latents), self.store(rows.target), *small)
 
@@ -171,7 +171,7 @@ class DiskTensors:
     folder: Path
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """An equal tensor on the disk; the tensor itself if it is one of this folder. Not to be written to.
+        """Return an equal tensor on the disk, not to be written to; itself if it is one of this folder.
 
         Raises:
             ValueError: if there's no room; says what to do.

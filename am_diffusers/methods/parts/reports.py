@@ -1,4 +1,4 @@
-"""What an iteration reports of its samples: rewards, gradients, adjoint norms, path KL."""
+"""Statistics of an iteration's samples: rewards, gradients, adjoint norms, path KL."""
 
 import math
 from collections.abc import Mapping
@@ -62,13 +62,13 @@ def everywhere(stats: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
 
 
 def means(columns: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each statistic, and the standard deviation of the rewards."""
+    """Return the mean of each statistic, and the standard deviation of the rewards."""
     found = {name: column.mean().item() for name, column in columns.items()}
     return found | {"reward_std": columns["reward"].std(correction=0).item()}
 
 
 def adjoint_norms(columns: dict[str, Tensor]) -> dict[int, float]:
-    """The median norm of adjoint_k by k: single samples in the tail don't move it."""
+    """Return the median norm of adjoint_k by k: single samples in the tail don't move it."""
     return {
         int(name.removeprefix(ADJOINT_NORM)): column.median().item()
         for name, column in columns.items()
@@ -103,7 +103,7 @@ class AdjointMonitor:
         """Take the norms of an iteration by step, the terminal one last; what there is to say of them.
 
         Args:
-            norms: of adjoint_k by k = 1 .. K, a typical value over the samples of all ranks.
+            norms: norms of adjoint_k by k = 1 .. K, a typical value over the samples of all ranks.
         """
         terminal = max(norms)
         found = {
@@ -140,6 +140,6 @@ class AdjointMonitor:
 
     @staticmethod
     def _largest(norms: Mapping[int, float], references: Mapping[int, float]) -> tuple[float, int]:
-        """The largest ratio of a norm to its reference, and its step; 0 without references."""
+        """Return the largest ratio of a norm to its reference, and its step; 0 without references."""
         ratios = [(norms[k] / references[k], k) for k in norms if references.get(k, 0) > 0]
         return max(ratios, default=(0.0, 0))

@@ -52,7 +52,7 @@ class Rows:
 
 
 class Chunk(NamedTuple):
-    """What a chunk of B samples contributes.
+    """The contribution of a chunk of B samples.
 
     Attributes:
         rows: S rows a sample.
@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a rollout and its sweep gave.
+    """The result of a rollout and its sweep.
 
     Attributes:
         rows: rows of this rank's B samples.

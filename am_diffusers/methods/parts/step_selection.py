@@ -1,4 +1,4 @@
-"""Which denoising steps an iteration trains on, and the factors that keep the loss unbiased.
+"""Selection of the denoising steps that an iteration trains on, and the factors that keep the loss unbiased.
 
 The loss over all N steps with noise is estimated from n of them. A step that is selected with probability
 pi_k counts n / (N pi_k) times in the mean over the selected rows, so that the expectation over selections is
@@ -39,7 +39,7 @@ class StepSelection:
     Args:
         steps: how many, or all of those with noise.
         kind: see the module docstring.
-        decay: of the running means of the residuals, in [0, 1).
+        decay: decay of the running means of the residuals, in [0, 1).
 
     Raises:
         ValueError: if `kind` is unknown, or steps are to be selected from all by anything but the default.

@@ -1,4 +1,4 @@
-"""What a method is given. A run fills it with a model; estimates, benchmarks and tests with stand-ins."""
+"""Surroundings of a method. A run fills it with a model; estimates, benchmarks and tests with stand-ins."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def unconditional(prompts: Sequence[str]) -> Conditioning:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples a method handles at once; None = all.
+    """Numbers of samples that a method handles at once; None = all.
 
     Attributes:
         batch: samples of an iteration over all ranks, for methods that keep some; None = this rank's.
@@ -47,7 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What a method is given: whose velocities, which reward, which noise.
+    """All that a method is given: whose velocities, which reward, which noise.
 
     Attributes:
         policy: field that is trained; where the method is `guided_everywhere`, with the rollout's guidance.
