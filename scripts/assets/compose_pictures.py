@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from emoji import Labels, PictureSet
 from PIL import PngImagePlugin
-from pretrain.data import Labels, PictureSet
 
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.prompts.sets import load_texts

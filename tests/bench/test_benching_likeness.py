@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emoji import COLOUR_NAMES, COLOURS, PictureSet, background_of
 from PIL import Image, PngImagePlugin
-from pretrain.data import COLOUR_NAMES, COLOURS, PictureSet, background_of
 
 from am_diffusers.evaluation.statistics import Estimate
 from am_diffusers.system.files import asset_path

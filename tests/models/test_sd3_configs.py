@@ -61,7 +61,7 @@ def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> Model:
     )
 
 
-@pytest.mark.parametrize("t5", [False, True])
+@pytest.mark.parametrize("t5", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_iterations_of_adjoint_matching(transformer: SD3Transformer2DModel, t5: bool) -> None:
     model = released_model(transformer, t5=t5)
     cond = model.encode_prompts(["a red fox on a blue background"])

@@ -27,6 +27,7 @@ def test_a_sharded_model_is_the_whole_one_bit_by_bit(tiny_sd3_dir, tmp_path):
     assert done.stdout.count("equal") == 2
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_run_of_one_process(tiny_sd3_dir, tmp_path):
     """Training, validation, checkpoint and evaluation of three prompts on two processes that work in step."""
     write_rewards(tmp_path)

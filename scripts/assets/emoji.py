@@ -121,7 +121,7 @@ class PictureSet:
         grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
         return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def images(self, labels: Labels, generator: torch.Generator) -> Tensor:
+    def pictures(self, labels: Labels, generator: torch.Generator) -> Tensor:
         """Pictures (B, 3, 64, 64) in [0, 1] of a batch of labels."""
         rgba = self.foreground(labels, generator)
         return (rgba[:, :3] + (1 - rgba[:, 3:]) * COLOURS[labels.background][:, :, None, None]).clamp(0, 1)
