@@ -277,7 +277,10 @@ def test_two_processes_stop_together_and_one_goes_on(kind, request):
         "reward": 1e-5,
         "path_kl": 1e-5,
         "masked": 0,
-        "grad_norm": 1e-4,
+        # Rows of opposite gradients cancel, and batches of other sizes round otherwise: 2.4e-4 apart on a
+        # CPU with AVX-512 (commit 85df672 to the same digits), under 1e-4 on others. Anything lost moves it
+        # by tenths.
+        "grad_norm": 5e-4,
     }.items():
         expected = pytest.approx([line[name] for line in one if name in line], rel=tolerance, abs=1e-6)
         assert [line[name] for line in two if name in line] == expected, name
