@@ -98,8 +98,6 @@ def sample(
     cond: Conditioning,
     noise: Tensor,
     step_noise: Callable[[int], Tensor] | None = None,
-    *,
-    watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Run all K steps of the policy from `noise`: final latents, (B, ...).
 
@@ -109,7 +107,6 @@ def sample(
         cond: conditioning, B rows.
         noise: x_0 ~ N(0, I), (B, ...).
         step_noise: noise of step k, like `noise`; called for the steps with std > 0 only.
-        watch: sees (k, x_k, velocity of the policy there) of every step.
 
     Raises:
         ValueError: if the table is stochastic and `step_noise` is missing.
@@ -119,8 +116,6 @@ def sample(
     x = noise
     for k in range(transitions.num_steps):
         velocity = policy(x, noise_level(transitions, k, x), cond)
-        if watch is not None:
-            watch(k, x, velocity)
         mean = transitions.mean(k, x, velocity)
         std = transitions.std[k].item()
         x = mean + std * step_noise(k) if step_noise is not None and std > 0 else mean
@@ -173,8 +168,9 @@ class Solver(Protocol):
             cond: conditioning, B rows.
             noise: starting noise, (B, ...).
             generators: B, of the noise of the steps; a deterministic solver leaves them alone.
-            base: take the path KL against this field, with the same guidance: one more call of it for each
-                stochastic step. A solver without transition densities takes none.
+            base: take the path KL against this field, with the same guidance, and as in training its last
+                step: as many calls of it as there are steps. A solver without transition densities takes
+                    none.
         """
         ...
 
@@ -196,14 +192,43 @@ class TableSolver:
         base: VelocityField | None = None,
     ) -> Solution:
         """See `Solver`: K calls of `field`; path KL of stochastic tables only."""
-        table, terms = self.transitions, list[Tensor]()
-
-        def compare(k: int, x: Tensor, velocity: Tensor) -> None:
-            if base is not None and table.std[k] > 0:
-                terms.append(table.path_kl(k, velocity, base(x, noise_level(table, k, x), cond)))
 
         def step_noise(_: int) -> Tensor:
             return draw(generators, noise.shape[1:], noise.dtype).to(noise.device)
 
-        latents = sample(field, table, cond, noise, step_noise, watch=compare)
-        return Solution(latents, torch.stack(terms).cpu().double().sum(0) if terms else None)
+        if base is not None and self.transitions.std.any():
+            return chain(field, base, self.transitions, cond, noise, step_noise)
+        return Solution(sample(field, self.transitions, cond, noise, step_noise), None)
+
+
+def chain(
+    policy: VelocityField,
+    base: VelocityField,
+    transitions: Transitions,
+    cond: Conditioning,
+    noise: Tensor,
+    step_noise: Callable[[int], Tensor],
+) -> Solution:
+    """Run the chain of training, whose last step is the base's: K-1 calls of the policy, K of the base.
+
+    The last step adds no noise: the images are no farther from the base's than the path KL, in nats, only if
+    both take it alike.
+
+    Args:
+        policy: field that is followed.
+        base: field that the path KL is against.
+        transitions: stochastic table of K steps.
+        cond: conditioning, B rows.
+        noise: x_0 ~ N(0, I), (B, ...).
+        step_noise: noise of step k, like `noise`; called for k = 0 .. K-2 in this order.
+    """
+    last = transitions.num_steps - 1
+    trajectory = rollout(policy, transitions, cond, noise, step_noise)
+    with torch.no_grad():
+        terms = [
+            transitions.path_kl(k, trajectory.velocities[k], base(*trajectory.at(k)))
+            for k in range(last)
+            if transitions.std[k] > 0
+        ]
+        final = transitions.mean(last, trajectory.latents[last], base(*trajectory.at(last)))
+    return Solution(final, torch.stack(terms).cpu().double().sum(0))

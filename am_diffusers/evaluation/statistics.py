@@ -107,7 +107,7 @@ class Diversity:
 
 def estimate(
     statistic: Callable[..., Array],
-    *samples: Array,
+    *samples: NDArray[Any],
     span: tuple[float, float] = (-math.inf, math.inf),
     resamples: int = RESAMPLES,
 ) -> Estimate:
@@ -130,7 +130,7 @@ def estimate(
 
 
 def _percentiles(
-    statistic: Callable[..., Array], samples: tuple[Array, ...], resamples: int
+    statistic: Callable[..., Array], samples: tuple[NDArray[Any], ...], resamples: int
 ) -> tuple[float, float]:
     """Return the 2.5 and 97.5 % points of the resampled statistic."""
     # A resample of a ratio may divide by 0: then there's no interval.

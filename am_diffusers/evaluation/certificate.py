@@ -1,0 +1,207 @@
+"""The certificate: how far a tuned model is from base * exp(scale * reward), as a number in nats.
+
+For the memoryless chain of training, whose last step is the base's, and for each prompt
+
+    tilt_gap = log E_base[exp(scale r)] - (scale E_tuned[r] - path_kl) = KL(tuned path law | optimal path
+    law) >= 0
+
+with equality only at the optimum: dP* / dP_base = exp(scale r(x_K)) / E_base[exp(scale r)] on paths, so that
+KL(P | P*) = KL(P | P_base) - scale E_P[r] + log E_base[exp(scale r)]. Total variation is at most
+sqrt(tilt_gap / 2). The run's objective is what it maximises, counted from the base, and the headroom the
+most it can be:
+
+    objective = scale (E_tuned[r] - E_base[r]) - path_kl      headroom = log E_base[exp(scale r)] - scale
+    E_base[r] tilt_gap  = headroom - objective                          attained = objective / headroom
+
+Two more numbers do not depend on the scale. A small control along the optimal one gains sqrt(2 var(r)
+path_kl), so
+
+    cosine    = gain / sqrt(2 var(r) path_kl)                 excess_kl = path_kl / (the frontier's KL at
+    this gain)
+
+tell how well the control points along the optimal one, and how many times its KL is what it need be. Rewards
+of tuned and base images from the same noise are paired; intervals are over prompts (`statistics.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from am_diffusers.evaluation.frontier import MIN_SHARE, Frontier
+from am_diffusers.evaluation.statistics import RESAMPLES, Array, Estimate, estimate
+
+Numbers = NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """Images of a tuned model by the memoryless chain, from the noise of the frontier's first images.
+
+    Attributes:
+        rewards: reward that was trained, (P prompts, S <= N images).
+        path_kl: KL divergence of the steps from the base's, (P, S), in nats.
+    """
+
+    rewards: Array
+    path_kl: Array
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Distance of a tuned model from the tilt; each number a mean over prompts with its 95 % interval.
+
+    Attributes:
+        gain: E_tuned[r] - E_base[r], in the reward's units.
+        path_kl: KL divergence of the tuned chain from the base's, in nats.
+        predicted_gain: gain of the tilt itself; None, as all numbers that need its normaliser, where the base
+            images can't tell.
+        objective: what the run maximises, over the base's, in nats.
+        tilt_gap: KL divergence from the tilt's path law, in nats; 0 = the right answer.
+        attained: share of the headroom that is reached; 1 = the right answer.
+        excess_kl: path KL over the frontier's KL at the same gain; 1 = the right answer for some scale. None
+            without a gain, or with one beyond what the base images can tell.
+        cosine: share of the reward a small control of this path KL could have gained.
+        best_of_n: number of base images of which the best equals the tuned mean, at most N.
+        effective_share: effective share of base images at this scale.
+        largest_scale: largest scale at which these base images can tell.
+    """
+
+    gain: Estimate
+    path_kl: Estimate
+    predicted_gain: Estimate | None
+    objective: Estimate
+    tilt_gap: Estimate | None
+    attained: Estimate | None
+    excess_kl: Estimate | None
+    cosine: Estimate | None
+    best_of_n: Estimate
+    effective_share: float
+    largest_scale: float
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Return those numbers that are known, by name."""
+        return {name: each for name, each in self.__dict__.items() if isinstance(each, Estimate)}
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def verdict(self) -> str:
+        """Say in a sentence where the tuned model stands."""
+        if self.tilt_gap is None or self.attained is None:
+            return (
+                f"too few base images to tell at this reward_scale (effective share "
+                f"{self.effective_share:.0%}, {MIN_SHARE:.0%} is needed): they tell up to reward_scale "
+                f"{self.largest_scale:.3g}"
+            )
+        return (
+            f"tilt gap {self.tilt_gap.text('.2f', 'nats')}: "
+            f"{self.attained.text('.0%')} of what was to be gained over the base is attained"
+        )
+
+
+def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = RESAMPLES) -> Certificate:
+    """Compare a tuned model with the tilt by exp(scale * reward).
+
+    Args:
+        frontier: rewards of the base's images by the memoryless chain.
+        scale: reward_scale of the run, > 0.
+        tuned: rewards and path KL of the tuned model.
+        resamples: number of resamples of the bootstrap.
+    """
+
+    def mean(values: Array) -> Estimate:
+        return estimate(np.mean, values, resamples=resamples)
+
+    rows = Rows(frontier, resamples)
+    base = frontier.rewards.mean(axis=1)
+    gain = (tuned.rewards - frontier.rewards[:, : tuned.rewards.shape[1]]).mean(axis=1)
+    path_kl = tuned.path_kl.mean(axis=1)
+    tilted = frontier.tilt(scale)
+    objective, headroom = scale * gain - path_kl, tilted.log_normaliser - scale * base
+    share = float(tilted.effective_share.mean())
+    known = share >= MIN_SHARE and headroom.mean() > 0
+    attained = rows.estimate(lambda rows: objective[rows].mean(-1) / headroom[rows].mean(-1))
+    return Certificate(
+        gain=mean(gain),
+        path_kl=mean(path_kl),
+        predicted_gain=mean(tilted.reward - base) if known else None,
+        objective=mean(objective),
+        tilt_gap=mean(headroom - objective) if known else None,
+        attained=attained if known else None,
+        excess_kl=rows.excess_kl(gain, path_kl),
+        cosine=rows.cosine(gain, path_kl),
+        best_of_n=rows.best_of_n(gain),
+        effective_share=share,
+        largest_scale=frontier.largest_scale,
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Statistics of resampled prompts, whose curves are averaged before they are read.
+
+    Attributes:
+        frontier: curves of the prompts.
+        resamples: number of resamples of the bootstrap.
+    """
+
+    frontier: Frontier
+    resamples: int
+
+    def estimate(self, statistic: Callable[[Numbers], Array]) -> Estimate:
+        """Return a statistic that takes numbers of prompts (..., P) and reduces their last axis."""
+        return estimate(
+            lambda rows, axis: statistic(np.moveaxis(rows, axis, -1)),
+            np.arange(len(self.frontier.rewards)),
+            resamples=self.resamples,
+        )
+
+    def excess_kl(self, gain: Array, path_kl: Array) -> Estimate | None:
+        """Return path KL over the frontier's KL at the same gain; both (P,)."""
+        base, curve = self.frontier.rewards.mean(axis=1), self.frontier.curve
+        gains = np.stack([each.reward - base for each in curve], -1)
+        divergences = np.stack([each.kl for each in curve], -1)
+        if not gains[:, 0].mean() < gain.mean() <= gains[:, -1].mean():
+            return None
+
+        def ratio(rows: Numbers) -> Array:
+            curves = gains[rows].mean(-2), divergences[rows].mean(-2)
+            return path_kl[rows].mean(-1) / _at(gain[rows].mean(-1), *curves)
+
+        return self.estimate(ratio)
+
+    def cosine(self, gain: Array, path_kl: Array) -> Estimate | None:
+        """Return the gain over the most that a small control of this path KL could gain; both (P,)."""
+        if not path_kl.mean() > 0:
+            return None
+        variance = self.frontier.variance
+
+        def cosine(rows: Numbers) -> Array:
+            most = np.sqrt(2 * variance[rows].mean(-1) * path_kl[rows].mean(-1))
+            return gain[rows].mean(-1) / most
+
+        return self.estimate(cosine)
+
+    def best_of_n(self, gain: Array) -> Estimate:
+        """Return the number of base images of which the best gains as much, (P,)."""
+        gains = self.frontier.best - self.frontier.rewards.mean(axis=1, keepdims=True)
+        logs = np.log(np.arange(1, gains.shape[1] + 1))
+
+        def best_of(rows: Numbers) -> Array:
+            curve = gains[rows].mean(-2)
+            return np.exp(_at(gain[rows].mean(-1), curve, np.broadcast_to(logs, curve.shape)))
+
+        return self.estimate(best_of)
+
+
+def _at(x: Array, xs: Array, ys: Array) -> Array:
+    """Interpolate curves (..., L), xs increasing, each at its own x (...); constant beyond the ends."""
+    right = (xs < x[..., None]).sum(-1, keepdims=True).clip(1, xs.shape[-1] - 1)
+    (x0, x1), (y0, y1) = (
+        [np.take_along_axis(curve, right - 1 + i, -1)[..., 0] for i in (0, 1)] for curve in (xs, ys)
+    )
+    return y0 + ((x - x0) / (x1 - x0)).clip(0, 1) * (y1 - y0)
