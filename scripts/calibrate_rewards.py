@@ -1,25 +1,35 @@
-"""Measure mean and standard deviation of each reward on base images, and write a config to train with.
+"""Score base images: calibrate the rewards of a config, and show what each reward_scale is worth.
 
-    accelerate launch scripts/calibrate_rewards.py --config configs/X.yaml --output rewards.yaml
-    accelerate launch scripts/finetune.py --config configs/X.yaml --config rewards.yaml
+    accelerate launch scripts/calibrate_rewards.py --config configs/X.yaml --output calibrated.yaml
+    accelerate launch scripts/finetune.py --config configs/X.yaml --config calibrated.yaml
 
-A reward's weight then counts base standard deviations. All flags of `finetune.py` are understood; images
-are made as in its evaluation: by the ODE sampler and `eval_guidance_scale`, on training prompts.
+Writes the rewards with mean and standard deviation, so that a weight counts base standard deviations, and
+beside it the scores, from which `--reward_scale auto --target_kl 0.5` takes the scale whose tilt differs from
+the base by half a nat. Prints the frontier: for some KL divergences the reward_scale, the gain of the
+tilt in trained and held-out rewards, and what the best of as many base images as cost the same KL would gain.
+All flags of `finetune.py` are understood; images are made as in training, by its chain, on training prompts.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
-from am_diffusers.config import RewardConfig
+from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.evaluation.base_rewards import base_rewards
-from am_diffusers.run.fields import guided
+from am_diffusers.evaluation.frontier import Frontier
+from am_diffusers.evaluation.frontier_table import frontier_table
+from am_diffusers.evaluation.pairs import official
+from am_diffusers.evaluation.scores import save_scores, score_images
+from am_diffusers.run.base_scores import trained_scales
+from am_diffusers.run.certificate import chain_sampler
+from am_diffusers.run.fields import with_guidance
 from am_diffusers.run.folder import make_accelerator
-from am_diffusers.run.load import load_model, load_reward, make_sampler
+from am_diffusers.run.load import load_model, load_rewards
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import write_text
 from am_diffusers.system.processes import Processes
@@ -30,8 +40,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, help="YAML file to write")
-    parser.add_argument("--num_prompts", type=int, default=64, help="number of training prompts to use")
-    parser.add_argument("--images_per_prompt", type=int, default=4)
+    parser.add_argument("--num_prompts", type=int, default=32, help="number of training prompts to use")
+    parser.add_argument("--images_per_prompt", type=int, default=64, help="at least 8, to tell the frontier")
     options, rest = parser.parse_known_args()
     try:
         calibrate(rest, options.output, options.num_prompts, options.images_per_prompt)
@@ -40,34 +50,50 @@ def main() -> None:
 
 
 def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt: int) -> None:
-    """Measure the trained rewards of a config and write them with their mean and std."""
-    if min(num_prompts, images_per_prompt) < 1 or num_prompts * images_per_prompt < 2:
-        raise ValueError("--num_prompts and --images_per_prompt must be positive, for at least 2 images")
+    """Score base images; write the calibrated rewards and the scores, print the frontier."""
+    if num_prompts < 1 or images_per_prompt < 8:
+        raise ValueError("--num_prompts must be at least 1 and --images_per_prompt at least 8")
     config = parse_config(argv, program="calibrate_rewards.py")
     accelerator = make_accelerator(config)
     plan = make_plan(config, accelerator.num_processes)
     model = load_model(plan, accelerator.device)
-    rewards = [load_reward(reward, config, accelerator.device) for reward in plan.config.method.rewards]
-    base = guided(model.base, config.evaluation.eval_guidance_scale)
-    sampler = make_sampler(config, model, purpose="calibration")
-    prompts = plan.some_train_prompts(num_prompts, "calibration")
-    processes = Processes(accelerator)
+    trained, held_out = load_rewards(plan, accelerator.device)
+    prompts, processes = plan.some_train_prompts(num_prompts, "calibration"), Processes(accelerator)
     with processes.together():
-        scores = base_rewards(sampler, base, rewards, prompts, images_per_prompt, processes=processes)
-    measured = []
-    for reward in plan.config.method.rewards:
-        mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
-        accelerator.print(
-            f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} images"
+        scores = score_images(
+            chain_sampler(plan.config, model, "calibration"),
+            with_guidance(plan.config, model.policy, model.base).base,
+            [*trained, *map(official, held_out)],
+            prompts,
+            images_per_prompt,
+            processes=processes,
         )
+    calibrated = _calibrated(plan.config, scores)
+    if accelerator.is_main_process:
+        _write(output, calibrated, prompts, scores)
+    scales = trained_scales(calibrated)
+    for line in frontier_table(Frontier.of(scores, scales), list(scales)):
+        accelerator.print(line)
+
+
+def _calibrated(config: Config, scores: Mapping[str, Tensor]) -> Config:
+    """Return the config with mean and standard deviation of each trained reward."""
+    rewards = []
+    for reward in config.method.rewards:
+        mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
+        print(f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} images")
         if not std > 0:
             raise ValueError(f"{reward.name} scores all base images {mean}: raise --num_prompts")
-        measured.append(replace(reward, mean=mean, std=std))
-    if accelerator.is_main_process:
-        defaults = asdict(RewardConfig(""))
-        rows = [{k: v for k, v in asdict(r).items() if v != defaults[k]} for r in measured]
-        write_text(output, yaml.safe_dump({"rewards": rows}, sort_keys=False))
-        accelerator.print(f"written: {output.resolve()}")
+        rewards.append(replace(reward, mean=mean, std=std))
+    return replace(config, method=replace(config.method, rewards=rewards))
+
+
+def _write(output: Path, config: Config, prompts: list[str], scores: Mapping[str, Tensor]) -> None:
+    frontier, defaults = output.with_suffix(".frontier.json"), asdict(RewardConfig(""))
+    rows = [{k: v for k, v in asdict(r).items() if v != defaults[k]} for r in config.method.rewards]
+    save_scores(frontier, prompts, scores)
+    write_text(output, yaml.safe_dump({"rewards": rows, "frontier": str(frontier)}, sort_keys=False))
+    print(f"written: {output.resolve()} and {frontier.resolve()}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.evaluation.held_out import HeldOut
+from am_diffusers.evaluation.scores import score_images
 from am_diffusers.evaluation.validation import Validation
 from am_diffusers.rewards import Brightness
 from am_diffusers.run.execution import Run
@@ -45,7 +45,7 @@ class Broken(Brightness):
 
 def computing_base_rewards(processes: Processes, fail: Fail) -> None:
     with processes.together():
-        base_rewards(make_sampler(2), field(0.0), [Broken(fail)], PROMPTS, 4, processes=processes)
+        score_images(make_sampler(2), field(0.0), [Broken(fail)], PROMPTS, 4, processes=processes)
 
 
 def scoring(processes: Processes, fail: Fail) -> None:

@@ -52,6 +52,7 @@ def tiny_config(model: Path, folder: Path, **changes: object) -> Path:
         "eval_inference_steps": 3,
         "eval_images_per_prompt": 2,
         "eval_batch_size": 4,
+        "certificate_images": 8,
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config | changes))

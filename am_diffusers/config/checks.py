@@ -35,6 +35,7 @@ def check_values(config: Config) -> None:
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
+        *_certificate(config),
         *_sharding(config),
         *_auto(config),
     ]
@@ -142,6 +143,7 @@ def _evaluation(c: EvaluationConfig) -> list[Check]:
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),
         ((c.early_stopping_patience or 1) >= 1, "early_stopping_patience", "at least 1 or null"),
+        (c.certificate_images == 0 or c.certificate_images >= 8, "certificate_images", "at least 8, or 0"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
         (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
         (c.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
@@ -161,6 +163,22 @@ def _auto(c: Config) -> list[Check]:
     tried = method is None or method.finds_sizes
     rule = f"a number: auto does not know the passes of {c.method.method}"
     return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
+
+
+def _certificate(c: Config) -> list[Check]:
+    images, options = c.evaluation.certificate_images, c.evaluation
+    return [
+        (
+            c.shared.reward_scale != "auto" or images > 0 or options.frontier is not None,
+            "certificate_images",
+            "positive with reward_scale auto, or --frontier given",
+        ),
+        (
+            options.early_stopping_metric != "tilt_gap" or (images > 0 and c.shared.divergence == "kl"),
+            "early_stopping_metric",
+            "gain without certificate_images, or with a divergence other than kl",
+        ),
+    ]
 
 
 def _sharding(c: Config) -> list[Check]:

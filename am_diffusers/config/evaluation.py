@@ -1,6 +1,7 @@
 """Validation during training, and held-out evaluation at the end."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from am_diffusers.config.rewards import RewardConfig
 
@@ -16,8 +17,14 @@ class EvaluationConfig:
             then evaluation (else training) prompts drawn at random up to this number.
         num_validation_images: images per prompt at each validation, each with its own fixed noise.
         validation_steps: iterations between two validations.
+        certificate_images: base images a prompt by the chain of training, of which the validation prompts'
+            tell how far the run is from the tilt, and training prompts' what reward_scale auto is; 0 = no
+            certificate.
+        frontier: file of base scores that calibrate_rewards.py wrote, for reward_scale auto; null = the run
+            scores base images of its own.
         early_stopping_patience: end the run after this number of validations in a row without a new best
-            gain of the first held-out reward; null = never.
+            early_stopping_metric; null = never.
+        early_stopping_metric: gain of the first held-out reward, or tilt_gap: the distance from the tilt.
         eval_prompts: held-out prompts, a source like `train_prompts`, for instance DrawBench; null = no
             evaluation at the end.
         eval_prompts_column: column (or JSON key) that holds the prompt; not used by txt files.
@@ -35,7 +42,10 @@ class EvaluationConfig:
     num_validation_prompts: int = 16
     num_validation_images: int = 2
     validation_steps: int = 50
+    certificate_images: int = 64
+    frontier: str | None = None
     early_stopping_patience: int | None = None
+    early_stopping_metric: Literal["gain", "tilt_gap"] = "gain"
     eval_prompts: str | None = None
     eval_prompts_column: str = "prompt"
     eval_prompts_split: str = "test"

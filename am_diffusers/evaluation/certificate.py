@@ -24,7 +24,7 @@ of tuned and base images from the same noise are paired; intervals are over prom
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ from am_diffusers.evaluation.frontier import MIN_SHARE, Frontier
 from am_diffusers.evaluation.statistics import RESAMPLES, Array, Estimate, estimate
 
 Numbers = NDArray[np.intp]
+NOTHING = 0.01
+"""Headroom, in nats, below which a run has nothing to learn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class Certificate:
     Attributes:
         gain: E_tuned[r] - E_base[r], in the reward's units.
         path_kl: KL divergence of the tuned chain from the base's, in nats.
-        predicted_gain: gain of the tilt itself; None, as all numbers that need its normaliser, where the base
+        predicted: gain of the tilt itself; None, as all numbers that need its normaliser, where the base
             images can't tell.
         objective: what the run maximises, over the base's, in nats.
         tilt_gap: KL divergence from the tilt's path law, in nats; 0 = the right answer.
@@ -70,7 +72,7 @@ class Certificate:
 
     gain: Estimate
     path_kl: Estimate
-    predicted_gain: Estimate | None
+    predicted: Estimate | None
     objective: Estimate
     tilt_gap: Estimate | None
     attained: Estimate | None
@@ -85,10 +87,6 @@ class Certificate:
         """Return those numbers that are known, by name."""
         return {name: each for name, each in self.__dict__.items() if isinstance(each, Estimate)}
 
-    def to_dict(self) -> dict[str, object]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     def verdict(self) -> str:
         """Say in a sentence where the tuned model stands."""
         if self.tilt_gap is None or self.attained is None:
@@ -97,6 +95,9 @@ class Certificate:
                 f"{self.effective_share:.0%}, {MIN_SHARE:.0%} is needed): they tell up to reward_scale "
                 f"{self.largest_scale:.3g}"
             )
+        headroom = self.objective.value + self.tilt_gap.value
+        if headroom < NOTHING:
+            return f"there is next to nothing to gain at this reward_scale: {headroom:.2g} nats over the base"
         return (
             f"tilt gap {self.tilt_gap.text('.2f', 'nats')}: "
             f"{self.attained.text('.0%')} of what was to be gained over the base is attained"
@@ -128,7 +129,7 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
     return Certificate(
         gain=mean(gain),
         path_kl=mean(path_kl),
-        predicted_gain=mean(tilted.reward - base) if known else None,
+        predicted=mean(tilted.reward - base) if known else None,
         objective=mean(objective),
         tilt_gap=mean(headroom - objective) if known else None,
         attained=attained if known else None,

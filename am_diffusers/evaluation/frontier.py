@@ -25,13 +25,13 @@ from functools import cached_property
 import numpy as np
 from scipy.optimize import root_scalar
 from scipy.special import comb, logsumexp, softmax
+from torch import Tensor
 
 from am_diffusers.evaluation.statistics import Array
+from am_diffusers.rewards import RewardScale
 
 MIN_SHARE = 0.1
 CURVE = 41
-LADDER = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0)
-"""KL divergences, in nats, at which the frontier is printed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,17 @@ class Frontier:
             raise ValueError("a frontier needs at least 3 base images a prompt, and finite scores")
         if not self.rewards.std(axis=1).any():
             raise ValueError("all base images of a prompt have the same reward: no tilt can change anything")
+
+    @classmethod
+    def of(cls, scores: Mapping[str, Tensor], trained: Mapping[str, RewardScale]) -> "Frontier":
+        """Return the frontier of the weighted sum of the trained rewards.
+
+        Args:
+            scores: raw scores of base images by reward name, (P, N) each.
+            trained: scales of the rewards in the sum.
+        """
+        tables = {name: each.double().cpu().numpy() for name, each in scores.items()}
+        return cls(total_reward(tables, trained), tables)
 
     def tilt(self, scale: float) -> Tilted:
         """Return the base tilted by exp(scale * reward)."""
@@ -159,6 +170,12 @@ class Frontier:
     def variance(self) -> Array:
         """Variance of the reward of each prompt, (P,)."""
         return self.rewards.var(axis=1, ddof=1)
+
+
+def total_reward(scores: Mapping[str, Array], trained: Mapping[str, RewardScale]) -> Array:
+    """Return the weighted sum of the trained rewards from raw scores by name."""
+    terms = [each.weight * (scores[name] - each.mean) / each.std for name, each in trained.items()]
+    return np.sum(terms, axis=0)
 
 
 def log_mean_exp(exponents: Array) -> Array:

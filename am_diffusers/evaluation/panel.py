@@ -16,6 +16,10 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from am_diffusers.evaluation.frontier import Frontier
+from am_diffusers.evaluation.plane import draw_plane
+from am_diffusers.evaluation.scores import load_scores
+from am_diffusers.rewards import RewardScale
 from am_diffusers.system.files import read_lines, write_whole
 
 Lines = Sequence[Mapping[str, float]]
@@ -25,6 +29,7 @@ DPI = 100
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#555555"
 ADJOINT = "adjoint_norm/"
+CERTIFICATE_FILE = "certificate.json"
 
 
 def draw_panel(folder: Path) -> Path:
@@ -43,19 +48,26 @@ def draw_panel(folder: Path) -> Path:
     validation = read_lines(folder / "validation.jsonl")
     if not config.exists() or not (training or validation):
         raise ValueError(f"{folder}: expected the output folder of a run, with config.yaml and metrics.jsonl")
-    figure = panel_figure(yaml.safe_load(config.read_text("utf-8")), training, validation)
+    settings, frontier = yaml.safe_load(config.read_text("utf-8")), None
+    if any("validation/gain" in line for line in validation):
+        trained = {r["name"]: RewardScale(r["weight"], r["mean"], r["std"]) for r in settings["rewards"]}
+        frontier = Frontier.of(load_scores(folder / CERTIFICATE_FILE), trained)
+    figure = panel_figure(settings, training, validation, frontier)
     path = folder / "samples/panel.png"
     write_whole(path, lambda part: figure.savefig(part, format="png"))
     return path
 
 
-def panel_figure(config: Mapping[str, object], training: Lines, validation: Lines) -> Figure:
+def panel_figure(
+    config: Mapping[str, object], training: Lines, validation: Lines, frontier: Frontier | None = None
+) -> Figure:
     """Draw all curves of a run.
 
     Args:
         config: the resolved config; `output_dir`, `rewards` and `max_grad_norm` are read.
         training: lines of metrics.jsonl.
         validation: lines of validation.jsonl.
+        frontier: scores of base images of the validation prompts, if there are any.
     """
     with matplotlib.rc_context({"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10}):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
@@ -68,9 +80,7 @@ def panel_figure(config: Mapping[str, object], training: Lines, validation: Line
         _diversity(figure.add_subplot(grid[0, 2]), validation)
         _noisy(figure.add_subplot(grid[1, 0]), training, "path_kl", "Path KL from the base", "path KL (nats)")
         _adjoints(figure.add_subplot(grid[1, 1]), training)
-        _noisy(
-            figure.add_subplot(grid[1, 2]), training, "masked", "Rows left out of the loss", "share of rows"
-        )
+        draw_plane(figure.add_subplot(grid[1, 2]), validation, frontier)
         _noisy(
             figure.add_subplot(grid[2, 0]),
             training,
@@ -82,7 +92,7 @@ def panel_figure(config: Mapping[str, object], training: Lines, validation: Line
         _gradients(figure.add_subplot(grid[2, 2]), training, config["max_grad_norm"])
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
-            if axes.get_xlabel():
+            if axes.get_xlabel() == "iteration":
                 axes.set_xlim(-0.03 * max(done, 1), 1.03 * max(done, 1))
     return figure
 
@@ -197,7 +207,8 @@ def _adjoints(axes: Axes, lines: Lines) -> None:
     colours = matplotlib.colormaps["viridis"].resampled(len(steps))
     for place, name in enumerate(names):
         axes.plot(*running_median(*_series(lines, name)), color=colours(place), linewidth=1.2)
-    _log_scale(axes)
+    if all((_series(lines, name)[1] > 0).any() for name in names):
+        _log_scale(axes)
     edges = np.arange(len(steps) + 1) + min(steps) - 0.5
     bar = axes.figure.colorbar(ScalarMappable(BoundaryNorm(edges, len(steps)), colours), ax=axes)
     bar.set_label("step (last: clean)")

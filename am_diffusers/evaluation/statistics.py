@@ -51,6 +51,13 @@ class Estimate:
         return f"{value} [{self.low:{form}}, {self.high:{form}}]"
 
 
+def metrics_of(name: str, found: Estimate | None) -> dict[str, float]:
+    """Return an estimate and its ends by name; nothing where it has no interval."""
+    if found is None or found.low is None or found.high is None:
+        return {}
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Scores of tuned images against those of base images, paired by prompt and noise.

@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm, trange
 
+from am_diffusers.evaluation.certificate import Certificate
+from am_diffusers.evaluation.certifier import certificate_metrics
 from am_diffusers.evaluation.grids import comparison_grid, to_pil
 from am_diffusers.evaluation.images import ImageId, image_ids, share_of
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.panel import draw_panel
-from am_diffusers.evaluation.statistics import Array, Estimate, compare, diversity
+from am_diffusers.evaluation.statistics import Array, compare, diversity, metrics_of
 from am_diffusers.system.files import read_lines, write_image, write_json, write_lines
 from am_diffusers.system.processes import Processes
 from am_diffusers.system.text import redact_values
@@ -52,6 +54,7 @@ class Validation:
         roles: trained or held-out, by reward name.
         processes: share the images.
         log: receives (iteration, metrics, grid, prompts and seeds of the grid); None = not on this process.
+        certify: measures the distance from the tilt; None = it isn't measured.
     """
 
     scorer: Scorer
@@ -61,12 +64,13 @@ class Validation:
     roles: Mapping[str, str]
     processes: Processes
     log: Callable[[int, dict[str, float], Image.Image, dict[str, object]], None] | None
+    certify: Callable[[], Certificate] | None = None
 
     def __call__(self, iteration: int) -> dict[str, float]:
         """Validate the model after `iteration` optimizer steps.
 
         Returns:
-            The metrics of `validation_metrics`, the same on all processes.
+            The metrics of `validation_metrics` and `certificate_metrics`, the same on all processes.
 
         Raises:
             ValueError: an image or score is NaN or infinite; names iteration, model and prompts.
@@ -79,6 +83,11 @@ class Validation:
         pairs = [found[image_id] for image_id in sorted(found)]
         scores = [PairScore.of(b.image_id, (b.scores, t.scores), (b.features, t.features)) for b, t in pairs]
         metrics = validation_metrics(scores, self.roles)
+        if self.certify is not None:
+            certificate = self.certify()
+            metrics |= certificate_metrics(certificate)
+            if self.log is not None:
+                tqdm.write(f"iteration {iteration}: {certificate.verdict()}")
         if self.log is not None:
             self.log(iteration, metrics, self._grid(pairs), self._shown())
         return metrics
@@ -159,18 +168,11 @@ def validation_metrics(pairs: Sequence[PairScore], roles: Iterable[str]) -> dict
     for name in roles:
         found = compare(scores[name][..., 0], scores[name][..., 1])
         metrics |= {f"validation/{name}": found.tuned_mean, f"validation/{name}_base": found.base_mean}
-        metrics |= _interval(f"validation/{name}_gain", found.gain)
+        metrics |= metrics_of(f"validation/{name}_gain", found.gain)
     if features is not None and features.shape[1] > 1:
         kept = diversity("", features[:, :, 0], features[:, :, 1]).kept
-        metrics |= _interval("validation/diversity_kept", kept)
+        metrics |= metrics_of("validation/diversity_kept", kept)
     return metrics
-
-
-def _interval(name: str, found: Estimate | None) -> dict[str, float]:
-    """Return an estimate and its ends by name; nothing where it has no interval."""
-    if found is None or found.low is None or found.high is None:
-        return {}
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class FlowGRPO(Method[PolicyRows]):
             parts.append(self._steps(table, steps, cond.index(ids), [generators[i] for i in ids]))
         states, reached, base, log_prob, final = (torch.cat(column) for column in zip(*parts, strict=True))
         rewards = reward_values(self.around.reward, final, cond.prompts, batch_size=self.sizes.reward)
-        compare = Advantages(flags.reward_scale, flags.samples_per_prompt, self.own.advantages)
+        compare = Advantages(flags.scale, flags.samples_per_prompt, self.own.advantages)
         advantages = compare(rewards, cond.prompts)
         everywhere = self.gather(torch.stack([rewards, advantages], 1).flatten()).reshape(-1, 2)
         share = (table.num_steps - 1) / len(steps) / len(everywhere)

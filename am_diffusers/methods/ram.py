@@ -91,7 +91,7 @@ class RAM(MatchingMethod[Scored]):
             [self._images(table, cond.index(ids), [generators[i] for i in ids]) for ids in chunks]
         )
         rewards = reward_values(self.around.reward, clean, cond.prompts, batch_size=self.sizes.reward)
-        compare = Advantages(self.shared.reward_scale, self.shared.samples_per_prompt, self.own.advantages)
+        compare = Advantages(self.shared.scale, self.shared.samples_per_prompt, self.own.advantages)
         return Scored(clean, rewards, compare(rewards, cond.prompts))
 
     def chunk(

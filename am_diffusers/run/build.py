@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.models.base import Model
+from am_diffusers.run.certificate import make_certifier, with_scale
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.run.execution import Run
 from am_diffusers.run.folder import EMA_FOLDER, open_folder
@@ -58,20 +59,21 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     with processes.together():
         trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
+    settings = settings_of(plan)  # with reward_scale auto as it was given, whose scores are in the folder
+    plan = with_scale(plan, model, trained, held_out, processes)
     reward = weighted(trained, config)
     method = make_method(plan, model, reward, processes)
     reward.drain()  # scores of the base images that normalised a divergence belong to no iteration
     state = make_state(config.optimizer, model.lora_parameters())
     save_lora = lora_writer(model, state)
-    saver = Saver(
-        checkpoints, processes, state, method, settings_of(plan), save_lora, config.checkpoint.on_full_disk
-    )
+    saver = Saver(checkpoints, processes, state, method, settings, save_lora, config.checkpoint.on_full_disk)
     if found is not None:
         saver.restore(found, outdated=outdated(found, saver.settings))
     scorer, roles = make_scorer(plan, model, trained, held_out)
+    certify = make_certifier(plan, model, trained, processes)
     hooks = Hooks(
         encode=encoder(config, model, config.shared.rollout_guidance_scale),
-        validate=make_validation(plan, scorer, roles, processes, trackers),
+        validate=make_validation(plan, scorer, roles, processes, trackers, certify),
         save=saver.save,
         more=partial(raw_rewards, reward, processes),
         forget=reward.drain,

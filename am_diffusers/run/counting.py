@@ -69,7 +69,7 @@ def count(config: Config) -> Counted:
         ValueError: if its flags don't go together.
     """
     counts, group = Counter[str](), config.shared.samples_per_prompt
-    shared = replace(config.shared, mask_quantile=None, divergence="kl")
+    shared = replace(config.shared, mask_quantile=None, divergence="kl", reward_scale=1.0, target_kl=None)
     cond = Conditioning(("",) * group, negative_embeddings=torch.zeros(group, 1, 1))
     fields = with_guidance(config, CountedField("policy", counts), CountedField("base", counts))
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
+from am_diffusers.evaluation.certifier import Certifier
 from am_diffusers.evaluation.held_out import HeldOut
 from am_diffusers.evaluation.pairs import Scorer, official
 from am_diffusers.evaluation.validation import Validation, ValidationLog
@@ -40,9 +41,14 @@ def make_scorer(
 
 
 def make_validation(
-    plan: Plan, scorer: Scorer, roles: dict[str, str], processes: Processes, trackers: Trackers
+    plan: Plan,
+    scorer: Scorer,
+    roles: dict[str, str],
+    processes: Processes,
+    trackers: Trackers,
+    certify: Certifier | None,
 ) -> Validation:
-    """Make the validation during training: scores and grids."""
+    """Make the validation during training: scores, grids and the certificate."""
     log = ValidationLog(
         Path(plan.config.run.output_dir), track=trackers.log, track_images=trackers.log_images
     )
@@ -55,6 +61,7 @@ def make_validation(
         roles=roles,
         processes=processes,
         log=log.write if processes.is_main else None,
+        certify=certify,
     )
 
 

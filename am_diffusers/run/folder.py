@@ -11,8 +11,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import to_yaml
-from am_diffusers.evaluation.base_rewards import BASE_REWARDS_FILE
 from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.run.base_scores import CERTIFICATE, DIVERGENCE, FRONTIER
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import resume_point
 from am_diffusers.system.files import keep_lines, write_text
@@ -101,10 +101,16 @@ def start_folder(config: Config, folder: Path, done: Progress) -> None:
     if not config.optimizer.use_ema:
         results.append(folder / EMA_FOLDER / LORA_FILE)
     if done.iteration == 0:
-        results += [folder / BASE_REWARDS_FILE, folder / "validation.jsonl", folder / "samples/panel.png"]
+        results += [folder / name for name in (DIVERGENCE, FRONTIER, CERTIFICATE, "validation.jsonl")]
+        results += [folder / "samples/panel.png"]
         results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]
     for path in results:
         path.unlink(missing_ok=True)
     if done.iteration > 0:
         keep_lines(folder / "validation.jsonl", done.validated + 1)
-    write_text(folder / "config.yaml", to_yaml(config))
+    write_config(config)
+
+
+def write_config(config: Config) -> None:
+    """Write the resolved config into the output folder."""
+    write_text(Path(config.run.output_dir) / "config.yaml", to_yaml(config))

@@ -11,12 +11,14 @@ import torch
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
+from am_diffusers.evaluation.frontier_table import frontier_table
 from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
 from am_diffusers.rewards.parts.packaged import PACKAGED
+from am_diffusers.run.base_scores import stored_frontier, trained_scales
 from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.files import asset_path
@@ -84,6 +86,7 @@ class Plan:
             *(f"transformer calls a sample, {name}: {number:.3g}" for name, number in calls.items()),
             *self._base_images(),
             self._validation(),
+            *self._frontier(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
             *(f"caution: {text}" for text in self.cautions()),
         ]
@@ -101,10 +104,21 @@ class Plan:
     def _validation(self) -> str:
         options = self.config.evaluation
         prompts, images = len(self.validation_prompts), options.num_validation_images
+        certificate = (
+            f"; as many for the certificate, and once {prompts * options.certificate_images} of the base"
+            if options.certificate_images and self.config.shared.divergence == "kl"
+            else ""
+        )
         return (
             f"validation every {options.validation_steps} iterations: {prompts * images} images ({prompts} "
-            f"prompts x {images} images, {self.num_grid_prompts} prompts in the grid), and once of the base"
+            f"prompts x {images} images, {self.num_grid_prompts} in the grid), and once of the base"
+            f"{certificate}"
         )
+
+    def _frontier(self) -> list[str]:
+        """Return what tilts of the base are worth, where base images have been scored."""
+        frontier = stored_frontier(self.config)
+        return [] if frontier is None else frontier_table(frontier, list(trained_scales(self.config)))
 
     def _base_images(self) -> list[str]:
         """Return a line on the base images that a divergence needs before the first iteration."""
@@ -131,6 +145,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     check_tracker(config.run.report_to)
     config = _resolve(config)
     _check_method(config)
+    stored_frontier(config)
     counted = count(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
     if config.run.gpu is not None:

@@ -40,6 +40,7 @@ GOAL = {
     "max_sequence_length",
     "rewards",
     "reward_scale",
+    "target_kl",
     "samples_per_prompt",
     "pairing",
     "transitions",

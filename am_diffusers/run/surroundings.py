@@ -3,21 +3,14 @@
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor
-
 from am_diffusers.config import Config
 from am_diffusers.divergences import Divergence, Tilt
-from am_diffusers.evaluation.base_rewards import (
-    BASE_REWARDS_FILE,
-    base_rewards,
-    load_base_rewards,
-    save_base_rewards,
-)
 from am_diffusers.methods import METHODS, Method
 from am_diffusers.methods.parts.replay import DiskTensors
 from am_diffusers.methods.parts.surroundings import Gather, Surroundings, gather_from_one
 from am_diffusers.models.base import Model
 from am_diffusers.rewards import Reward
+from am_diffusers.run.base_scores import DIVERGENCE, base_scores
 from am_diffusers.run.fields import Fields, sizes, with_guidance
 from am_diffusers.run.load import encoder, latent_spec, make_sampler
 from am_diffusers.run.plan import Plan
@@ -81,27 +74,20 @@ def make_tilt(plan: Plan, model: Model, reward: Reward, processes: Processes) ->
     if options.divergence == "kl":
         return None
     prompts = plan.some_train_prompts(options.divergence_prompts, "divergence")
-    file = Path(config.run.output_dir) / BASE_REWARDS_FILE
-    # Those of the run that is resumed; a fresh start removed them.
-    scores = processes.from_main(lambda: load_base_rewards(file, prompts) if file.exists() else None)
-    if scores is None:
-        scores = _base_rewards(plan, model, reward, prompts, processes)
-        processes.on_main(lambda: save_base_rewards(file, prompts, scores))
+    scores = base_scores(
+        config,
+        DIVERGENCE,
+        make_sampler(config, model, purpose="divergence"),
+        model.base,
+        [reward],
+        prompts=prompts,
+        images_per_prompt=options.divergence_samples,
+        processes=processes,
+    )
     return Tilt.estimate(
         Divergence(options.divergence, options.divergence_q),
-        options.reward_scale,
+        options.scale,
         dict(zip(prompts, scores[reward.name], strict=True)),
         per_prompt=len(prompts) == len(plan.used_train_prompts()),
         max_slope=options.divergence_max_slope,
     )
-
-
-def _base_rewards(
-    plan: Plan, model: Model, reward: Reward, prompts: list[str], processes: Processes
-) -> dict[str, Tensor]:
-    sampler, number = (
-        make_sampler(plan.config, model, purpose="divergence"),
-        plan.config.shared.divergence_samples,
-    )
-    with processes.together():
-        return base_rewards(sampler, model.base, [reward], prompts, number, processes=processes)

@@ -38,13 +38,20 @@ def make_trainer(
             checkpointing_steps=config.checkpoint.checkpointing_steps,
             max_skipped_iterations=optimizer.max_skipped_iterations,
             early_stopping_patience=config.evaluation.early_stopping_patience,
-            early_stopping_metric=f"validation/{plan.held_out[0].name}_gain" if plan.held_out else "",
+            early_stopping_metric=_early_stopping_metric(plan),
         ),
         prompts=plan.train_prompts,
         hooks=hooks,
         processes=processes,
         log=log,
     )
+
+
+def _early_stopping_metric(plan: Plan) -> str:
+    """Return the metric of validations that is to rise."""
+    if plan.config.evaluation.early_stopping_metric == "tilt_gap":
+        return "validation/objective"  # the gap is a constant less it
+    return f"validation/{plan.held_out[0].name}_gain" if plan.held_out else ""
 
 
 def make_state(options: OptimizerConfig, parameters: dict[str, torch.nn.Parameter]) -> TrainState:

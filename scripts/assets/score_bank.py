@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.evaluation.base_rewards import base_rewards
 from am_diffusers.evaluation.pairs import official
+from am_diffusers.evaluation.scores import score_images
 from am_diffusers.run.load import load_model, load_rewards, make_sampler
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.processes import Processes
@@ -38,7 +38,7 @@ def main() -> None:
     model = load_model(plan, accelerator.device)
     rewards = [official(reward) for group in load_rewards(plan, accelerator.device) for reward in group]
     sampler = make_sampler(config, model, purpose="score bank")
-    scores = base_rewards(
+    scores = score_images(
         sampler,
         model.base,
         rewards,

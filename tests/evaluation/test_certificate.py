@@ -84,7 +84,7 @@ def test_shares_of_the_optimal_control(factor):
     most, headroom = SCALE**2 * given / 2, SCALE**2 * total / 2
     assert found.gain.value == pytest.approx(factor * SCALE * given)
     assert found.path_kl.value == pytest.approx(factor**2 * most)
-    assert holds(found.predicted_gain, SCALE * total)
+    assert holds(found.predicted, SCALE * total)
     assert found.objective.value == pytest.approx((2 * factor - factor**2) * most)
     assert holds(found.tilt_gap, headroom - (2 * factor - factor**2) * most)
     assert holds(found.attained, (2 * factor - factor**2) * given / total)
@@ -132,7 +132,7 @@ def test_where_the_base_images_cannot_tell_it_says_so():
     rewards = np.random.default_rng(0).normal(size=(8, 64))
     tuned = Tuned(rewards[:, :4] + 1, np.full((8, 4), 2.0))
     found = certify(Frontier(rewards, {}), 20.0, tuned)
-    assert [found.tilt_gap, found.attained, found.predicted_gain] == [None] * 3
+    assert [found.tilt_gap, found.attained, found.predicted] == [None] * 3
     assert found.excess_kl is not None
     assert "they tell up to reward_scale 2." in found.verdict()
 

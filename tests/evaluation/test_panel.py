@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
+from am_diffusers.evaluation.frontier import Frontier
 from am_diffusers.evaluation.panel import draw_panel, panel_figure, running_median
 from am_diffusers.system.files import read_lines
 
@@ -29,7 +30,6 @@ def training_lines(iterations, steps=6):
             "loss": float(rng.lognormal(6, 1)),
             "reward": 19 + i / 100,
             "path_kl": i / 3,
-            "masked": 0.1,
             "grad_norm": float(rng.lognormal(3, 1)),
             "learning_rate": 1e-3 * (1 - i / iterations),
             **{f"adjoint_norm/{k:02d}": float(rng.lognormal(k / steps, 1)) for k in range(1, steps + 1)},
@@ -38,7 +38,7 @@ def training_lines(iterations, steps=6):
     ]
 
 
-def validation_lines(iterations, names=("pickscore", "hpsv2"), diversity=True):
+def validation_lines(iterations, names=("pickscore", "hpsv2"), diversity=True, certified=False):
     lines = []
     for i in iterations:
         line = {"iteration": i}
@@ -52,6 +52,9 @@ def validation_lines(iterations, names=("pickscore", "hpsv2"), diversity=True):
                 f"validation/diversity_kept{e}": kept + d
                 for e, d in (("", 0), ("_low", -0.1), ("_high", 0.1))
             }
+        if certified:
+            line |= {"validation/path_kl": i / 100, "validation/gain": i / 300}
+            line |= {"validation/gain_low": i / 400, "validation/gain_high": i / 200}
         lines.append(line)
     return lines
 
@@ -64,6 +67,11 @@ CASES = {
     "no validation yet": (training_lines(12), []),
     "40 steps, 6 rewards": (training_lines(600, 40), validation_lines(range(0, 601, 50), REWARDS)),
     "no diversity": (training_lines(12), validation_lines(range(0, 12, 3), diversity=False)),
+    "certified": (
+        training_lines(200),
+        validation_lines(range(0, 201, 50), certified=True),
+        Frontier(np.random.default_rng(0).normal(size=(8, 32)), {}),
+    ),
     "another method": ([{"iteration": i, "loss": -1.0, "reward": 1.0} for i in range(5)], []),
 }
 
@@ -108,10 +116,10 @@ def test_no_text_overlaps_another_or_leaves_the_picture(case):
 
 
 def test_every_axis_says_what_it_is():
-    figure = panel_figure(CONFIG, *CASES["200 iterations"])
+    figure = panel_figure(CONFIG, *CASES["certified"])
     plots = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert len(plots) == 8
-    assert {axes.get_xlabel() for axes in plots} == {"iteration"}
+    assert {axes.get_xlabel() for axes in plots} == {"iteration", "KL from the base (nats)"}
     assert all(axes.get_ylabel() for axes in figure.axes)
 
 
@@ -119,7 +127,7 @@ def test_every_axis_says_what_it_is():
 def test_all_plots_have_the_same_whole_iterations(case):
     figure = panel_figure(CONFIG, *case)
     FigureCanvasAgg(figure).draw()
-    plots = [axes for axes in figure.axes if axes.get_xlabel()]
+    plots = [axes for axes in figure.axes if axes.get_xlabel() == "iteration"]
     assert len({axes.get_xlim() for axes in plots}) == 1
     for axes in plots:
         ticks = [text for text in axes.get_xticklabels() if text in shown(axes.xaxis)]
@@ -137,6 +145,19 @@ def test_curves_are_the_metrics_and_say_who_was_trained():
     assert curves["hpsv2 (held-out)"].get_ydata() == pytest.approx([0, -0.5, -1, -1.5, -2])
     assert diversity.lines[1].get_ydata() == pytest.approx([1, 0.95, 0.9, 0.85, 0.8])
     assert kl.lines[0].get_ydata() == pytest.approx([i / 3 for i in range(200)])
+
+
+def test_the_way_of_a_run_is_drawn_under_the_frontier():
+    figure = panel_figure(CONFIG, *CASES["certified"])
+    (plane,) = [axes for axes in figure.axes if "KL from" in axes.get_xlabel()]
+    frontier, curves = CASES["certified"][2], {line.get_label(): line for line in plane.lines}
+    unit = frontier.rewards.std()
+    assert curves["this run"].get_xdata() == pytest.approx([0, 0.5, 1, 1.5, 2])
+    assert curves["this run"].get_ydata() == pytest.approx(np.arange(5) / 6 / unit)
+    kl, gain = curves["the tilt"].get_data()
+    assert gain[10] == pytest.approx((2 * kl[10]) ** 0.5 / unit * frontier.variance.mean() ** 0.5, rel=0.1)
+    two = (frontier.best[:, 1].mean() - frontier.rewards.mean()) / unit
+    assert curves["best of n"].get_xydata()[1] == pytest.approx([np.log(2) - 0.5, two])
 
 
 def test_running_median_follows_a_line_and_ignores_an_outlier():

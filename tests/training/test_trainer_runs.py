@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_reads_its_base_rewards_back(tiny_sd3_dir, rewards_di
     changes = {"divergence": "forward_kl", "divergence_samples": 2, "reward_scale": 0.1}
     run = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     run.execute()
-    monkeypatch.setattr("am_diffusers.run.surroundings.base_rewards", None)  # would be an error to call
+    monkeypatch.setattr("am_diffusers.run.base_scores.score_images", None)  # would be an error to call
     again = make_run(tiny_sd3_dir, rewards_dir, tmp_path, max_train_steps=2, **changes)
     assert again.trainer.method.around.tilt == run.trainer.method.around.tilt
     again.lock.release()

@@ -22,8 +22,8 @@ def of_the_tilt(shared: SharedSettings) -> str:
     quantile = shared.mask_quantile
     masked = "" if quantile is None else f", less as the worst rows are left out (mask_quantile {quantile:g})"
     if shared.divergence == "kl":
-        return f" towards {tilt(shared.reward_scale)}{masked}"
-    return f", divergence {shared.divergence} from the base, reward scale {shared.reward_scale:g}{masked}"
+        return f" towards {tilt(shared.scale)}{masked}"
+    return f", divergence {shared.divergence} from the base, reward scale {shared.scale:g}{masked}"
 
 
 def to_first_order(
@@ -44,19 +44,17 @@ def to_first_order(
         reasons.append("nothing holds the policy to the base")
     if reasons:
         return nowhere(shared, reasons)
-    return (
-        f" towards a law that is {tilt(shared.reward_scale / kl_weight)} to first order in the exponent only"
-    )
+    return f" towards a law that is {tilt(shared.scale / kl_weight)} to first order in the exponent only"
 
 
 def elsewhere(shared: SharedSettings, law: str) -> str:
     """Say that a method aims at another law."""
-    return f" with reward scale {shared.reward_scale:g}, {law}"
+    return f" with reward scale {shared.scale:g}, {law}"
 
 
 def nowhere(shared: SharedSettings, reasons: list[str]) -> str:
     """Say why no law is known that a run aims at."""
-    return f" with reward scale {shared.reward_scale:g}, towards no known law: {', '.join(reasons)}"
+    return f" with reward scale {shared.scale:g}, towards no known law: {', '.join(reasons)}"
 
 
 def guided(shared: SharedSettings, *, everywhere: bool = False) -> list[str]:

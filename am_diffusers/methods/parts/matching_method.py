@@ -150,4 +150,4 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
             clip_quantile=shared.reward_clip_quantile,
         )
         around = self.around
-        return around.terminal_cost(around.reward, shared.reward_scale, options, around.tilt)
+        return around.terminal_cost(around.reward, shared.scale, options, around.tilt)

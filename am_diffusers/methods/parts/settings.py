@@ -50,7 +50,10 @@ class SharedSettings:
         adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
         samples_per_prompt: neighbouring samples of an iteration that share a prompt; train_batch_size is a
             multiple of it on each process. Methods that compare samples of a prompt need 2 or more.
-        reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units.
+        reward_scale: factor lambda of the reward in exp(lambda * r), in 1 / reward units; auto = the one
+            whose tilt differs from the base by target_kl.
+        target_kl: KL divergence of the tilt from the base in nats, a mean over prompts, for reward_scale
+            auto; a nat or less is what some thousand samples can learn.
         loss_steps: denoising steps an iteration trains on: all, or a number, at most K - 1.
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
@@ -85,7 +88,8 @@ class SharedSettings:
     pairing: Literal["right", "left", "trapezoid"] = "right"
     adjoint: Literal["lean", "full"] = "lean"
     samples_per_prompt: int = 1
-    reward_scale: float = 1.0
+    reward_scale: float | Literal["auto"] = 1.0
+    target_kl: float | None = None
     loss_steps: int | Literal["all"] = "all"
     step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
     mask_quantile: float | None = 0.9
@@ -104,6 +108,17 @@ class SharedSettings:
     def __post_init__(self) -> None:
         require(self, [*self._rollout(), *self._gradient()])
 
+    @property
+    def scale(self) -> float:
+        """Return reward_scale as a number.
+
+        Raises:
+            ValueError: if it is auto, which only a run with a model can make a number.
+        """
+        if self.reward_scale == "auto":
+            raise ValueError("reward_scale is auto: no base images have been scored yet to choose it")
+        return self.reward_scale
+
     def _rollout(self) -> list[Check]:
         guided = self.rollout_guidance_scale != 1
         return [
@@ -113,7 +128,22 @@ class SharedSettings:
                 "at least 2: the last one is deterministic",
             ),
             (self.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
-            (self.reward_scale > 0, "reward_scale", "positive: rewards are higher-is-better"),
+            (
+                self.reward_scale == "auto" or self.reward_scale > 0,
+                "reward_scale",
+                "positive, as rewards are higher-is-better, or auto",
+            ),
+            (
+                (self.target_kl is not None) == (self.reward_scale == "auto"),
+                "target_kl",
+                "set with reward_scale auto, for instance to 1.0, and only then",
+            ),
+            (self.target_kl is None or self.target_kl > 0, "target_kl", "a positive number of nats"),
+            (
+                self.reward_scale != "auto" or self.divergence == "kl",
+                "reward_scale",
+                f"a number with divergence {self.divergence}: auto tells tilts of kl only",
+            ),
             (
                 self.adjoint == "lean" or not guided or self.guidance_mode != "rollout",
                 "adjoint",
@@ -168,7 +198,7 @@ class SharedSettings:
         ]
 
 
-FOR_ALL = ("samples_per_prompt", "reward_scale", "rollout_guidance_scale")
+FOR_ALL = ("samples_per_prompt", "reward_scale", "target_kl", "rollout_guidance_scale")
 """Shared flags that every method reads; the others are named in `Method.reads`."""
 
 GRADIENT = tuple(

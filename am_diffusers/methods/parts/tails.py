@@ -159,7 +159,7 @@ class TailMethod(Method[Tails]):
             velocity = self.policy(x, noise_level(table, k, x), cond)
             noisy = table.std[k].item() > 0
             x = table.step(k, x, velocity, example.step_noise[:, k]) if noisy else table.mean(k, x, velocity)
-        scale, weight = self.shared.reward_scale, example.weight
+        scale, weight = self.shared.scale, example.weight
         rewards, gradient = reward_gradient(
             self.around.reward, x.detach(), cond.prompts, batch_size=self.sizes.reward
         )
