@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from am_diffusers.rewards.imagenet_class import ImageNetClass, load_classifier
+from am_diffusers.rewards.world import FRAME, Heads, judge_features
+
 ROOT = Path(__file__).parent.parent
 SPRITES = ROOT / "am_diffusers" / "assets" / "world" / "sprites.parquet"
 
@@ -81,13 +84,29 @@ def test_the_better_image_of_a_pair_is_clean_and_the_worse_one_differs_as_named(
 
 
 def test_a_judge_learns_separable_labels_and_survives_its_file(scripts, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    sizes = scripts["judge"].HEADS.values()
-    columns = [torch.randint(size, (400,), generator=generator) for size in sizes]
+    generator, names = torch.Generator().manual_seed(0), scripts["judge"].NAMES
+    columns = {head: torch.randint(len(each), (800,), generator=generator) for head, each in names.items()}
     features = torch.cat(
-        [torch.nn.functional.one_hot(c, s).float() for c, s in zip(columns, sizes, strict=True)], 1
+        [torch.nn.functional.one_hot(columns[head], len(each)).float() for head, each in names.items()], 1
     )
-    labels = scripts["world"].Labels(*columns)
-    scripts["judge"].fit_judge(features, labels).save(tmp_path / "judge.safetensors")
-    found = scripts["judge"].Judge.load(tmp_path / "judge.safetensors").labels(features)
-    assert all((getattr(found, head) == getattr(labels, head)).all() for head in scripts["judge"].HEADS)
+    scripts["judge"].fit_judge(features, scripts["world"].Labels(**columns)).save(
+        tmp_path / "judge.safetensors"
+    )
+    heads = Heads.load(tmp_path / "judge.safetensors")
+    for head, column in columns.items():
+        assert heads.answers(features, head) == [names[head][row] for row in column.tolist()]
+
+
+def test_the_judge_sees_the_colour_of_the_frame():
+    """A frame of one colour around any middle: its mean colour and products, whatever the classifier says."""
+    pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    colour = torch.tensor([0.2, -0.5, 0.9])
+    edge = torch.ones(224, 224, dtype=torch.bool)
+    edge[FRAME:-FRAME, FRAME:-FRAME] = False
+    pixels[:, :, edge] = colour[:, None]
+    classifier = load_classifier(ImageNetClass.released).eval()
+    with torch.no_grad():
+        features = judge_features(classifier, pixels)
+    assert features.shape == (2, 1280 + 3 + 9)
+    torch.testing.assert_close(features[0, 1280:1283], colour)
+    torch.testing.assert_close(features[1, 1283:], torch.outer(colour, colour).flatten())

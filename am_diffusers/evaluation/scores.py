@@ -46,17 +46,21 @@ def score_images(
 
     Raises:
         PeerError: another process failed.
+        ValueError: an image or score isn't what a reward can take; names the prompts.
     """
     which = image_ids(len(prompts), images_per_prompt)
     mine = share_of(which, processes.index, processes.number)
     names = [reward.name for reward in rewards] + ([] if base is None else [PATH_KL])
     scored: list[tuple[int, int, list[float]]] = []
-    what = "base images" if base is None else "certificate"
+    what = "base images" if base is None else "images for the certificate"
     for start in trange(0, len(mine), sampler.batch_size, desc=what, leave=base is None, disable=None):
         batch = mine[start : start + sampler.batch_size]
         made = sampler.sample(field, prompts, batch, base=base)
         texts = [prompts[p.prompt] for p in batch]
-        columns = [reward(made.images, texts).tolist() for reward in rewards]
+        try:
+            columns = [reward(made.images, texts).tolist() for reward in rewards]
+        except ValueError as error:
+            raise ValueError(f"{what} of {texts}: {error}") from error
         if base is not None and made.path_kl is not None:
             columns.append(made.path_kl.tolist())
         rows = zip(batch, zip(*columns, strict=True), strict=True)
@@ -79,12 +83,20 @@ def load_scores(file: Path, prompts: Sequence[str] | None = None) -> dict[str, T
     Raises:
         ValueError: if the file can't be read or is about other prompts.
     """
+    if prompts is not None and not is_about(file, prompts):
+        raise ValueError(f"{file} is about other prompts: remove it to score base images again")
+    return _read(file)[1]
+
+
+def is_about(file: Path, prompts: Sequence[str]) -> bool:
+    """Return whether the scores in a file are those of these prompts; raises as `load_scores`."""
+    return _read(file)[0] == redact_values(prompts)
+
+
+def _read(file: Path) -> tuple[object, dict[str, Tensor]]:
     try:
         document = json.loads(file.read_text("utf-8"))
         scores = {name: torch.tensor(s, dtype=torch.float64) for name, s in document["scores"].items()}
-        written = document["prompts"]
+        return document["prompts"], scores
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): remove it to score base images again") from error
-    if prompts is not None and written != redact_values(prompts):
-        raise ValueError(f"{file} is about other prompts: remove it to score base images again")
-    return scores

@@ -9,7 +9,7 @@ from am_diffusers.config import Config
 from am_diffusers.evaluation.frontier import Frontier
 from am_diffusers.evaluation.images import Sampler
 from am_diffusers.evaluation.panel import CERTIFICATE_FILE
-from am_diffusers.evaluation.scores import load_scores, save_scores, score_images
+from am_diffusers.evaluation.scores import is_about, load_scores, save_scores, score_images
 from am_diffusers.rewards import Reward, RewardScale
 from am_diffusers.system.processes import Processes
 from am_diffusers.velocity import VelocityField
@@ -44,7 +44,14 @@ def base_scores(
         ValueError: if the file is damaged or about other prompts.
     """
     file = Path(config.run.output_dir) / name
-    scores = processes.from_main(lambda: load_scores(file, prompts) if file.exists() else None)
+
+    def stored() -> dict[str, Tensor] | None:
+        # Validation prompts are free to change; what a target was chosen by isn't.
+        if not file.exists() or (name == CERTIFICATE and not is_about(file, prompts)):
+            return None
+        return load_scores(file, prompts)
+
+    scores = processes.from_main(stored)
     wanted = {reward.name: (len(prompts), images_per_prompt) for reward in rewards}
     if scores is not None and {key: tuple(each.shape) for key, each in scores.items()} == wanted:
         return scores

@@ -1,8 +1,7 @@
 """Plan a run: check everything that can be wrong with it before a model is loaded."""
 
-import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,18 +11,14 @@ from am_diffusers.config import Config, RewardConfig
 from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.frontier_table import frontier_table
-from am_diffusers.methods import METHODS
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
 from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
-from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
-from am_diffusers.rewards.parts.packaged import PACKAGED
 from am_diffusers.run.base_scores import stored_frontier, trained_scales
+from am_diffusers.run.checked_rewards import check_method, resolve
 from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.prompts import check_leaks, load_lists
-from am_diffusers.system.files import asset_path
 from am_diffusers.system.gpus import find_gpu
-from am_diffusers.system.text import suggest
 from am_diffusers.training.optimizers import check_optimizer
 from am_diffusers.training.trackers import check_tracker
 
@@ -143,8 +138,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
             f"must be a multiple of their number, {num_processes}, times --samples_per_prompt"
         )
     check_tracker(config.run.report_to)
-    config = _resolve(config)
-    _check_method(config)
+    config = resolve(config)
+    check_method(config)
     stored_frontier(config)
     counted = count(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
@@ -164,83 +159,6 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
-
-
-def _resolve(config: Config) -> Config:
-    """Fill in released weights and held-out rewards where the config leaves them out."""
-    evaluation = config.evaluation
-    trained = [resolve_reward(reward) for reward in config.method.rewards]
-    held_out = evaluation.eval_rewards
-    if evaluation.eval_prompts is None:
-        if held_out:
-            raise ValueError("--eval_rewards needs --eval_prompts: add held-out prompts, or leave it out")
-        held_out = []
-    elif held_out is None:
-        held_out = [RewardConfig(_other_reward([reward.name for reward in trained]))]
-    return replace(
-        config,
-        method=replace(config.method, rewards=trained),
-        evaluation=replace(evaluation, eval_rewards=[resolve_reward(reward) for reward in held_out]),
-    )
-
-
-def _other_reward(trained: list[str]) -> str:
-    for name in ("hpsv2", "pickscore"):
-        if name not in trained:
-            return name
-    raise ValueError("pickscore and hpsv2 are both trained: name a held-out reward in --eval_rewards")
-
-
-def resolve_reward(reward: RewardConfig) -> RewardConfig:
-    """Fill in the weights of a reward, and check that they can exist; nothing is loaded.
-
-    Raises:
-        ValueError: unknown name (with the nearest known one), numbers that make no sense, or no such file.
-    """
-    RewardScale(reward.weight, reward.mean, reward.std)  # checks its numbers
-    kind = REWARDS.get(reward.name)
-    if kind is None:
-        raise ValueError(f"rewards: unknown reward {suggest(reward.name, REWARDS)}")
-    if not issubclass(kind, LearnedReward):
-        if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
-            raise ValueError(f"rewards: {reward.name} has no weights: it takes only weight, mean and std")
-        return reward
-    model = reward.model or kind.released
-    if model in PACKAGED:
-        PACKAGED[model].find()
-    elif not Path(asset_path(model)).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", model):
-        raise ValueError(f"rewards: {reward.name}: no such file or folder: {model}")
-    return replace(reward, model=model)
-
-
-def _check_method(config: Config) -> None:
-    method = METHODS.get(config.method.method)
-    if method is None:
-        raise ValueError(f"--method: unknown method {suggest(config.method.method, METHODS)}")
-    trained = [reward.name for reward in config.method.rewards]
-    names = trained + [reward.name for reward in config.evaluation.eval_rewards or []]
-    if len(set(names)) < len(names):
-        raise ValueError(f"rewards and eval_rewards must differ in name, got {names}: merge their weights")
-    if method.needs_reward_gradient:
-        _check_gradients(config)
-    if method.compares_samples and config.shared.samples_per_prompt < 2:
-        raise ValueError(
-            f"{config.method.method} compares samples of a prompt: set --samples_per_prompt to 2 or more and "
-            "--train_batch_size to a multiple of it on each process"
-        )
-
-
-def _check_gradients(config: Config) -> None:
-    # A learned reward is differentiable in every mode but the official one; the others say it on the class.
-    trained = config.method.rewards
-    needs = f"is not differentiable and {config.method.method} needs its gradient: use"
-    blocked = [reward.name for reward in trained if REWARDS[reward.name].differentiable is False]
-    if blocked:
-        usable = [name for name, kind in REWARDS.items() if kind.differentiable is not False]
-        raise ValueError(f"reward {blocked[0]} {needs} one of {', '.join(usable)}")
-    official = [reward.name for reward in trained if reward.mode == "official"]
-    if official:
-        raise ValueError(f"reward {official[0]} in mode official {needs} mode differentiable or rounded")
 
 
 def _check_writable(folder: Path) -> None:

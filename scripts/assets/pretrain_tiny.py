@@ -1,6 +1,5 @@
 """Train the embedded pipeline, its judge and its rewards from emoji art, stage by stage, each resumable.
 
-    export PYTHONPATH=eval  # features of images
     python scripts/assets/pretrain_tiny.py sprites vae text decoder transformer --work_dir outputs/world
     python scripts/assets/pretrain_tiny.py judge samples generated pickscore hpsv2 image_reward rewards export
 

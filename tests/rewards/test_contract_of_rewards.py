@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from am_diffusers.config import RewardConfig
 from am_diffusers.estimate.pretend import remove_data, without_data
 from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
-from am_diffusers.run.plan import resolve_reward
+from am_diffusers.run.checked_rewards import resolve_reward
 from reward_cases import CASES, LEARNED, PROMPTS, SHIPPED, SMALL, learned, make, place_of
 from reward_models import CAPTIONS, SIZE, edit_weights
 from reward_pictures import pictures, random_images

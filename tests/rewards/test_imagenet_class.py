@@ -14,7 +14,7 @@ from am_diffusers.config import RewardConfig
 from am_diffusers.rewards import OFFICIAL, ImageNetClass, RewardOptions
 from am_diffusers.rewards.imagenet_class import class_names, named_classes
 from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0
-from am_diffusers.run.plan import resolve_reward
+from am_diffusers.run.checked_rewards import resolve_reward
 from text_pictures import as_tensor
 
 

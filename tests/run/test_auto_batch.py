@@ -108,12 +108,14 @@ def test_a_run_with_auto_is_the_run_with_the_sizes_found(
     capsys,
 ):
     write_rewards(tmp_path)
-    run = make_run(tiny_sd3_dir, tmp_path, tmp_path, **AUTO, output_dir=str(tmp_path / "auto"))
+    run = make_run(
+        tiny_sd3_dir, tmp_path, tmp_path, **AUTO, output_dir=str(tmp_path / "auto"), certificate_images=0
+    )
     sizes = run.trainer.method.sizes
     assert (sizes.rollout, sizes.reward) == (2, 1)
     assert run.trainer.method.terminal.options.batch_size == 1
     assert run.trainer.options.loss_micro_batch_size == 3
     assert "reward_micro_batch_size: auto found 1\n" in capsys.readouterr().out
     sizes = {"rollout_micro_batch_size": 2, "reward_micro_batch_size": 1, "loss_micro_batch_size": 3}
-    explicit = make_run(tiny_sd3_dir, tmp_path, tmp_path, **sizes)
+    explicit = make_run(tiny_sd3_dir, tmp_path, tmp_path, **sizes, certificate_images=0)
     assert run_losses(run, 2) == run_losses(explicit, 2)

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import image_ids
+from am_diffusers.evaluation.scores import load_scores
 from am_diffusers.models.base import Model
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import make_accelerator
@@ -64,8 +65,11 @@ def test_calibration_writes_a_config_that_standardises_base_scores(
     ]
     config = tiny_config(tiny_sd3_dir, tmp_path, rewards=rewards)
     flags = ["--config", config, "--output", tmp_path / "rewards.yaml", "--num_prompts", 2]
-    run_script(monkeypatch, "calibrate_rewards.py", *flags)
-    assert "pickscore: mean" in capsys.readouterr().out
+    run_script(monkeypatch, "calibrate_rewards.py", *flags, "--images_per_prompt", 8)
+    printed = capsys.readouterr().out
+    assert "pickscore: mean" in printed
+    assert "gains of tilts of the base in base sd, told by 2 prompts x 8 images:" in printed
+    assert "weighted sum  pickscore (trained)  brightness (trained)  hpsv2" in printed
     first = parse_config(["--config", str(config), "--config", str(tmp_path / "rewards.yaml")]).method.rewards
     assert [(reward.name, reward.weight) for reward in first] == [("pickscore", 0.5), ("brightness", 1.0)]
     assert first[0].model == rewards[0]["model"]
@@ -73,12 +77,14 @@ def test_calibration_writes_a_config_that_standardises_base_scores(
     calibrated = parse_config(["--config", str(config), "--config", str(tmp_path / "rewards.yaml")])
     plan = make_plan(calibrated, 1)
     run = build(plan, accelerator)
-    sampler = dataclasses.replace(run.held_out.scorer.sampler, purpose="calibration")
+    certifier = run.trainer.hooks.validate.certify
+    sampler = dataclasses.replace(certifier.sampler, purpose="calibration")
     prompts = plan.some_train_prompts(2, "calibration")
     assert len(set(prompts)) == 2
-    images = sampler.images(run.held_out.scorer.base, prompts, image_ids(2, 4))
+    images = sampler.images(certifier.base, prompts, image_ids(2, 8))
     brightness = images.flatten(1).mean(1).double()
     assert (first[1].mean, first[1].std) == pytest.approx((brightness.mean().item(), brightness.std().item()))
+    assert load_scores(Path(calibrated.evaluation.frontier), prompts)["brightness"].shape == (2, 8)
 
 
 def test_finetune_ends_with_the_three_headlines(finished, folder):
@@ -246,7 +252,7 @@ def test_batch_size_must_be_a_multiple_of_the_processes(folder, tiny_sd3_dir):
 
 
 def test_a_run_that_stops_prints_no_traceback_but_keeps_it(folder, tiny_sd3_dir, tmp_path, monkeypatch):
-    """Weights that are NaN: found in the first iteration, after loading."""
+    """Weights that are NaN: found by the first images, after loading."""
     broken = tmp_path / "model"
     StableDiffusion3Pipeline.from_pretrained(
         tiny_sd3_dir, text_encoder_3=None, tokenizer_3=None
@@ -259,7 +265,7 @@ def test_a_run_that_stops_prints_no_traceback_but_keeps_it(folder, tiny_sd3_dir,
     config = tiny_config(broken, tmp_path, **own, eval_prompts=None)
     with pytest.raises(SystemExit) as stopped:
         run_script(monkeypatch, "finetune.py", "--config", config)
-    assert str(stopped.value.code).startswith("error: iteration 0: ")
+    assert str(stopped.value.code).startswith("error: base images of ['")
     assert len(str(stopped.value.code).splitlines()) <= 6
     assert "Traceback" in (tmp_path / "out/error.txt").read_text()
 
@@ -278,8 +284,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tiny_sd3_dir, tmp_pa
         "# samples an iteration: 4 = 1 processes x 4",
         "# training prompts: 3 (5.33 epochs)",
         "# transformer calls a sample, base, forward and backward: 3",
-        "# validation every 2 iterations: 6 images (3 prompts x 2 images, 3 prompts in the grid), and once "
-        "of the base",
+        "# validation every 2 iterations: 6 images (3 prompts x 2 images, 3 in the grid), and once of the "
+        "base; as many for the certificate, and once 24 of the base",
         "# evaluation: 3 prompts, 6 images of base and tuned each",
     ):
         assert line in printed.splitlines()

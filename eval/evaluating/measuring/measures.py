@@ -9,7 +9,7 @@ from torch import Tensor
 
 from am_diffusers.config import RewardConfig
 from am_diffusers.rewards import REWARDS, ImageFeatures, LearnedReward, Reward, RewardOptions
-from am_diffusers.run.plan import resolve_reward
+from am_diffusers.run.checked_rewards import resolve_reward
 from am_diffusers.system.files import asset_path
 from am_diffusers.system.text import suggest
 from evaluating.measuring.features import FEATURES, LPIPS, Features

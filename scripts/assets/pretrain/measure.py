@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from am_diffusers.rewards import HPSv2, ImageReward, PickScore
-from evaluating.measuring.features import EfficientNet
+from am_diffusers.rewards.imagenet_class import ImageNetClass, load_classifier, official_pixels
+from am_diffusers.rewards.world import Heads, judge_features
 
-from .judge import Judge
+from .judge import NAMES
 from .loop import Loop
 from .preferences import current_models, decode, generate, pair_accuracy
 from .transformer import CaptionCache
@@ -34,9 +35,12 @@ def draw_base(world: World, loop: Loop) -> tuple[Tensor, Labels]:
     return torch.cat(images), Labels(concept, background, torch.zeros_like(concept))
 
 
-def judged(judge: Judge, features: Tensor, asked: Labels) -> dict[str, float]:
+@torch.no_grad()
+def judged(heads: Heads, images: Tensor, asked: Labels) -> dict[str, float]:
     """Give the share of clean images, of each defect, and of right ones among the clean."""
-    found = judge.labels(features)
+    classifier = load_classifier(ImageNetClass.released).eval()
+    parts = [judge_features(classifier, official_pixels(part)) for part in images.split(64)]
+    found = Labels(*(heads.logits(torch.cat(parts), head).argmax(1) for head in NAMES))
     clean = found.condition == CLEAN
     concept, background = found.concept == asked.concept, found.background == asked.background
     figures = {
@@ -61,8 +65,7 @@ def save_samples(world: World, loop: Loop) -> dict[str, float]:
     figures = {"step": state["step"]}
     file = loop.folder / "judge.safetensors"
     if file.exists():
-        features = EfficientNet.from_pretrained(device=loop.device, batch_size=64).image_features(images)
-        figures |= judged(Judge.load(file), features, asked)
+        figures |= judged(Heads.load(file), images, asked)
     with (loop.folder / "samples.jsonl").open("a") as log:
         print(json.dumps(figures), file=log)
     return figures
