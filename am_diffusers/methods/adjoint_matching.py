@@ -3,7 +3,8 @@
 Samples p*(clean) ~ p_base(clean) * exp(reward_scale * reward(clean)) after training. An iteration rolls
 the policy out with a memoryless table, sweeps the adjoint back along the trajectories under the base and
 regresses the policy's velocity on the targets of matching.py. Passes through the network: K-1 policy
-calls, K-1 base vjps, one base call at step 0 if that step is selected, and the regression's own.
+calls, base vjps from the last step back to the one after the earliest that is selected, one base call
+there (a vjp for pairings other than `right`), and the regression's own.
 """
 
 from collections.abc import Sequence
@@ -95,11 +96,10 @@ class AdjointMatching(MatchingMethod[Steps]):
             field = self.around.rollout or self.policy
             trajectory = rollout(field, table, cond, noise, lambda _: self.latents.draw(generators))
         with phase("adjoint", len(cond)):
-            last = last_step(self.base, trajectory)
+            last = last_step(self.base, trajectory, self.around.state_cost)
         terminal = self.terminal(last.final, cond.prompts, lambda: self.latents.draw(generators))
         with phase("adjoint", len(cond)):
-            cost = self.around.state_cost
-            sweep = self._adjoint(trajectory, last, terminal.adjoint, with_first=0 in steps, state_cost=cost)
+            sweep = self._sweep(trajectory, last.pull(terminal.adjoint), steps[0])
         targets = [self._target(table, k, sweep) for k in steps]
         weights = [matching.matching_weight(table, k) for k in steps]
         residuals = [
@@ -126,6 +126,12 @@ class AdjointMatching(MatchingMethod[Steps]):
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.selection.load_state_dict(state.get("selection", {}))
+
+    def _sweep(self, trajectory: Trajectory, adjoint: Tensor, first: int) -> AdjointSweep:
+        """Return the sweep from adjoint_{K-1} back to the earliest step that is trained."""
+        left = self.shared.pairing != "right" and first > 0  # at step 0 all pairings use adjoint_1
+        end, cost = trajectory.transitions.num_steps - 1, self.around.state_cost
+        return self._adjoint(trajectory, adjoint, end, first=first, with_left=left, state_cost=cost)
 
     def _target(self, table: Transitions, k: int, sweep: AdjointSweep) -> Tensor:
         return matching.matching_target(
