@@ -3,8 +3,9 @@
 Samples p*(clean) ~ p_base(clean) * exp(reward_scale * reward(clean)) after training. An iteration rolls
 the policy out with a memoryless table, sweeps the adjoint back along the trajectories under the base and
 regresses the policy's velocity on the targets of matching.py. Passes through the network: K-1 policy
-calls, base vjps from the last step back to the one after the earliest that is selected, one base call
-there (a vjp for pairings other than `right`), and the regression's own.
+calls, base vjps from the last step back to the one after the earliest that is selected, of the last step
+one for each of `tail_samples`, one base call at the earliest (a vjp for pairings other than `right`), and
+the regression's own.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from am_diffusers import matching
-from am_diffusers.adjoint import AdjointSweep, full_adjoint, last_step, lean_adjoint
+from am_diffusers.adjoint import AdjointSweep, full_adjoint, lean_adjoint
 from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.continuations import Ends, ends_of
 from am_diffusers.methods.parts.matching_method import MatchingMethod
-from am_diffusers.methods.parts.reports import statistics
+from am_diffusers.methods.parts.reports import sweep_statistics
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.step_selection import Selected, StepSelection
@@ -52,6 +54,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         "adjoint",
         "loss_steps",
         "step_selection",
+        "tail_samples",
         "mask_quantile",
         "sigma_jitter",
         "guidance_mode",
@@ -95,11 +98,9 @@ class AdjointMatching(MatchingMethod[Steps]):
         with phase("rollout", len(cond)):
             field = self.around.rollout or self.policy
             trajectory = rollout(field, table, cond, noise, lambda _: self.latents.draw(generators))
+        ends = self._ends(trajectory, generators)
         with phase("adjoint", len(cond)):
-            last = last_step(self.base, trajectory, self.around.state_cost)
-        terminal = self.terminal(last.final, cond.prompts, lambda: self.latents.draw(generators))
-        with phase("adjoint", len(cond)):
-            sweep = self._sweep(trajectory, last.pull(terminal.adjoint), steps[0])
+            sweep = self._sweep(trajectory, ends.adjoints.mean(0), steps[0])
         targets = [self._target(table, k, sweep) for k in steps]
         weights = [matching.matching_weight(table, k) for k in steps]
         residuals = [
@@ -112,7 +113,8 @@ class AdjointMatching(MatchingMethod[Steps]):
             table.sigmas[steps].tolist(),
             [weight * factor for weight, factor in zip(weights, factors, strict=True)],
         )
-        return Chunk(rows, statistics(terminal, trajectory, sweep), torch.stack(residuals, 1))
+        stats = ends.stats | sweep_statistics(trajectory, sweep)
+        return Chunk(rows, stats, torch.stack(residuals, 1))
 
     def masked(self, common: Steps, collected: Chunk) -> Chunk:
         """Return the rows masked; the selection of steps follows the residuals that are kept."""
@@ -126,6 +128,13 @@ class AdjointMatching(MatchingMethod[Steps]):
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.selection.load_state_dict(state.get("selection", {}))
+
+    def _ends(self, trajectory: Trajectory, generators: Sequence[torch.Generator]) -> Ends:
+        """Return the continuations of the last noisy step."""
+        cost, number = self.around.state_cost, self.shared.tail_samples
+        return ends_of(
+            self.base, trajectory, number, self.terminal, lambda: self.latents.draw(generators), cost
+        )
 
     def _sweep(self, trajectory: Trajectory, adjoint: Tensor, first: int) -> AdjointSweep:
         """Return the sweep from adjoint_{K-1} back to the earliest step that is trained."""

@@ -48,6 +48,7 @@ GOAL = {
     "guidance_mode",
     "adjoint",
     "mask_quantile",
+    "tail_samples",
     *GRADIENT,
     *(flag for method in METHODS.values() for flag in method.decisive),
 }

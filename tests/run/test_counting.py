@@ -45,17 +45,19 @@ def config_of(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "calls", "rows", "period"),
     [
-        ({}, {POLICY: 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        # The last step is continued four times, the default.
+        ({}, {POLICY: 7, SWEEP: 6 + 4, BASE: 1, TRAINED: 7}, 7, 1),
+        ({"tail_samples": 1}, {POLICY: 7, SWEEP: 6 + 1, BASE: 1, TRAINED: 7}, 7, 1),
         # The policy's own velocities are asked for the mask.
-        (GUIDED, {POLICY: 2 * 7 + 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        (GUIDED, {POLICY: 2 * 7 + 7, SWEEP: 6 + 4, BASE: 1, TRAINED: 7}, 7, 1),
         (
             EVERYWHERE | {"adjoint": "full"},
             # A guided vector-Jacobian product is a call and two products.
             {
                 POLICY: 2 * 7 + 6,
                 f"policy, {VJP}": 2 * 6,
-                SWEEP: 2 * 7,
-                BASE: 2 + 7,
+                SWEEP: 2 * (6 + 4),
+                BASE: 2 + 6 + 4,
                 TRAINED: 2 * 7,
             },
             7,
@@ -63,7 +65,7 @@ def config_of(folder, **changes):
         ),
         (
             BUFFERED | {"buffer_refresh": 4},
-            {POLICY: 7 / 4, SWEEP: 7 / 4, BASE: 1 / 4, TRAINED: 7},
+            {POLICY: 7 / 4, SWEEP: (6 + 4) / 4, BASE: 1 / 4, TRAINED: 7},
             7,
             4,
         ),
@@ -108,7 +110,10 @@ def mean_earliest(number, kind):
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", ["last_and_random", "stratified", "pps"])
 def test_the_vjps_of_the_base_end_at_the_earliest_step_that_is_drawn(tmp_path, kind, number):
-    """7 of them less the earliest of 7 steps; within 4 standard errors, pps before it saw a residual."""
+    """7 of them and 3 for other continuations, less the earliest of 7 steps.
+
+    Within 4 standard errors, pps before it saw a residual.
+    """
     kind = "last_and_random" if number == "all" else kind
     generator, selection = torch.Generator().manual_seed(0), StepSelection(number, kind)
     table, mean = memoryless_local_linear(uniform_sigmas(8)), mean_earliest(number, kind)
@@ -120,11 +125,11 @@ def test_the_vjps_of_the_base_end_at_the_earliest_step_that_is_drawn(tmp_path, k
     share = calls_of(tmp_path, **changes, **BUFFERED, buffer_refresh=4)
     assert (counted[BASE], share[BASE]) == (1, 1 / 4)  # at the earliest step
     if kind == "pps":
-        assert 1 <= counted[SWEEP] <= 7
-        assert 1 <= 4 * share[SWEEP] <= 7
+        assert 4 <= counted[SWEEP] <= 10
+        assert 4 <= 4 * share[SWEEP] <= 10
     else:
-        assert counted[SWEEP] == pytest.approx(7 - mean, abs=error / PERIODS**0.5 + 1e-12)
-        assert 4 * share[SWEEP] == pytest.approx(7 - mean, abs=error / PERIODS**0.5 + 1e-12)
+        assert counted[SWEEP] == pytest.approx(10 - mean, abs=error / PERIODS**0.5 + 1e-12)
+        assert 4 * share[SWEEP] == pytest.approx(10 - mean, abs=error / PERIODS**0.5 + 1e-12)
 
 
 def test_other_pairings_take_a_vjp_in_the_place_of_that_call(tmp_path):
@@ -212,9 +217,9 @@ def test_the_counted_calls_of_every_method_are_those_a_real_run_makes(tmp_path, 
 
 
 def test_a_real_run_that_draws_its_steps_makes_the_other_calls_as_counted(tmp_path, monkeypatch):
-    """One of three steps is drawn, and the sweep ends there: after 1, 2 or 3 passes."""
+    """One of three steps is drawn, and the sweep ends there: after 4, 5 or 6 passes."""
     config = config_of(tmp_path, loss_steps=1, mask_quantile=None)
     counted, made = count(config).calls, calls_made(config, monkeypatch, 1)
-    assert 1 < counted.pop(SWEEP) < 3
-    assert made.pop(SWEEP) in (1, 2, 3)
+    assert 4 < counted.pop(SWEEP) < 6
+    assert made.pop(SWEEP) in (4, 5, 6)
     assert made == pytest.approx(counted, rel=1e-12)

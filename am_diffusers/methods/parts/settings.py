@@ -55,6 +55,9 @@ class SharedSettings:
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
             that follows each step's residual).
+        tail_samples: continuations M of each rollout's last step with noise, whose adjoints are averaged:
+            less noise and the same fixed point, for M - 1 more passes and rewards. Logged rewards are means
+            over them.
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all. Only null is unbiased: on a mixture of three modes .9 reaches
             40 % of the tilt's KL, null 92 %.
@@ -88,7 +91,8 @@ class SharedSettings:
     reward_scale: float = 1.0
     loss_steps: int | Literal["all"] = "all"
     step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
-    mask_quantile: float | None = 0.9
+    tail_samples: int = 4
+    mask_quantile: float | None = None
     sigma_jitter: float = 0.0
     rollout_guidance_scale: float = 1.0
     guidance_mode: Literal["rollout", "none", "everywhere"] = "rollout"
@@ -130,6 +134,7 @@ class SharedSettings:
                 "step_selection",
                 "left out with loss_steps all: there is nothing to select",
             ),
+            (self.tail_samples >= 1, "tail_samples", "at least 1"),
             (
                 not guided or self.guidance_mode != "none",
                 "rollout_guidance_scale",

@@ -1,7 +1,7 @@
 """The methods as they are compared, each with its settings: one table.
 
 What isn't set here is the default of the method's own settings. `reward_scale` is 1 (oracle_problems.py).
-Masks are off where a method has one, as a masked loss has another optimum, but for one row with the default.
+Masks are off, as a masked loss has another optimum, but for one row.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -72,8 +72,13 @@ class Variant:
 
 
 def _steps(number: int) -> dict[str, Any]:
-    """Return flags of a rollout of `number` local-linear steps, without a mask."""
-    return {"num_inference_steps": number, "transitions": LOCAL_LINEAR, "mask_quantile": None}
+    """Return flags of a rollout of `number` local-linear steps, each continued once, without a mask."""
+    return {
+        "num_inference_steps": number,
+        "transitions": LOCAL_LINEAR,
+        "tail_samples": 1,
+        "mask_quantile": None,
+    }
 
 
 _PUBLISHED: dict[str, Any] = {"transitions": "memoryless_euler", "pairing": "left"}
