@@ -21,6 +21,7 @@ from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.continuations import Ends, ends_of
 from am_diffusers.methods.parts.matching_method import MatchingMethod
 from am_diffusers.methods.parts.reports import sweep_statistics
+from am_diffusers.methods.parts.row_weights import Crossfit, half_norms
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.step_selection import Selected, StepSelection
@@ -56,6 +57,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         "step_selection",
         "tail_samples",
         "mask_quantile",
+        "row_weights",
         "sigma_jitter",
         "guidance_mode",
         "offload_trajectories",
@@ -71,6 +73,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         if shared.adjoint == "full" and around.rollout is not None:
             raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout field")
         self.selection = StepSelection(shared.loss_steps, shared.step_selection)
+        self.crossfit = Crossfit() if shared.row_weights == "crossfit" else None
         full = partial(full_adjoint, self.base, self.policy)
         self._adjoint = full if shared.adjoint == "full" else partial(lean_adjoint, self.base)
 
@@ -93,7 +96,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         self, common: Steps, ids: list[int], cond: Conditioning, generators: Sequence[torch.Generator]
     ) -> Chunk:
         """Return trajectories with adjoints and targets, see `MatchingMethod.chunk`."""
-        table, (steps, factors) = common
+        table, steps = common.table, common.selected.steps
         noise = self.latents.draw(generators)
         with phase("rollout", len(cond)):
             field = self.around.rollout or self.policy
@@ -101,6 +104,19 @@ class AdjointMatching(MatchingMethod[Steps]):
         ends = self._ends(trajectory, generators)
         with phase("adjoint", len(cond)):
             sweep = self._sweep(trajectory, ends.adjoints.mean(0), steps[0])
+        stats = ends.stats | sweep_statistics(trajectory, sweep)
+        if self.crossfit is None:
+            return self._rows(common, trajectory, sweep)._replace(stats=stats)
+        stats["half_norm"] = half_norms(ends.adjoints)
+        branched = table.num_steps - 2
+        adjoint, emphasis = self.crossfit(ends.adjoints)
+        crossed = sweep.adjoints | {branched + 1: adjoint}  # no other row has a target of this one
+        chunk = self._rows(common, trajectory, sweep._replace(adjoints=crossed))._replace(stats=stats)
+        return chunk.emphasised(steps.index(branched), emphasis) if branched in steps else chunk
+
+    def _rows(self, common: Steps, trajectory: Trajectory, sweep: AdjointSweep) -> Chunk:
+        """Return rows of the selected steps and their residuals; statistics are still to come."""
+        table, (steps, factors) = common
         targets = [self._target(table, k, sweep) for k in steps]
         weights = [matching.matching_weight(table, k) for k in steps]
         residuals = [
@@ -113,21 +129,29 @@ class AdjointMatching(MatchingMethod[Steps]):
             table.sigmas[steps].tolist(),
             [weight * factor for weight, factor in zip(weights, factors, strict=True)],
         )
-        stats = ends.stats | sweep_statistics(trajectory, sweep)
-        return Chunk(rows, stats, torch.stack(residuals, 1))
+        return Chunk(rows, {}, torch.stack(residuals, 1))
+
+    def report(self, columns: dict[str, Tensor]) -> tuple[dict[str, float], Sequence[str]]:
+        """Return numbers to log and warnings, see `MatchingMethod.report`."""
+        if self.crossfit is not None:
+            self.crossfit.update(columns["half_norm"])
+        return super().report(columns)
 
     def masked(self, common: Steps, collected: Chunk) -> Chunk:
         """Return the rows masked; the selection of steps follows the residuals that are kept."""
         return self.mask_steps(common.selected.steps, collected, self.selection)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the common state and the sizes of the steps."""
-        return super().state_dict() | {"selection": self.selection.state_dict()}
+        """Return the common state, the sizes of the steps and the mean of the weights."""
+        crossfit = {} if self.crossfit is None else {"crossfit": self.crossfit.state_dict()}
+        return super().state_dict() | {"selection": self.selection.state_dict()} | crossfit
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.selection.load_state_dict(state.get("selection", {}))
+        if self.crossfit is not None:
+            self.crossfit.load_state_dict(state.get("crossfit", {}))
 
     def _ends(self, trajectory: Trajectory, generators: Sequence[torch.Generator]) -> Ends:
         """Return the continuations of the last noisy step."""

@@ -13,7 +13,7 @@ report no rewards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -95,7 +95,8 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
                 f"--buffer_size must be a multiple of train_batch_size, {batch}: it is filled and emptied a "
                 f"collection at a time, got {size}"
             )
-        self.inner = AdjointMatching(around, shared)
+        collections = -(-around.iterations // self.period)
+        self.inner = AdjointMatching(replace(around, iterations=collections), shared)
         self.generations = size // batch
         store = DiskTensors(around.folder) if self.own.buffer_storage == "disk" else in_memory
         self.replay = Replay(self.generations, store)

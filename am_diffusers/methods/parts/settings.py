@@ -61,6 +61,10 @@ class SharedSettings:
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all. Only null is unbiased: on a mixture of three modes .9 reaches
             40 % of the tilt's KL, null 92 %.
+        row_weights: by what rows weigh less that are long: none, crossfit (the row before the last noisy
+            step, by the norm of other continuations: needs tail_samples 2 or more, leaves the fixed point
+            exactly alone), or ramp (all rows, those beyond a running quantile, from .9 to all in the first
+            60 % of the run: the fixed point is right from there on). Not together with a mask.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
         rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off.
         guidance_mode: where it acts: rollout (in the rollout alone: ungrounded, the tilted law is that of no
@@ -93,6 +97,7 @@ class SharedSettings:
     step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
     tail_samples: int = 4
     mask_quantile: float | None = None
+    row_weights: Literal["none", "crossfit", "ramp"] = "none"
     sigma_jitter: float = 0.0
     rollout_guidance_scale: float = 1.0
     guidance_mode: Literal["rollout", "none", "everywhere"] = "rollout"
@@ -149,6 +154,17 @@ class SharedSettings:
                 self.mask_quantile is None or 0 < self.mask_quantile < 1,
                 "mask_quantile",
                 "in (0, 1), or null to keep every row",
+            ),
+            (
+                self.mask_quantile is None or self.row_weights == "none",
+                "row_weights",
+                "none with a mask: long rows are left out already (--mask_quantile null)",
+            ),
+            (
+                self.row_weights != "crossfit" or (self.tail_samples >= 2 and self.pairing == "right"),
+                "row_weights",
+                "none or ramp, or crossfit with --tail_samples 2 or more and --pairing right: it weighs "
+                "halves of the continuations by each other",
             ),
             (0 <= self.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
         ]

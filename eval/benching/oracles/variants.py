@@ -51,6 +51,7 @@ class Variant:
             LatentSpec((problem.dim,), dtype=torch.float64),
             lambda steps, noisy: uniform_sigmas(steps),
             sizes=Sizes(batch=self.schedule.batch),
+            iterations=self.schedule.iterations,
         )
         shared, own = self._settings()
         return METHODS[self.method](around, shared, own)
