@@ -55,6 +55,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         "adjoint",
         "loss_steps",
         "step_selection",
+        "late_step_odds",
         "tail_samples",
         "mask_quantile",
         "row_weights",
@@ -72,7 +73,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         super().__init__(around, shared, own)
         if shared.adjoint == "full" and around.rollout is not None:
             raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout field")
-        self.selection = StepSelection(shared.loss_steps, shared.step_selection)
+        self.selection = StepSelection(shared.loss_steps, shared.step_selection, odds=shared.late_step_odds)
         self.crossfit = Crossfit() if shared.row_weights == "crossfit" else None
         full = partial(full_adjoint, self.base, self.policy)
         self._adjoint = full if shared.adjoint == "full" else partial(lean_adjoint, self.base)

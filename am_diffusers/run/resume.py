@@ -56,7 +56,7 @@ GOAL = {
 """Settings that targets, advantages, base velocities and masks of rows depend on, and so do all running means
 of residuals and norms."""
 PROMPTS = "prompts of train_prompts"
-SHAPE = {"train_batch_size", "loss_steps", "step_selection", "seed", PROMPTS}
+SHAPE = {"train_batch_size", "loss_steps", "step_selection", "late_step_odds", "seed", PROMPTS}
 """Settings that decide which rows there are and what each means: other rows don't fit beside them.
 
 The seed and the prompts are among them as only texts that this run trains on are encoded, and a stored row

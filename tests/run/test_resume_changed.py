@@ -96,6 +96,7 @@ def test_the_mask_of_another_goal_is_not_that_of_this_one(tiny_sd3_dir, tmp_path
         ("train_batch_size", 8, True, False),
         ("loss_steps", 1, True, False),
         ("step_selection", "stratified", True, False),
+        ("late_step_odds", 3.0, True, False),
         ("seed", 3, True, False),
         ("learning_rate", 1e-4, False, False),
         ("buffer_refresh", 2, False, False),

@@ -55,6 +55,9 @@ class SharedSettings:
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
             that follows each step's residual).
+        late_step_odds: how many times likelier a step with sigma at most .7 is than an earlier one among the
+            random ones of last_and_random: positive, 1 as published. All steps are trained, so that the fixed
+            point is the same.
         tail_samples: continuations M of each rollout's last step with noise, whose adjoints are averaged:
             less noise and the same fixed point, for M - 1 more passes and rewards. Logged rewards are means
             over them.
@@ -95,6 +98,7 @@ class SharedSettings:
     reward_scale: float = 1.0
     loss_steps: int | Literal["all"] = "all"
     step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
+    late_step_odds: float = 1.0
     tail_samples: int = 4
     mask_quantile: float | None = None
     row_weights: Literal["none", "crossfit", "ramp"] = "none"
@@ -111,7 +115,7 @@ class SharedSettings:
     reward_clip_quantile: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, [*self._rollout(), *self._gradient()])
+        require(self, [*self._rollout(), *self._rows(), *self._gradient()])
 
     def _rollout(self) -> list[Check]:
         guided = self.rollout_guidance_scale != 1
@@ -130,17 +134,6 @@ class SharedSettings:
                 "(--guidance_mode everywhere or none)",
             ),
             (
-                self.loss_steps == "all" or 1 <= self.loss_steps < self.num_inference_steps,
-                "loss_steps",
-                "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
-            ),
-            (
-                self.loss_steps != "all" or self.step_selection == "last_and_random",
-                "step_selection",
-                "left out with loss_steps all: there is nothing to select",
-            ),
-            (self.tail_samples >= 1, "tail_samples", "at least 1"),
-            (
                 not guided or self.guidance_mode != "none",
                 "rollout_guidance_scale",
                 "1 with guidance_mode none",
@@ -150,6 +143,32 @@ class SharedSettings:
                 "rollout_guidance_scale",
                 "other than 1 with guidance_mode everywhere",
             ),
+        ]
+
+    def _rows(self) -> list[Check]:
+        return [
+            (
+                self.loss_steps == "all" or 1 <= self.loss_steps < self.num_inference_steps,
+                "loss_steps",
+                "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
+            ),
+            (
+                self.loss_steps != "all" or self.step_selection == "last_and_random",
+                "step_selection",
+                "left out with loss_steps all: there is nothing to select",
+            ),
+            (
+                self.late_step_odds > 0,
+                "late_step_odds",
+                "positive: a step that is never drawn stays the base's, and the law is not the tilt",
+            ),
+            (
+                self.late_step_odds == 1
+                or (self.loss_steps != "all" and self.step_selection == "last_and_random"),
+                "late_step_odds",
+                "1 unless some steps are drawn: with a number of loss_steps, by last_and_random",
+            ),
+            (self.tail_samples >= 1, "tail_samples", "at least 1"),
             (
                 self.mask_quantile is None or 0 < self.mask_quantile < 1,
                 "mask_quantile",
