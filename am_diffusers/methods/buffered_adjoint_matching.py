@@ -24,9 +24,10 @@ from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.kept import KeptBytes, PartShare
+from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.replay import DiskTensors, Drawn, Replay, in_memory
 from am_diffusers.methods.parts.rows import kept_batch
-from am_diffusers.methods.parts.settings import SharedSettings, require
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning

@@ -25,9 +25,10 @@ from am_diffusers import matching
 from am_diffusers.adjoint import AdjointSweep, lean_adjoint
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.matching_method import MatchingMethod
+from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import ADJOINT_NORM
 from am_diffusers.methods.parts.rows import Chunk, Rows
-from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings, require
+from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
