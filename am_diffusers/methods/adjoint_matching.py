@@ -9,6 +9,7 @@ the regression's own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.step_selection import Selected, StepSelection
 from am_diffusers.methods.parts.surroundings import Surroundings
+from am_diffusers.methods.parts.tails import with_ode_tail
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
 from am_diffusers.terminal_cost import TerminalCost
@@ -57,6 +59,7 @@ class AdjointMatching(MatchingMethod[Steps]):
         "step_selection",
         "late_step_odds",
         "tail_samples",
+        "ode_tail",
         "mask_quantile",
         "row_weights",
         "sigma_jitter",
@@ -83,6 +86,11 @@ class AdjointMatching(MatchingMethod[Steps]):
         """Return the tilt, or why it isn't; see `Method.law`."""
         return laws.of_the_tilt(shared)
 
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: Any) -> list[str]:
+        """Say if an ODE tail takes the tilt away; see `Method.cautions`."""
+        return laws.cautions_of_the_tilt(shared)
+
     def prepare(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
     ) -> Steps:
@@ -97,11 +105,8 @@ class AdjointMatching(MatchingMethod[Steps]):
         self, common: Steps, ids: list[int], cond: Conditioning, generators: Sequence[torch.Generator]
     ) -> Chunk:
         """Return trajectories with adjoints and targets, see `MatchingMethod.chunk`."""
-        table, steps = common.table, common.selected.steps
-        noise = self.latents.draw(generators)
-        with phase("rollout", len(cond)):
-            field = self.around.rollout or self.policy
-            trajectory = rollout(field, table, cond, noise, lambda _: self.latents.draw(generators))
+        steps, branched = common.selected.steps, common.table.num_steps - 2
+        trajectory = self._rollout(common.table, cond, generators)
         ends = self._ends(trajectory, generators)
         with phase("adjoint", len(cond)):
             sweep = self._sweep(trajectory, ends.adjoints.mean(0), steps[0])
@@ -109,7 +114,6 @@ class AdjointMatching(MatchingMethod[Steps]):
         if self.crossfit is None:
             return self._rows(common, trajectory, sweep)._replace(stats=stats)
         stats["half_norm"] = half_norms(ends.adjoints)
-        branched = table.num_steps - 2
         adjoint, emphasis = self.crossfit(ends.adjoints)
         crossed = sweep.adjoints | {branched + 1: adjoint}  # no other row has a target of this one
         chunk = self._rows(common, trajectory, sweep._replace(adjoints=crossed))._replace(stats=stats)
@@ -153,6 +157,16 @@ class AdjointMatching(MatchingMethod[Steps]):
         self.selection.load_state_dict(state.get("selection", {}))
         if self.crossfit is not None:
             self.crossfit.load_state_dict(state.get("crossfit", {}))
+
+    def _rollout(
+        self, table: Transitions, cond: Conditioning, generators: Sequence[torch.Generator]
+    ) -> Trajectory:
+        """Return a rollout; only its states know of an ODE tail, the rest is of the table."""
+        field, noise = self.around.rollout or self.policy, self.latents.draw(generators)
+        chain = with_ode_tail(table, self.shared.ode_tail)
+        with phase("rollout", len(cond)):
+            path = rollout(field, chain, cond, noise, lambda _: self.latents.draw(generators))
+        return replace(path, transitions=table)
 
     def _ends(self, trajectory: Trajectory, generators: Sequence[torch.Generator]) -> Ends:
         """Return the continuations of the last noisy step."""

@@ -108,6 +108,11 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
         """Return the tilt, or why it isn't; see `Method.law`."""
         return laws.of_the_tilt(shared)
 
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: BufferSettings) -> list[str]:
+        """Say if an ODE tail takes the tilt away; see `Method.cautions`."""
+        return laws.cautions_of_the_tilt(shared)
+
     @property
     def period(self) -> int:
         """Iterations from one rollout to the next."""

@@ -49,6 +49,7 @@ GOAL = {
     "adjoint",
     "mask_quantile",
     "tail_samples",
+    "ode_tail",
     "row_weights",
     *GRADIENT,
     *(flag for method in METHODS.values() for flag in method.decisive),

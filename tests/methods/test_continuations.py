@@ -1,16 +1,20 @@
 """Continuations of the last noisy step: what averaging them changes, which is noise, and what it doesn't."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from am_diffusers.adjoint import last_step, lean_adjoint
+from am_diffusers.matching import matching_target
+from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.continuations import continuations
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.rollout import rollout
 from am_diffusers.transitions import memoryless_local_linear, uniform_sigmas
 from am_diffusers.velocity import CallableField
-from methods_around import BASE, LATENTS, OFFSET, collect
+from methods_around import BASE, LATENTS, OFFSET, collect, concave
 from methods_around import adjoint_matching as make
 from oracles import THREE_MODES, unconditional
 
@@ -109,3 +113,54 @@ def test_the_first_continuation_is_the_rollout_and_the_others_differ_in_their_la
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="--tail_samples must be at least 1, got 0"):
         make(tail_samples=0)
+
+
+# -------------------------------------------------------------------------------------------- ODE tail
+
+
+def test_an_ode_tail_changes_the_states_it_leads_to_and_nothing_else():
+    """Rows of a rollout that ends in two steps of the ODE: state by state, then as those of the table."""
+    method, draws = make(ode_tail=2, tail_samples=1, latents=given(0)), DRAWN
+    rows = collect(method, num=SAMPLES).examples
+    table, ode, cond = memoryless_local_linear(uniform_sigmas(STEPS)), [draws[0]], unconditional(SAMPLES)
+    for k in range(STEPS - 1):
+        x, sigma = ode[-1], table.sigmas[k]
+        velocity = OFFSET(x, sigma.expand(SAMPLES), cond)
+        step = (table.sigmas[k + 1] - sigma).item()
+        ode.append(x + step * velocity if k >= 5 else table.step(k, x, velocity, draws[1 + k]))
+    states = rows.latents.unflatten(0, (SAMPLES, STEPS - 1)).transpose(0, 1)
+    torch.testing.assert_close(states, torch.stack(ode[:-1]), rtol=0, atol=1e-12)
+    path = replace(rollout(OFFSET, table, cond, draws[0], lambda k: draws[1 + k]), latents=torch.stack(ode))
+    last = last_step(BASE, path)
+    gradient = torch.func.grad(lambda x: concave(x, cond.prompts).sum())(last.final)
+    sweep = lean_adjoint(BASE, path, last.pull(-2.0 * gradient), STEPS - 1)
+    targets = rows.target.unflatten(0, (SAMPLES, STEPS - 1)).transpose(0, 1)
+    for k, target in enumerate(targets):
+        right, base = sweep.adjoints[k + 1], sweep.velocity_base[k]
+        expected = matching_target(table, k, velocity_base=base, adjoint_right=right, adjoint_left=None)
+        torch.testing.assert_close(target, expected, rtol=0, atol=1e-11)
+    plain = collect(make(tail_samples=1, latents=given(0)), num=SAMPLES).examples
+    assert torch.equal(rows.weight, plain.weight)
+    assert not torch.allclose(rows.target, plain.target)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"num_inference_steps": 12}, "--ode_tail must be 0 with more than 10 num_inference_steps"),
+        ({"ode_tail": 7}, "--ode_tail must be from 0 to num_inference_steps - 2"),
+        ({"tail_samples": 2}, "--ode_tail must be 0, or with --tail_samples 1 and --adjoint lean"),
+        ({"adjoint": "full"}, "--ode_tail must be 0, or with --tail_samples 1 and --adjoint lean"),
+    ],
+)
+def test_an_ode_tail_is_refused_where_it_is_no_good(flags, text):
+    with pytest.raises(ValueError, match=text):
+        make(**({"ode_tail": 1, "tail_samples": 1} | flags))
+
+
+@pytest.mark.parametrize("method", ["adjoint_matching", "buffered_adjoint_matching"])
+def test_an_ode_tail_is_called_a_bias(method):
+    kind = METHODS[method]
+    (text,) = kind.cautions(SharedSettings(num_inference_steps=8, ode_tail=1, tail_samples=1), None)
+    assert "ode_tail 1 is biased: the optimum is not" in text
+    assert kind.cautions(SharedSettings(), None) == []
