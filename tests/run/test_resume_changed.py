@@ -93,7 +93,6 @@ def test_the_mask_of_another_goal_is_not_that_of_this_one(tiny_sd3_dir, tmp_path
         ("mask_quantile", 0.5, True, True),
         ("tail_samples", 1, True, True),
         ("row_weights", "crossfit", True, True),
-        ("ode_tail", 1, True, True),
         ("train_batch_size", 8, True, False),
         ("loss_steps", 1, True, False),
         ("step_selection", "stratified", True, False),

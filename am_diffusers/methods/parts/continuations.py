@@ -10,7 +10,6 @@ reward.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from am_diffusers.adjoint import StateCost, last_step
 from am_diffusers.methods.parts.reports import terminal_statistics
+from am_diffusers.methods.parts.tails import steps_of
 from am_diffusers.rollout import Trajectory
 from am_diffusers.system.failures import phase
 from am_diffusers.terminal_cost import TerminalCost
@@ -36,13 +36,12 @@ class Ends(NamedTuple):
     stats: dict[str, Tensor]
 
 
-def continuations(trajectory: Trajectory, number: int, draw: Callable[[], Tensor]) -> Iterator[Trajectory]:
-    """Yield a rollout and others that differ from it in x_{K-1}, each drawn when it is asked for."""
-    yield trajectory
+def continuations(trajectory: Trajectory, number: int, draw: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """Yield x_{K-1} of a rollout, (B, ...), and others from its x_{K-2}, each drawn when it is asked for."""
+    yield trajectory.latents[-1]
     table, k = trajectory.transitions, trajectory.transitions.num_steps - 2
     for _ in range(number - 1):
-        x = table.step(k, trajectory.latents[k], trajectory.velocities[k], draw())
-        yield replace(trajectory, latents=torch.cat([trajectory.latents[:-1], x[None]]))
+        yield table.step(k, trajectory.latents[k], trajectory.velocities[k], draw())
 
 
 def ends_of(
@@ -63,13 +62,14 @@ def ends_of(
         draw: draws a standard normal latent for each sample.
         state_cost: running cost of the states, see adjoint.py; None = 0.
     """
-    samples, found, adjoints = len(trajectory.cond), [], []
-    for continuation in continuations(trajectory, number, draw):
-        with phase("adjoint", samples):
-            last = last_step(base, continuation, state_cost)
-        start = terminal(last.final, trajectory.cond.prompts, draw)
-        with phase("adjoint", samples):
+    cond, num_steps, found, adjoints = trajectory.cond, trajectory.transitions.num_steps, [], []
+    table = steps_of(trajectory.transitions, num_steps - 1, num_steps)
+    for x in continuations(trajectory, number, draw):
+        with phase("adjoint", len(cond)):
+            last = last_step(base, Trajectory(x[None], x[None][1:], table, cond), state_cost)
+        start = terminal(last.final, cond.prompts, draw)
+        with phase("adjoint", len(cond)):
             adjoints.append(last.pull(start.adjoint))
-        found.append(terminal_statistics(start, trajectory.transitions.num_steps))
+        found.append(terminal_statistics(start, num_steps))
     stats = {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
     return Ends(torch.stack(adjoints), stats)

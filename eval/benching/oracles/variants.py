@@ -83,6 +83,7 @@ def _steps(number: int) -> dict[str, Any]:
 
 
 _PUBLISHED: dict[str, Any] = {"transitions": "memoryless_euler", "pairing": "left"}
+_BRANCHED: dict[str, Any] = {"tail_samples": 4}
 _UNMASKED: dict[str, Any] = {"mask_quantile": None}
 _GROUPS: dict[str, Any] = {"samples_per_prompt": 16}
 _BUFFER: dict[str, Any] = {"buffer_size": 4 * Schedule().batch, "buffer_refresh": 4}
@@ -99,6 +100,29 @@ VARIANTS: dict[str, Variant] = {
         "Adjoint Matching, local-linear, K = 10, mask .9",
         "adjoint_matching",
         _steps(10) | {"mask_quantile": 0.9},
+    ),
+    "am_branched_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4", "adjoint_matching", _steps(10) | _BRANCHED
+    ),
+    "am_crossfit_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4, crossfit",
+        "adjoint_matching",
+        _steps(10) | _BRANCHED | {"row_weights": "crossfit"},
+    ),
+    "am_ramp_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4, ramp",
+        "adjoint_matching",
+        _steps(10) | _BRANCHED | {"row_weights": "ramp"},
+    ),
+    "am_ode_tail_1_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, ODE tail of 1",
+        "adjoint_matching",
+        _steps(10) | {"ode_tail": 1},
+    ),
+    "am_ode_tail_3_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, ODE tail of 3",
+        "adjoint_matching",
+        _steps(10) | {"ode_tail": 3},
     ),
     "am_local_linear_40": Variant("Adjoint Matching, local-linear, K = 40", "adjoint_matching", _steps(40)),
     "am_published_10": Variant(
