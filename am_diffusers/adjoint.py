@@ -11,9 +11,9 @@ matching, for study) differentiates the policy and the running cost as well:
 
     adjoint_k = grad_x [ path_kl_k(x) + adjoint_{k+1} . mean_policy_k(x) ]
 
-In both, the last step is the base's deterministic one; the pass at k = K-1 that differentiates it also
-provides its velocity, hence x_K. `truncated_adjoint` is the lean adjoint of a rollout that took all its
-steps itself, along the last of them only.
+The chain's last step is the base's deterministic one, `last_step`: the pass at k = K-1 that differentiates
+it also provides its velocity, hence x_K. A sweep goes back from an adjoint that is known to the earliest step
+that is trained, and no further.
 
 A running *state cost* f, the general form of stochastic optimal control (ibid., section 2), adds
 (sigma[k] - sigma[k+1]) * f(x_k, sigma[k]) to the cost of a trajectory for every k and its gradient to
@@ -22,7 +22,6 @@ base's times exp(reward_scale * reward) * E_base[exp(-sum of those costs) | x_K]
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -35,19 +34,18 @@ from am_diffusers.velocity import Conditioning, Pull, VelocityField
 
 StateCost = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Differentiable running cost f of states (B, ...), sigmas (B,) and conditioning: (B,), per unit of sigma."""
+Running = Callable[[int], Tensor | float]
+"""The part of adjoint_k that step k's own state cost makes, by k."""
 
 
-@dataclass(frozen=True, eq=False)
-class AdjointSweep:
-    """Result of a backward sweep along a trajectory, without gradients.
+class AdjointSweep(NamedTuple):
+    """Result of a sweep from step `end` back to step `first`, without gradients.
 
     Attributes:
-        final: x_K, (B, ...).
-        adjoints: adjoint_k by step k = 1 .. K (or those at the end that were asked for), (B, ...) each.
-        velocity_base: base velocity at x_k by step k = 0 .. K-1 (0 only if asked for), (B, ...) each.
+        adjoints: adjoint_k by step k = first + 1 .. end, and `first` if it was asked for, (B, ...) each.
+        velocity_base: base velocity at x_k by step k = first .. end - 1, (B, ...) each.
     """
 
-    final: Tensor
     adjoints: dict[int, Tensor]
     velocity_base: dict[int, Tensor]
 
@@ -63,7 +61,7 @@ class LastStep(NamedTuple):
     Attributes:
         final: x_K, (B, ...).
         velocity: base velocity at x_{K-1}, (B, ...).
-        pull: adjoint_K -> adjoint_{K-1} without the step's own state cost; to be called once.
+        pull: adjoint_K -> adjoint_{K-1}; to be called once.
     """
 
     final: Tensor
@@ -71,16 +69,17 @@ class LastStep(NamedTuple):
     pull: Pull
 
 
-def last_step(base: VelocityField, trajectory: Trajectory) -> LastStep:
+def last_step(base: VelocityField, trajectory: Trajectory, state_cost: StateCost | None = None) -> LastStep:
     """Take the last step of a rollout: one forward pass of the base, whose backward pass is `pull`'s."""
     table = trajectory.transitions
     k = table.num_steps - 1
     x, sigma, cond = trajectory.at(k)
     x_coef, v_coef = table.x_coef[k].item(), table.v_coef[k].item()
     velocity, pull_velocity = base.vjp(x, sigma, cond)
+    running = _running(trajectory, state_cost)
 
     def pull(adjoint: Tensor) -> Tensor:
-        return x_coef * adjoint + pull_velocity(v_coef * adjoint)
+        return x_coef * adjoint + pull_velocity(v_coef * adjoint) + running(k)
 
     return LastStep(table.mean(k, x, velocity), velocity, pull)
 
@@ -88,109 +87,80 @@ def last_step(base: VelocityField, trajectory: Trajectory) -> LastStep:
 def lean_adjoint(
     base: VelocityField,
     trajectory: Trajectory,
-    last: LastStep,
     adjoint: Tensor,
+    end: int,
     *,
-    with_first: bool = True,
+    first: int = 0,
+    with_left: bool = False,
     state_cost: StateCost | None = None,
 ) -> AdjointSweep:
-    """Sweep the lean adjoint back along a trajectory: K-1 vjps of the base, the first that of `last_step`.
+    """Sweep the lean adjoint back from `end`: vjps of the base down to first + 1, and one call at `first`.
 
     Args:
         base: field before fine-tuning.
         trajectory: rollout of the policy.
-        last: last step of the trajectory.
-        adjoint: adjoint_K, (B, ...).
-        with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+        adjoint: adjoint_end, (B, ...).
+        end: the step it belongs to, at most K.
+        first: the first step whose base velocity is wanted, below `end`.
+        with_left: also take adjoint_first, in the same pass: pairings other than `right` need it.
         state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    sweep = _Sweep(base, trajectory, _running(trajectory, state_cost), with_first)
-    return sweep.run(last, adjoint, partial(_lean_step, base, trajectory))
-
-
-def truncated_adjoint(
-    base: VelocityField, trajectory: Trajectory, final: Tensor, adjoint: Tensor, *, first: int = 0
-) -> AdjointSweep:
-    """Lean adjoint along steps `first` .. K-1 of a rollout whose end is known.
-
-    K-1-first vjps of the base, at k = K-1 .. first+1, and one call at `first`, of which only the velocity
-    is needed.
-
-    Args:
-        base: field before fine-tuning.
-        trajectory: rollout of the policy.
-        final: x_K, wherever its last step led, (B, ...).
-        adjoint: adjoint_K, (B, ...).
-        first: the first step whose base velocity is wanted, in 0 .. K-1.
-
-    Raises:
-        NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
-    """
-    last = trajectory.transitions.num_steps - 1
-    adjoints, velocities = {last + 1: adjoint}, {}
-    for k in range(last, first, -1):
-        velocities[k], adjoints[k] = _lean_step(base, trajectory, k, adjoints[k + 1])
-    _require_finite_adjoints(adjoints, trajectory)
-    with torch.no_grad():
-        velocities[first] = base(*trajectory.at(first))
-    return AdjointSweep(final, adjoints, velocities)
+    step = partial(_lean_step, base, trajectory, _running(trajectory, state_cost))
+    return _sweep(base, trajectory, step, adjoint, end, first=first, with_left=with_left)
 
 
 def full_adjoint(
     base: VelocityField,
     policy: VelocityField,
     trajectory: Trajectory,
-    last: LastStep,
     adjoint: Tensor,
+    end: int,
     *,
-    with_first: bool = True,
+    first: int = 0,
+    with_left: bool = False,
     state_cost: StateCost | None = None,
 ) -> AdjointSweep:
-    """Sweep the basic adjoint of the discrete chain: K-1 vjps of the base, K-2 of the policy.
+    """Sweep the basic adjoint of the discrete chain, with as many vjps of the policy as of the base.
 
     Args:
         base: field before fine-tuning.
         policy: field the trajectory was rolled out with.
         trajectory: rollout of `policy`.
-        last: last step of the trajectory.
-        adjoint: adjoint_K, (B, ...).
-        with_first: also evaluate the base at k = 0 (one call), for the matching target of step 0.
+        adjoint: adjoint_end, (B, ...).
+        end: the step it belongs to, at most K.
+        first: the first step whose base velocity is wanted, below `end`.
+        with_left: also take adjoint_first, in the same pass: pairings other than `right` need it.
         state_cost: running cost of the states, see the module docstring; None = 0.
 
     Raises:
         NonFiniteError: if an adjoint is not finite; names step, sigma and prompts.
     """
-    sweep = _Sweep(base, trajectory, _running(trajectory, state_cost), with_first)
-    return sweep.run(last, adjoint, partial(_full_step, base, policy, trajectory))
+    step = partial(_full_step, base, policy, trajectory, _running(trajectory, state_cost))
+    return _sweep(base, trajectory, step, adjoint, end, first=first, with_left=with_left)
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """A sweep back, lean or full: all but the step."""
-
-    base: VelocityField
-    trajectory: Trajectory
-    running: Callable[[int], Tensor | float]
-    with_first: bool
-
-    def run(
-        self, last: LastStep, adjoint: Tensor, step: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    ) -> AdjointSweep:
-        """Return the adjoints and the base velocities of all steps."""
-        end = self.trajectory.transitions.num_steps
-        adjoints, velocities = {end: adjoint}, {end - 1: last.velocity}
-        adjoints[end - 1] = last.pull(adjoint) + self.running(end - 1)
-        for k in range(end - 2, 0, -1):
-            velocities[k], without_cost = step(k, adjoints[k + 1])
-            adjoints[k] = without_cost + self.running(k)
-        _require_finite_adjoints(adjoints, self.trajectory)
-        if self.with_first:
-            with torch.no_grad():
-                velocities[0] = self.base(*self.trajectory.at(0))
-        return AdjointSweep(last.final, adjoints, velocities)
+def _sweep(
+    base: VelocityField,
+    trajectory: Trajectory,
+    step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    adjoint: Tensor,
+    end: int,
+    *,
+    first: int,
+    with_left: bool,
+) -> AdjointSweep:
+    """Return the adjoints and base velocities that `step` makes of one adjoint after the other."""
+    adjoints, velocities = {end: adjoint}, {}
+    for k in range(end - 1, first - with_left, -1):
+        velocities[k], adjoints[k] = step(k, adjoints[k + 1])
+    _require_finite_adjoints(adjoints, trajectory)
+    if not with_left:
+        with torch.no_grad():
+            velocities[first] = base(*trajectory.at(first))
+    return AdjointSweep(adjoints, velocities)
 
 
 def _require_finite_adjoints(adjoints: dict[int, Tensor], trajectory: Trajectory) -> None:
@@ -199,7 +169,7 @@ def _require_finite_adjoints(adjoints: dict[int, Tensor], trajectory: Trajectory
         require_finite(f"adjoint of step {k} (sigma {sigma:.4f})", adjoint, trajectory.cond.prompts)
 
 
-def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[int], Tensor | float]:
+def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Running:
     """Return the part of adjoint_k that step k's own state cost makes, by k."""
     if state_cost is None:
         return lambda k: 0.0
@@ -216,15 +186,22 @@ def _running(trajectory: Trajectory, state_cost: StateCost | None) -> Callable[[
     return gradient
 
 
-def _lean_step(base: VelocityField, trajectory: Trajectory, k: int, adjoint: Tensor) -> tuple[Tensor, Tensor]:
+def _lean_step(
+    base: VelocityField, trajectory: Trajectory, running: Running, k: int, adjoint: Tensor
+) -> tuple[Tensor, Tensor]:
     """Base velocity at x_k and adjoint_k from `adjoint` = adjoint_{k+1}."""
     x_coef, v_coef = trajectory.transitions.x_coef[k].item(), trajectory.transitions.v_coef[k].item()
     velocity, pull = base.vjp(*trajectory.at(k))
-    return velocity, x_coef * adjoint + pull(v_coef * adjoint)
+    return velocity, x_coef * adjoint + pull(v_coef * adjoint) + running(k)
 
 
 def _full_step(
-    base: VelocityField, policy: VelocityField, trajectory: Trajectory, k: int, adjoint: Tensor
+    base: VelocityField,
+    policy: VelocityField,
+    trajectory: Trajectory,
+    running: Running,
+    k: int,
+    adjoint: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Base velocity at x_k and the full adjoint_k from `adjoint` = adjoint_{k+1}.
 
@@ -239,4 +216,4 @@ def _full_step(
     through_base = pull_base(weight * (velocity - velocity_policy))
     _, pull_policy = policy.vjp(*trajectory.at(k))
     through_policy = pull_policy(v_coef * adjoint + weight * (velocity_policy - velocity))
-    return velocity, x_coef * adjoint + through_base + through_policy
+    return velocity, x_coef * adjoint + through_base + through_policy + running(k)

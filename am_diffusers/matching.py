@@ -14,7 +14,7 @@ published code, adjoint_k, with an error of the order of the step; `trapezoid` t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -184,13 +184,16 @@ class QuantileMask:
 
     def keep(self, steps: Sequence[int], residuals: Tensor) -> Tensor:
         """Tell which residuals (B, S) are at most their step's threshold, (B, S) bool."""
-        thresholds = residuals.new_tensor([self._thresholds[step] for step in steps], dtype=torch.float64)
-        return residuals.double().sqrt() <= thresholds
+        return residuals.double().sqrt() <= self.thresholds(steps, residuals)
 
-    def state_dict(self) -> dict[str, float]:
+    def thresholds(self, steps: Sequence[int], residuals: Tensor) -> Tensor:
+        """Return the thresholds of `steps` on the device of `residuals`, (S,) float64."""
+        return residuals.new_tensor([self._thresholds[step] for step in steps], dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
         """Threshold by step, JSON-serialisable."""
         return {str(step): value for step, value in self._thresholds.items()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self._thresholds = {int(step): value for step, value in state.items()}

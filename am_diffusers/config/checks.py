@@ -17,7 +17,8 @@ from am_diffusers.config import (
 )
 from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.methods import METHODS
-from am_diffusers.methods.parts.settings import FOR_ALL, Check, SharedSettings
+from am_diffusers.methods.parts.ranges import Check
+from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 

@@ -3,10 +3,13 @@
 Samples p*(clean) ~ p_base(clean) * exp(reward_scale * reward(clean)) after training. An iteration rolls
 the policy out with a memoryless table, sweeps the adjoint back along the trajectories under the base and
 regresses the policy's velocity on the targets of matching.py. Passes through the network: K-1 policy
-calls, K-1 base vjps, one base call at step 0 if that step is selected, and the regression's own.
+calls, base vjps from the last step back to the one after the earliest that is selected, of the last step
+one for each of `tail_samples`, one base call at the earliest (a vjp for pairings other than `right`), and
+the regression's own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,14 +17,17 @@ import torch
 from torch import Tensor
 
 from am_diffusers import matching
-from am_diffusers.adjoint import AdjointSweep, full_adjoint, last_step, lean_adjoint
+from am_diffusers.adjoint import AdjointSweep, full_adjoint, lean_adjoint
 from am_diffusers.methods.parts import laws
+from am_diffusers.methods.parts.continuations import Ends, ends_of
 from am_diffusers.methods.parts.matching_method import MatchingMethod
-from am_diffusers.methods.parts.reports import statistics
+from am_diffusers.methods.parts.reports import sweep_statistics
+from am_diffusers.methods.parts.row_weights import Crossfit, half_norms
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.step_selection import Selected, StepSelection
 from am_diffusers.methods.parts.surroundings import Surroundings
+from am_diffusers.methods.parts.tails import with_ode_tail
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
 from am_diffusers.terminal_cost import TerminalCost
@@ -51,7 +57,11 @@ class AdjointMatching(MatchingMethod[Steps]):
         "adjoint",
         "loss_steps",
         "step_selection",
+        "late_step_odds",
+        "tail_samples",
+        "ode_tail",
         "mask_quantile",
+        "row_weights",
         "sigma_jitter",
         "guidance_mode",
         "offload_trajectories",
@@ -66,7 +76,8 @@ class AdjointMatching(MatchingMethod[Steps]):
         super().__init__(around, shared, own)
         if shared.adjoint == "full" and around.rollout is not None:
             raise ValueError("adjoint='full' differentiates the rollout: use it without a rollout field")
-        self.selection = StepSelection(shared.loss_steps, shared.step_selection)
+        self.selection = StepSelection(shared.loss_steps, shared.step_selection, odds=shared.late_step_odds)
+        self.crossfit = Crossfit() if shared.row_weights == "crossfit" else None
         full = partial(full_adjoint, self.base, self.policy)
         self._adjoint = full if shared.adjoint == "full" else partial(lean_adjoint, self.base)
 
@@ -74,6 +85,11 @@ class AdjointMatching(MatchingMethod[Steps]):
     def law(cls, shared: SharedSettings, own: Any) -> str:
         """Return the tilt, or why it isn't; see `Method.law`."""
         return laws.of_the_tilt(shared)
+
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: Any) -> list[str]:
+        """Say if an ODE tail takes the tilt away; see `Method.cautions`."""
+        return laws.cautions_of_the_tilt(shared)
 
     def prepare(
         self, cond: Conditioning, generators: Sequence[torch.Generator], shared: torch.Generator
@@ -89,17 +105,23 @@ class AdjointMatching(MatchingMethod[Steps]):
         self, common: Steps, ids: list[int], cond: Conditioning, generators: Sequence[torch.Generator]
     ) -> Chunk:
         """Return trajectories with adjoints and targets, see `MatchingMethod.chunk`."""
+        steps, branched = common.selected.steps, common.table.num_steps - 2
+        trajectory = self._rollout(common.table, cond, generators)
+        ends = self._ends(trajectory, generators)
+        with phase("adjoint", len(cond)):
+            sweep = self._sweep(trajectory, ends.adjoints.mean(0), steps[0])
+        stats = ends.stats | sweep_statistics(trajectory, sweep)
+        if self.crossfit is None:
+            return self._rows(common, trajectory, sweep)._replace(stats=stats)
+        stats["half_norm"] = half_norms(ends.adjoints)
+        adjoint, emphasis = self.crossfit(ends.adjoints)
+        crossed = sweep.adjoints | {branched + 1: adjoint}  # no other row has a target of this one
+        chunk = self._rows(common, trajectory, sweep._replace(adjoints=crossed))._replace(stats=stats)
+        return chunk.emphasised(steps.index(branched), emphasis) if branched in steps else chunk
+
+    def _rows(self, common: Steps, trajectory: Trajectory, sweep: AdjointSweep) -> Chunk:
+        """Return rows of the selected steps and their residuals; statistics are still to come."""
         table, (steps, factors) = common
-        noise = self.latents.draw(generators)
-        with phase("rollout", len(cond)):
-            field = self.around.rollout or self.policy
-            trajectory = rollout(field, table, cond, noise, lambda _: self.latents.draw(generators))
-        with phase("adjoint", len(cond)):
-            last = last_step(self.base, trajectory)
-        terminal = self.terminal(last.final, cond.prompts, lambda: self.latents.draw(generators))
-        with phase("adjoint", len(cond)):
-            cost = self.around.state_cost
-            sweep = self._adjoint(trajectory, last, terminal.adjoint, with_first=0 in steps, state_cost=cost)
         targets = [self._target(table, k, sweep) for k in steps]
         weights = [matching.matching_weight(table, k) for k in steps]
         residuals = [
@@ -112,20 +134,52 @@ class AdjointMatching(MatchingMethod[Steps]):
             table.sigmas[steps].tolist(),
             [weight * factor for weight, factor in zip(weights, factors, strict=True)],
         )
-        return Chunk(rows, statistics(terminal, trajectory, sweep), torch.stack(residuals, 1))
+        return Chunk(rows, {}, torch.stack(residuals, 1))
+
+    def report(self, columns: dict[str, Tensor]) -> tuple[dict[str, float], Sequence[str]]:
+        """Return numbers to log and warnings, see `MatchingMethod.report`."""
+        if self.crossfit is not None:
+            self.crossfit.update(columns["half_norm"])
+        return super().report(columns)
 
     def masked(self, common: Steps, collected: Chunk) -> Chunk:
         """Return the rows masked; the selection of steps follows the residuals that are kept."""
         return self.mask_steps(common.selected.steps, collected, self.selection)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the common state and the sizes of the steps."""
-        return super().state_dict() | {"selection": self.selection.state_dict()}
+        """Return the common state, the sizes of the steps and the mean of the weights."""
+        crossfit = {} if self.crossfit is None else {"crossfit": self.crossfit.state_dict()}
+        return super().state_dict() | {"selection": self.selection.state_dict()} | crossfit
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.selection.load_state_dict(state.get("selection", {}))
+        if self.crossfit is not None:
+            self.crossfit.load_state_dict(state.get("crossfit", {}))
+
+    def _rollout(
+        self, table: Transitions, cond: Conditioning, generators: Sequence[torch.Generator]
+    ) -> Trajectory:
+        """Return a rollout; only its states know of an ODE tail, the rest is of the table."""
+        field, noise = self.around.rollout or self.policy, self.latents.draw(generators)
+        chain = with_ode_tail(table, self.shared.ode_tail)
+        with phase("rollout", len(cond)):
+            path = rollout(field, chain, cond, noise, lambda _: self.latents.draw(generators))
+        return replace(path, transitions=table)
+
+    def _ends(self, trajectory: Trajectory, generators: Sequence[torch.Generator]) -> Ends:
+        """Return the continuations of the last noisy step."""
+        cost, number = self.around.state_cost, self.shared.tail_samples
+        return ends_of(
+            self.base, trajectory, number, self.terminal, lambda: self.latents.draw(generators), cost
+        )
+
+    def _sweep(self, trajectory: Trajectory, adjoint: Tensor, first: int) -> AdjointSweep:
+        """Return the sweep from adjoint_{K-1} back to the earliest step that is trained."""
+        left = self.shared.pairing != "right" and first > 0  # at step 0 all pairings use adjoint_1
+        end, cost = trajectory.transitions.num_steps - 1, self.around.state_cost
+        return self._adjoint(trajectory, adjoint, end, first=first, with_left=left, state_cost=cost)
 
     def _target(self, table: Transitions, k: int, sweep: AdjointSweep) -> Tensor:
         return matching.matching_target(

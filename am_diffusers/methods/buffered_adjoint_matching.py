@@ -13,7 +13,7 @@ report no rewards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,10 @@ from am_diffusers.methods.adjoint_matching import AdjointMatching
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.kept import KeptBytes, PartShare
+from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.replay import DiskTensors, Drawn, Replay, in_memory
 from am_diffusers.methods.parts.rows import kept_batch
-from am_diffusers.methods.parts.settings import SharedSettings, require
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning
@@ -95,7 +96,8 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
                 f"--buffer_size must be a multiple of train_batch_size, {batch}: it is filled and emptied a "
                 f"collection at a time, got {size}"
             )
-        self.inner = AdjointMatching(around, shared)
+        collections = -(-around.iterations // self.period)
+        self.inner = AdjointMatching(replace(around, iterations=collections), shared)
         self.generations = size // batch
         store = DiskTensors(around.folder) if self.own.buffer_storage == "disk" else in_memory
         self.replay = Replay(self.generations, store)
@@ -105,6 +107,11 @@ class BufferedAdjointMatching(Method[MatchingBatch]):
     def law(cls, shared: SharedSettings, own: BufferSettings) -> str:
         """Return the tilt, or why it isn't; see `Method.law`."""
         return laws.of_the_tilt(shared)
+
+    @classmethod
+    def cautions(cls, shared: SharedSettings, own: BufferSettings) -> list[str]:
+        """Say if an ODE tail takes the tilt away; see `Method.cautions`."""
+        return laws.cautions_of_the_tilt(shared)
 
     @property
     def period(self) -> int:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from am_diffusers import matching
-from am_diffusers.adjoint import AdjointSweep, truncated_adjoint
+from am_diffusers.adjoint import AdjointSweep, lean_adjoint
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.matching_method import MatchingMethod
+from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import ADJOINT_NORM
 from am_diffusers.methods.parts.rows import Chunk, Rows
-from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings, require
+from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import Trajectory, rollout
 from am_diffusers.system.failures import phase
@@ -131,7 +132,7 @@ class DeterministicAdjointMatching(MatchingMethod[Steps]):
         final = table.mean(last, trajectory.latents[last], velocity)
         terminal = self.terminal(final, cond.prompts, lambda: self.latents.draw(generators))
         with phase("adjoint", len(cond)):
-            sweep = truncated_adjoint(self.base, trajectory, final, terminal.adjoint, first=steps[0])
+            sweep = lean_adjoint(self.base, trajectory, terminal.adjoint, last + 1, first=steps[0])
         known = {k: trajectory.velocities[k] for k in steps[:-1]} | {last: velocity}
         if self.around.rollout is not None:
             known = {k: self.policy(*trajectory.at(k)) for k in steps}

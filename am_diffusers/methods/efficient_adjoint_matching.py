@@ -27,9 +27,10 @@ from torch import Tensor
 from am_diffusers.adjoint import last_step
 from am_diffusers.methods.parts import laws, linear_base
 from am_diffusers.methods.parts.matching_method import MatchingMethod
+from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import end_point_statistics, means
 from am_diffusers.methods.parts.rows import Chunk, Rows
-from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings, require
+from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import Trajectory, sample_ode
 from am_diffusers.system.failures import phase, require_finite

@@ -49,13 +49,16 @@ GOAL = {
     "guidance_mode",
     "adjoint",
     "mask_quantile",
+    "tail_samples",
+    "ode_tail",
+    "row_weights",
     *GRADIENT,
     *(flag for method in METHODS.values() for flag in method.decisive),
 }
 """Settings that targets, advantages, base velocities and masks of rows depend on, and so do all running means
 of residuals and norms."""
 PROMPTS = "prompts of train_prompts"
-SHAPE = {"train_batch_size", "loss_steps", "step_selection", "seed", PROMPTS}
+SHAPE = {"train_batch_size", "loss_steps", "step_selection", "late_step_odds", "seed", PROMPTS}
 """Settings that decide which rows there are and what each means: other rows don't fit beside them.
 
 The seed and the prompts are among them as only texts that this run trains on are encoded, and a stored row
@@ -74,9 +77,10 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     sections = plan.config.sections().values()
     flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
     free = FREE - DECISIVE_IN_RUN
-    # A longer run begins like a shorter one, unless its length is in the schedule or in the choice of base
-    # images.
-    if flat["lr_scheduler"].startswith("constant") and flat["divergence"] == "kl":
+    # A longer run begins like a shorter one, unless its length is in the schedule, in the choice of base
+    # images or in the weights of rows.
+    steady = flat["lr_scheduler"].startswith("constant") and flat["row_weights"] != "ramp"
+    if steady and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
     decisive = {name: value for name, value in flat.items() if name not in free}

@@ -62,6 +62,7 @@ def surroundings(
         rollout=fields.rollout,
         encode=encoder(config, model, config.shared.rollout_guidance_scale),
         sizes=sizes(config),
+        iterations=config.optimizer.max_train_steps,
         folder=Path(config.run.output_dir),
         gather=gather,
         tilt=tilt,

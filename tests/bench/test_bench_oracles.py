@@ -196,7 +196,7 @@ def test_a_result_is_kept_until_a_setting_changes(tmp_path, tiny, monkeypatch):
 def test_a_changed_default_of_a_method_is_a_changed_setting(tiny):
     method = settings_of(tiny)["method"]
     assert method["pairing"] == "right"
-    assert method["mask_quantile"] == 0.9
+    assert method["tail_samples"] == 4
 
 
 def test_one_that_begins_at_the_tilt_begins_there(tmp_path, tiny, monkeypatch):

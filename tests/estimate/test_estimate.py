@@ -257,6 +257,23 @@ def test_the_reward_is_differentiated_beside_the_graph_of_the_last_step(
     assert graph > 0.5 * (phases[ADJOINT].peak - phases[ADJOINT].before)
 
 
+def test_continuations_cost_passes_and_rewards_but_no_memory(
+    tiny_sd3_dir: Path, tmp_path: Path, rewards_dir: Path
+) -> None:
+    """They are taken one after the other: only latents wait."""
+    one, four = (
+        estimate_tiny(tiny_sd3_dir, tmp_path, rewards_dir, tail_samples=number).phases for number in (1, 4)
+    )
+    assert four[REWARD].flops.total() == pytest.approx(4 * one[REWARD].flops.total(), rel=1e-9)
+    passes = four[ADJOINT].flops.total() / one[ADJOINT].flops.total()
+    assert 1.5 < passes < 4
+    latents = (
+        4 * 8 * 16 * 16 * 4
+    )  # of the samples under way: adjoints of four continuations, one state and end
+    for name in (ADJOINT, REWARD):
+        assert four[name].peak - one[name].peak < 6 * latents < 0.1 * one[name].peak
+
+
 @pytest.mark.parametrize(
     ("changes", "phase"),
     [

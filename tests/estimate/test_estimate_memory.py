@@ -31,7 +31,6 @@ RUNS = {
     f"{LOSS}, draft": {
         "method": "draft",
         "draft_steps": 2,
-        "mask_quantile": 0.9,  # its default: draft has no mask
         "train_batch_size": 32,
         "loss_micro_batch_size": 32,
         "reward_micro_batch_size": 4,
@@ -51,7 +50,6 @@ def write_config(folder: Path, name: str, changes: dict[str, object]) -> Path:
         "train_prompts": str(folder / "train.txt"),
         "rewards": [{"name": "pickscore", "model": "asset:tiny_pickscore"}],
         "num_inference_steps": 3,
-        "mask_quantile": None,  # the estimate masks nothing
         "report_to": "none",
     }
     path = folder / f"{name}.yaml"

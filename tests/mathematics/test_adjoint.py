@@ -142,19 +142,25 @@ def test_linear_reward_on_gaussian_data_is_solved_exactly_given_the_start(build,
     assert (mean_of_optimum("left") - expected).abs().min() > 0.01  # the test tells the pairings apart
 
 
-@pytest.mark.parametrize("with_first", [True, False])
-def test_passes_of_a_sweep(with_first, noises):
+@pytest.mark.parametrize("with_left", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["lean", "full"])
+def test_a_sweep_stops_at_the_first_step_that_is_wanted(kind, first, with_left, noises):
+    """No pass before it; what is reached is bit for bit what the whole sweep has."""
     base, policy = CountingField(BASE), CountingField(POLICY)
     trajectory = rollout(
         policy, memoryless_local_linear(uniform_sigmas(4)), COND, noises[6], lambda k: noises[k]
     )
-    first = [1.0] if with_first else []
-    sweep = swept(lean_adjoint, base, trajectory, terminal, with_first=with_first)
-    assert (base.vjps, base.calls) == ([0.25, 0.5, 0.75], first)
-    assert sorted(sweep.velocity_base) == [0, 1, 2, 3][not with_first :]
-    swept(full_adjoint, base, trajectory, terminal, policy, with_first=with_first)
-    assert (base.vjps, base.calls) == ([0.25, 0.5, 0.75] * 2, first * 2)
-    assert (policy.vjps, policy.calls) == ([0.5, 0.75], [1.0, 0.75, 0.5])
+    adjoint, fields = (lean_adjoint, ()) if kind == "lean" else (full_adjoint, (policy,))
+    whole = swept(adjoint, BASE, trajectory, terminal, *([POLICY] if fields else []), with_left=True)
+    found = swept(adjoint, base, trajectory, terminal, *fields, first=first, with_left=with_left)
+    pulled = [1 - k / 4 for k in (3, 2, 1, 0) if k + with_left > first]
+    assert (base.vjps, base.calls) == (pulled, [] if with_left else [1 - first / 4])
+    assert policy.vjps == (pulled[1:] if fields else [])
+    assert sorted(found.adjoints) == list(range(first + 1 - with_left, 5))
+    assert sorted(found.velocity_base) == list(range(first, 4))
+    for part in ("adjoints", "velocity_base"):
+        assert all(torch.equal(value, getattr(whole, part)[k]) for k, value in getattr(found, part).items())
 
 
 def test_a_field_that_blows_up_is_reported_with_step_sigma_and_prompt(noises):

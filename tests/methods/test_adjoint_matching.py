@@ -16,24 +16,44 @@ TABLE = memoryless_local_linear(uniform_sigmas(8))
 # ------------------------------------------------------------------------------------------- passes
 
 
-def test_no_pass_is_wasted():
-    grid, first_selected = uniform_sigmas(8).tolist(), set()
+@pytest.mark.parametrize("tails", [1, 3])
+@pytest.mark.parametrize("pairing", ["right", "left", "trapezoid"])
+def test_no_pass_is_wasted(pairing, tails):
+    """The sweep ends at the earliest step that is trained, with its adjoint only where the pairing asks."""
+    grid, earliest = uniform_sigmas(8).tolist(), set()
+    options = {"pairing": pairing, "tail_samples": tails, "mask_quantile": None}
     for steps, iteration in [("all", 0), *((2, i) for i in range(12))]:
         policy, base = CountingField(OFFSET), CountingField(BASE)
-        method = make(policy, base, loss_steps=steps, mask_quantile=None)
+        method = make(policy, base, loss_steps=steps, **options)
         examples = collect(method, iteration=iteration).examples
-        with_first = 1.0 in examples.sigmas
-        first_selected.add(with_first)
+        first = grid.index(examples.sigmas.max().item())
+        earliest.add(first)
+        left = pairing != "right" and first > 0
         assert policy.calls == grid[:7]
-        assert base.vjps == grid[7:0:-1]
-        assert base.calls == ([1.0] if with_first else [])
+        assert base.vjps == [grid[7]] * tails + grid[6 : first - left : -1]
+        assert base.calls == ([] if left else [grid[first]])
         parts = examples.split(5)
         for part in parts:
             method.loss(part)
         assert len(policy.calls) - 7 == len(parts) == -(-len(examples) // 5)
         assert policy.vjps == []
-        assert len(base.calls + base.vjps) == 7 + with_first
-    assert first_selected == {True, False}
+        assert len(base.calls + base.vjps) == 7 + tails - first
+    assert {0, 1, 3} < earliest
+
+
+@pytest.mark.parametrize("kind", ["lean", "full"])
+@pytest.mark.parametrize("pairing", ["right", "left", "trapezoid"])
+def test_a_sweep_that_stops_early_makes_the_targets_of_the_whole_one(kind, pairing):
+    """Equivalence, 1e-12: rows of some steps are those rows among the rows of all."""
+    options = {"adjoint": kind, "pairing": pairing, "mask_quantile": None}
+    every = collect(make(**options)).examples
+    some = collect(make(loss_steps=2, **options), iteration=0).examples
+    assert some.sigmas.max() < 1
+    rows = [
+        next(j for j in range(len(every)) if every.samples[j] == i and every.sigmas[j] == sigma)
+        for i, sigma in zip(some.samples.tolist(), some.sigmas.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(some.target, every.target[rows], rtol=0, atol=1e-12)
 
 
 def test_a_rollout_by_another_field_costs_one_policy_call_per_selected_step():
@@ -104,12 +124,27 @@ def test_metrics_describe_rewards_path_kl_and_adjoints():
     metrics, rewards = collected.metrics, collected.rewards
     assert metrics["reward"] == pytest.approx(rewards.mean().item())
     assert metrics["reward_std"] == pytest.approx(rewards.std(correction=0).item())
-    assert [name for name in metrics if "/" in name] == [f"adjoint_norm/{k:02d}" for k in range(1, 9)]
+    assert sorted(name for name in metrics if "/" in name) == [f"adjoint_norm/{k:02d}" for k in range(1, 9)]
     assert metrics["path_kl"] > 0
     assert metrics["path_kl_first"] > 0
-    same = collect(make(BASE, loss_steps=1, mask_quantile=None)).metrics
+    same = collect(make(BASE, mask_quantile=None)).metrics
     assert same["path_kl"] == pytest.approx(0, abs=1e-20)
     assert same["masked"] == 0
+
+
+def test_metrics_of_steps_that_the_sweep_does_not_reach_are_left_out():
+    """The path KL is of all steps from 1 on or not there: it means the same whatever was selected."""
+    every = collect(make(mask_quantile=None)).metrics
+    for iteration in range(12):
+        found = collect(make(loss_steps=2, mask_quantile=None), iteration=iteration)
+        first = round(8 * (1 - found.examples.sigmas.max().item()))
+        norms = sorted(name for name in found.metrics if "/" in name)
+        assert norms == [f"adjoint_norm/{k:02d}" for k in range(first + 1, 9)]
+        assert ("path_kl" in found.metrics) == (first <= 1)
+        assert ("path_kl_first" in found.metrics) == (first == 0)
+        if iteration == 0:
+            assert first > 1
+            assert found.metrics.items() <= every.items() | {("masked", 0.0)}
 
 
 def test_pairings_and_adjoints_reach_the_targets():
@@ -145,7 +180,7 @@ def test_masked_rows_leave_loss_and_denominator(rollout):
 
 
 def test_a_batch_that_is_masked_entirely_gives_a_zero_loss_not_an_error():
-    method = make()
+    method = make(mask_quantile=0.9)
     method.load_state_dict({"mask": {str(k): 1e-9 for k in range(7)}, "clip_norm": None})
     method.mask.decay = 1 - 1e-9
     collected = collect(method)

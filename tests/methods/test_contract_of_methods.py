@@ -43,6 +43,8 @@ STEPS = {"loss_steps": 4}
 ROWS = [
     Row("adjoint_matching", MASKED | STEPS),
     Row("adjoint_matching", {"mask_quantile": None}, "unmasked"),
+    Row("adjoint_matching", {"row_weights": "crossfit", "tail_samples": 3} | CLIPPED, "crossfit"),
+    Row("adjoint_matching", {"row_weights": "ramp", "iterations": 6} | STEPS, "ramp"),
     Row("adjoint_matching", {"adjoint": "full"} | MASKED | CLIPPED | PPS, "full pps"),
     Row("buffered_adjoint_matching", {"buffer_size": 3 * SAMPLES, "buffer_refresh": 2} | MASKED | STEPS),
     Row("efficient_adjoint_matching", {"eam_ode_steps": 6} | CLIPPED, "stopped"),

@@ -26,7 +26,7 @@ def test_killed_twice_between_two_passes_the_final_lora_is_bit_identical(tmp_pat
     Each kill comes when the second pass is logged, which is done again, on the stored rows.
     """
     own = {"method": "flow_grpo", "samples_per_prompt": 2, "grpo_passes": 2, "checkpointing_steps": 3}
-    unread = {"mask_quantile": 0.9, "reward_clip_quantile": None}  # left at their defaults
+    unread = {"mask_quantile": None, "reward_clip_quantile": None}  # left at their defaults
     folder = make_folder(tmp_path, tiny_sd3_dir, **own, **unread)
     run(folder, "whole")
     for done in (3, 9):

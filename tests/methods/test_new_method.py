@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from am_diffusers.methods.parts.advantages import reward_values
 from am_diffusers.methods.parts.matching_method import MatchingMethod
 from am_diffusers.methods.parts.rows import Chunk, Rows
-from am_diffusers.methods.parts.settings import require
+from am_diffusers.methods.parts.ranges import require
 
 
 @dataclass(frozen=True)

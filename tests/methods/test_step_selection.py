@@ -60,6 +60,50 @@ def test_the_published_selection_is_not_unbiased():
     assert abs(found.mean() - expected) > 30 * found.std() / DRAWS**0.5
 
 
+@pytest.mark.parametrize("odds", [3.0, 0.25])
+def test_late_steps_are_drawn_as_often_as_declared_and_no_step_never(odds):
+    """One of the steps 0 .. 6 of 8 beside none of the last: sigma is at most .7 from step 3 on.
+
+    Within 4 standard errors of 4000 draws.
+    """
+    selection, generator = StepSelection(1, odds=odds), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([selection.select(EIGHT, generator).steps for _ in range(4000)]).flatten()
+    shares = float64(1, 1, 1, odds, odds, odds, odds) / (3 + 4 * odds)
+    found = drawn.bincount(minlength=7).double() / 4000
+    assert ((found - shares).abs() < 4 * (shares * (1 - shares) / 4000).sqrt()).all()
+    three = StepSelection(3, odds=odds).select(EIGHT, generator)
+    assert three.factors == [1, 1, 1]
+    assert three.steps[-1] == 6
+    assert len(set(three.steps)) == 3
+
+
+def test_odds_of_one_draw_what_was_drawn_before():
+    for seed in range(5):
+        found = StepSelection(4).select(TWENTY, torch.Generator().manual_seed(seed)).steps
+        others = torch.randperm(17, generator=torch.Generator().manual_seed(seed))[:2].tolist()
+        assert found == [*sorted(others), 17, 18]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"late_step_odds": 0.0, "loss_steps": 2}, "--late_step_odds must be positive: a step that is never"),
+        ({"late_step_odds": 3.0}, "--late_step_odds must be 1 unless some steps are drawn"),
+        ({"late_step_odds": 3.0, "loss_steps": 2, "step_selection": "pps"}, "by last_and_random"),
+    ],
+)
+def test_odds_that_do_not_go_together_are_refused(flags, text):
+    with pytest.raises(ValueError, match=text):
+        make(**flags)
+
+
+def test_the_method_draws_by_its_odds():
+    late = [
+        collect(make(loss_steps=1, late_step_odds=1e9), iteration=i).examples.sigmas.max() for i in range(20)
+    ]
+    assert max(late) <= 0.7
+
+
 def test_chances_follow_the_sizes_and_large_ones_are_certain():
     chances = inclusion(float64(0.7, 0.1, 0.1, 0.05, 0.05), 3)
     assert chances.tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])

@@ -45,17 +45,19 @@ def config_of(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "calls", "rows", "period"),
     [
-        ({}, {POLICY: 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        # The last step is continued four times, the default.
+        ({}, {POLICY: 7, SWEEP: 6 + 4, BASE: 1, TRAINED: 7}, 7, 1),
+        ({"tail_samples": 1}, {POLICY: 7, SWEEP: 6 + 1, BASE: 1, TRAINED: 7}, 7, 1),
         # The policy's own velocities are asked for the mask.
-        (GUIDED, {POLICY: 2 * 7 + 7, SWEEP: 7, BASE: 1, TRAINED: 7}, 7, 1),
+        (GUIDED, {POLICY: 2 * 7 + 7, SWEEP: 6 + 4, BASE: 1, TRAINED: 7}, 7, 1),
         (
             EVERYWHERE | {"adjoint": "full"},
             # A guided vector-Jacobian product is a call and two products.
             {
                 POLICY: 2 * 7 + 6,
                 f"policy, {VJP}": 2 * 6,
-                SWEEP: 2 * 7,
-                BASE: 2 + 7,
+                SWEEP: 2 * (6 + 4),
+                BASE: 2 + 6 + 4,
                 TRAINED: 2 * 7,
             },
             7,
@@ -63,7 +65,7 @@ def config_of(folder, **changes):
         ),
         (
             BUFFERED | {"buffer_refresh": 4},
-            {POLICY: 7 / 4, SWEEP: 7 / 4, BASE: 1 / 4, TRAINED: 7},
+            {POLICY: 7 / 4, SWEEP: (6 + 4) / 4, BASE: 1 / 4, TRAINED: 7},
             7,
             4,
         ),
@@ -84,57 +86,65 @@ def test_calls_rows_and_periods_are_those_counted_by_hand(tmp_path, changes, cal
     assert type(counted.method) is METHODS[changes.get("method", "adjoint_matching")]
 
 
-# ------------------------------------------------------------------------------- calls of the first step
+# ------------------------------------------------------------------------- vjps back to the earliest step
 
 DRAWS = 2000
 NUMBERS = [1, 2, 5, 6, 7, "all"]
 
 
-def calls_at_first(folder, **changes):
-    return count(config_of(folder, **({"num_inference_steps": 8} | changes))).calls.get(BASE, 0)
+def calls_of(folder, **changes):
+    return count(config_of(folder, **({"num_inference_steps": 8} | changes))).calls
 
 
-def chance_of_first(number, kind):
-    """Share of the iterations that train the first of 7 steps with noise; of pps at its start."""
+def mean_earliest(number, kind):
+    """Return the mean of the earliest step that is selected of 7 steps with noise; of pps at its start."""
     number = 7 if number == "all" else number
-    if kind == "last_and_random":
-        return (number - number // 2) / (7 - number // 2)
-    return 1 / (7 // number) if kind == "stratified" else number / 7
-
-
-def error_of(chance, draws):
-    """Four standard errors of a share."""
-    return 4 * (chance * (1 - chance) / draws) ** 0.5 + 1e-12
+    if kind == "last_and_random":  # the least of those drawn from the others, without putting back
+        others, drawn = 7 - number // 2, number - number // 2
+        return (others - drawn) / (drawn + 1)
+    if kind == "stratified":
+        return (7 // number - 1) / 2
+    return sum(1 - step * number / 7 for step in range(1, 7 // number + 1))
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", ["last_and_random", "stratified", "pps"])
-def test_the_base_call_at_step_0_counts_as_often_as_the_step_is_drawn(tmp_path, kind, number):
-    """Of 7 steps with noise; within 4 standard errors, pps before it saw a residual.
+def test_the_vjps_of_the_base_end_at_the_earliest_step_that_is_drawn(tmp_path, kind, number):
+    """7 of them and 3 for other continuations, less the earliest of 7 steps.
 
-    What is counted follows residuals with pps, and is only a share then.
+    Within 4 standard errors, pps before it saw a residual.
     """
     kind = "last_and_random" if number == "all" else kind
     generator, selection = torch.Generator().manual_seed(0), StepSelection(number, kind)
-    table, chance = memoryless_local_linear(uniform_sigmas(8)), chance_of_first(number, kind)
-    drawn = sum(0 in selection.select(table, generator).steps for _ in range(DRAWS)) / DRAWS
-    assert 0 < chance <= 1
-    assert drawn == pytest.approx(chance, abs=error_of(chance, DRAWS))
+    table, mean = memoryless_local_linear(uniform_sigmas(8)), mean_earliest(number, kind)
+    drawn = torch.tensor([float(selection.select(table, generator).steps[0]) for _ in range(DRAWS)])
+    error = 4 * drawn.std().item()
+    assert drawn.mean().item() == pytest.approx(mean, abs=error / DRAWS**0.5 + 1e-6)
     changes = {"loss_steps": number} | ({} if number == "all" else {"step_selection": kind})
-    counted = calls_at_first(tmp_path, **changes)
-    share = calls_at_first(tmp_path, **changes, **BUFFERED, buffer_refresh=4)
+    counted = calls_of(tmp_path, **changes)
+    share = calls_of(tmp_path, **changes, **BUFFERED, buffer_refresh=4)
+    assert (counted[BASE], share[BASE]) == (1, 1 / 4)  # at the earliest step
     if kind == "pps":
-        assert 0 < counted <= 1
-        assert 0 < share <= 1 / 4
+        assert 4 <= counted[SWEEP] <= 10
+        assert 4 <= 4 * share[SWEEP] <= 10
     else:
-        assert counted == pytest.approx(chance, abs=error_of(chance, PERIODS))
-        assert share == pytest.approx(chance / 4, abs=error_of(chance, PERIODS) / 4)
+        assert counted[SWEEP] == pytest.approx(10 - mean, abs=error / PERIODS**0.5 + 1e-12)
+        assert 4 * share[SWEEP] == pytest.approx(10 - mean, abs=error / PERIODS**0.5 + 1e-12)
 
 
-def test_a_guided_base_call_at_step_0_counts_twice(tmp_path):
-    """Beside the call of each of the 7 guided vector-Jacobian products."""
-    plain = calls_at_first(tmp_path, loss_steps=2)
-    assert calls_at_first(tmp_path, loss_steps=2, **EVERYWHERE) == pytest.approx(2 * plain + 7, rel=1e-12)
+def test_other_pairings_take_a_vjp_in_the_place_of_that_call(tmp_path):
+    """But for step 0, where no pairing asks for it."""
+    right, left = (calls_of(tmp_path, loss_steps=2, pairing=pairing) for pairing in ("right", "left"))
+    assert 0 < left[BASE] < right[BASE] == 1
+    assert left[SWEEP] - right[SWEEP] == pytest.approx(1 - left[BASE])
+
+
+def test_a_guided_base_call_counts_twice(tmp_path):
+    """Beside the call of each guided vector-Jacobian product, which has two such products."""
+    guided = calls_of(tmp_path, loss_steps=2, **EVERYWHERE)
+    plain = calls_of(tmp_path, loss_steps=2)[SWEEP]
+    assert guided[SWEEP] == pytest.approx(2 * plain, rel=1e-12)
+    assert guided[BASE] == pytest.approx(2 + plain, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- of a real run
@@ -207,9 +217,9 @@ def test_the_counted_calls_of_every_method_are_those_a_real_run_makes(tmp_path, 
 
 
 def test_a_real_run_that_draws_its_steps_makes_the_other_calls_as_counted(tmp_path, monkeypatch):
-    """One of three steps is drawn: its base call is made in an iteration or it isn't."""
+    """One of three steps is drawn, and the sweep ends there: after 4, 5 or 6 passes."""
     config = config_of(tmp_path, loss_steps=1, mask_quantile=None)
     counted, made = count(config).calls, calls_made(config, monkeypatch, 1)
-    assert 0 < counted.pop(BASE) < 1
-    assert made.pop(BASE, 0) in (0, 1)
+    assert 4 < counted.pop(SWEEP) < 6
+    assert made.pop(SWEEP) in (4, 5, 6)
     assert made == pytest.approx(counted, rel=1e-12)

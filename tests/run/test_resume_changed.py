@@ -75,7 +75,7 @@ def test_a_buffer_of_other_rows_is_filled_anew(tiny_sd3_dir, tmp_path, caplog, c
 )
 def test_the_mask_of_another_goal_is_not_that_of_this_one(tiny_sd3_dir, tmp_path, caplog, name):
     """Targets 30 times as far are all beyond the thresholds of before: no row would be trained on."""
-    method = METHODS.get(name, {"method": name})
+    method = METHODS.get(name, {"method": name}) | {"mask_quantile": 0.9}
     (metrics,), warnings = go_on(tiny_sd3_dir, tmp_path, caplog, method, method | {"reward_scale": 30.0})
     assert "are those of another reward_scale and start anew" in warnings
     assert "adjoint norm" not in warnings
@@ -91,9 +91,12 @@ def test_the_mask_of_another_goal_is_not_that_of_this_one(tiny_sd3_dir, tmp_path
         ("reward_clip_quantile", 0.9, True, True),
         ("guidance_mode", "none", True, True),
         ("mask_quantile", 0.5, True, True),
+        ("tail_samples", 1, True, True),
+        ("row_weights", "crossfit", True, True),
         ("train_batch_size", 8, True, False),
         ("loss_steps", 1, True, False),
         ("step_selection", "stratified", True, False),
+        ("late_step_odds", 3.0, True, False),
         ("seed", 3, True, False),
         ("learning_rate", 1e-4, False, False),
         ("buffer_refresh", 2, False, False),
@@ -123,3 +126,12 @@ def test_rows_are_kept_if_what_changed_has_no_part_in_them(tiny_sd3_dir, tmp_pat
     assert "dropped" not in warnings
     assert "reward" not in metrics
     assert metrics.get("grpo_pass", 3) == 3
+
+
+@pytest.mark.parametrize(("changes", "decides"), [({}, False), ({"row_weights": "ramp"}, True)])
+def test_the_length_of_a_run_decides_where_weights_change_in_its_course(
+    tiny_sd3_dir, tmp_path, changes, decides
+):
+    path = tiny_config(tiny_sd3_dir, tmp_path, **(COMMON | changes))
+    settings = settings_of(make_plan(parse_config(["--config", str(path)]), 1))
+    assert ("max_train_steps" in settings) == decides

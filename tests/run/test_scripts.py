@@ -106,7 +106,13 @@ def test_two_processes_give_the_losses_of_one(folder, tiny_sd3_dir, tmp_path):
     """Same total batch, float32, the published learning rate; the mask drops rows, unequally many."""
     rewards = {"rewards": [{"name": "pickscore", "model": str(folder / "pickscore")}], "eval_rewards": None}
     config = tiny_config(
-        tiny_sd3_dir, tmp_path, **rewards, eval_prompts=None, learning_rate=3e-4, max_train_steps=10
+        tiny_sd3_dir,
+        tmp_path,
+        **rewards,
+        eval_prompts=None,
+        learning_rate=3e-4,
+        max_train_steps=10,
+        mask_quantile=0.9,
     )
     one = make_run_in_process(config)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

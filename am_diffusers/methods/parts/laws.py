@@ -17,6 +17,8 @@ def of_the_tilt(shared: SharedSettings) -> str:
         reasons.append("the reward is smoothed")
     if shared.reward_clip_quantile is not None:
         reasons.append("large reward gradients are clipped")
+    if shared.ode_tail > 0:
+        reasons.append(f"rollouts end in {shared.ode_tail} steps of the ODE (ode_tail), a bias")
     if reasons:
         return nowhere(shared, reasons)
     quantile = shared.mask_quantile
@@ -24,6 +26,16 @@ def of_the_tilt(shared: SharedSettings) -> str:
     if shared.divergence == "kl":
         return f" towards {tilt(shared.scale)}{masked}"
     return f", divergence {shared.divergence} from the base, reward scale {shared.scale:g}{masked}"
+
+
+def cautions_of_the_tilt(shared: SharedSettings) -> list[str]:
+    """Say what flags make of a method whose optimum is the tilt that a user may not expect."""
+    if shared.ode_tail == 0:
+        return []
+    return [
+        f"ode_tail {shared.ode_tail} is biased: the optimum is not {tilt(shared.reward_scale)}, though with "
+        "few steps the law may be nearer to it"
+    ]
 
 
 def to_first_order(

@@ -2,7 +2,8 @@
 
 A method says what the chunks of an iteration share (`prepare`) and what a chunk of samples contributes
 (`chunk`). The rest is here: samples go through the network `Sizes.rollout` at a time, rows wait on the CPU
-with `Sizes.offload`, rows of largest residual are masked, statistics are exchanged between ranks and logged.
+with `Sizes.offload`, rows of largest residual are masked or weigh less, statistics are exchanged between
+ranks and logged.
 """
 
 from abc import abstractmethod
@@ -17,6 +18,7 @@ from am_diffusers import matching
 from am_diffusers.matching import MatchingBatch, QuantileMask
 from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts.reports import AdjointMonitor, adjoint_norms, everywhere, means
+from am_diffusers.methods.parts.row_weights import Ramp
 from am_diffusers.methods.parts.rows import Chunk, Swept, kept_batch
 from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.step_selection import StepSelection
@@ -34,6 +36,8 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
         super().__init__(around, shared, own)
         quantile = shared.mask_quantile if "mask_quantile" in self.reads else None
         self.mask = None if quantile is None else QuantileMask(quantile)
+        ramped = "row_weights" in self.reads and shared.row_weights == "ramp"
+        self.ramp = Ramp(around.iterations) if ramped else None
         self.terminal = self._terminal_cost() if self.needs_reward_gradient else None
         self.monitor = AdjointMonitor()
 
@@ -106,10 +110,11 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
         return matching.matching_loss(self.policy, example.to(self.latents.device)), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return thresholds of the mask and of clipping, and references of the adjoint norms."""
+        """Return thresholds of mask, weights and clipping, and references of the adjoint norms."""
         if self.terminal is None:
             return {}
         mask = {} if self.mask is None else {"mask": self.mask.state_dict()}
+        mask |= {} if self.ramp is None else {"ramp": self.ramp.state_dict()}
         return mask | {"clip_norm": self.terminal.clip_norm, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,11 +124,13 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
             self.monitor.load_state_dict(state.get("monitor", {}))
         if self.mask is not None:
             self.mask.load_state_dict(state.get("mask", {}))
+        if self.ramp is not None:
+            self.ramp.load_state_dict(state.get("ramp", {}))
 
     def mask_steps(
         self, steps: Sequence[int], collected: Chunk, selection: StepSelection | None = None
     ) -> Chunk:
-        """Mask rows of samples that share S steps, whose thresholds the residuals of all ranks move.
+        """Mask or weigh rows of samples that share S steps; thresholds follow the residuals of all ranks.
 
         Args:
             steps: S step numbers.
@@ -137,9 +144,13 @@ class MatchingMethod(Method[MatchingBatch], Generic[S]):
         if self.mask is not None:
             self.mask.update(steps, of_all)
             keep, keep_of_all = (self.mask.keep(steps, r).to(r) for r in (residuals, of_all))
+        weight = collected.rows.weight
+        if self.ramp is not None:
+            self.ramp.update(steps, of_all)
+            weight = weight * self.ramp.weights(steps, residuals)
         if selection is not None:
             selection.update(steps, of_all, keep_of_all)
-        return collected._replace(rows=replace(collected.rows, keep=keep))
+        return collected._replace(rows=replace(collected.rows, keep=keep, weight=weight))
 
     def _terminal_cost(self) -> TerminalCost:
         shared = self.shared

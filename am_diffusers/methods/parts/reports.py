@@ -15,27 +15,30 @@ from am_diffusers.terminal_cost import Terminal
 ADJOINT_NORM = "adjoint_norm/"
 
 
-def statistics(terminal: Terminal, trajectory: Trajectory, sweep: AdjointSweep) -> dict[str, Tensor]:
-    """Named statistics of B samples, (B,) each; `reward` and `reward_gradient_norm` come first.
-
-    `path_kl` is that of steps 1 .. K-1, so that it means the same whether or not step 0 was selected;
-    that of step 0 is `path_kl_first`, there if its base velocity is known.
-    """
-    table = trajectory.transitions
-    path_kl = {
-        k: table.path_kl(k, trajectory.velocities[k], sweep.velocity_base[k])
-        for k in range(table.num_steps - 1)
-        if k in sweep.velocity_base
-    }
-    first = {"path_kl_first": path_kl.pop(0)} if 0 in path_kl else {}
+def terminal_statistics(terminal: Terminal, num_steps: int) -> dict[str, Tensor]:
+    """Named statistics of the ends of B rollouts of `num_steps` steps, (B,) each; `reward` comes first."""
     return {
         "reward": terminal.rewards,
         "reward_gradient_norm": terminal.gradient_norms,
         "reward_slope": terminal.slopes,
-        "path_kl": sum(path_kl.values(), torch.zeros_like(terminal.rewards)),
-        **{f"{ADJOINT_NORM}{k:02d}": a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())},
-        **first,
+        f"{ADJOINT_NORM}{num_steps:02d}": terminal.adjoint.flatten(1).norm(dim=1),
     }
+
+
+def sweep_statistics(trajectory: Trajectory, sweep: AdjointSweep) -> dict[str, Tensor]:
+    """Named statistics of B samples on the way to their ends, (B,) each.
+
+    `path_kl` is that of steps 1 .. K-1, there if the sweep reached them all, so that it always means the
+    same; that of step 0 is `path_kl_first`. Adjoint norms are there of the steps that were reached.
+    """
+    table, known = trajectory.transitions, sweep.velocity_base
+    path_kl = {k: table.path_kl(k, trajectory.velocities[k], known[k]) for k in sorted(known)}
+    first = {"path_kl_first": path_kl.pop(0)} if 0 in path_kl else {}
+    norms = {k: a.flatten(1).norm(dim=1) for k, a in sorted(sweep.adjoints.items())}
+    found = {f"{ADJOINT_NORM}{k:02d}": norm for k, norm in norms.items()} | first
+    if min(known) <= 1:
+        found["path_kl"] = sum(path_kl.values(), torch.zeros_like(norms[max(norms)]))
+    return found
 
 
 def end_point_statistics(terminal: Terminal, adjoint: Tensor, score: Tensor) -> dict[str, Tensor]:

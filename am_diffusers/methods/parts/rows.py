@@ -75,6 +75,12 @@ class Chunk(NamedTuple):
         residuals = [chunk.residuals for chunk in chunks if chunk.residuals is not None]
         return cls(Rows(**columns), stats, torch.cat(residuals) if residuals else None)
 
+    def emphasised(self, place: int, factors: Tensor) -> "Chunk":
+        """Return the same with the weight of row `place` of each sample times `factors` (B,)."""
+        weight = self.rows.weight.clone()
+        weight[:, place] *= factors
+        return self._replace(rows=replace(self.rows, weight=weight))
+
 
 class Swept(NamedTuple):
     """The result of a rollout and its sweep.

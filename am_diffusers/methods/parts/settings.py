@@ -1,42 +1,14 @@
-"""Flags that several methods read, and how a record of flags checks its ranges.
+"""Flags that several methods read.
 
 A method's own flags are the fields of its `Settings`, in its file. A flag that a few methods have in common
 is a field of a base class here; a flag of the rollout, the targets or the reward's gradient is a field of
 `SharedSettings`, and `Method.reads` says which methods read it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-Check = tuple[object, str, str]
-"""Whether a value is in range, its flag, and the range in words."""
-
-
-def require(settings: Any, checks: Iterable[Check]) -> None:
-    """Check the ranges of a record of flags, and that flags with a choice have one of its values.
-
-    Raises:
-        ValueError: naming each flag out of range, what it must be and what it is.
-    """
-    wrong = [
-        f"--{name} must be {rule}, got {getattr(settings, name)}"
-        for good, name, rule in [*_choices(settings), *checks]
-        if not good
-    ]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-
-
-def _choices(settings: Any) -> list[Check]:
-    """Return a check for each flag that is one of a few words: only the command line looks at types."""
-    found = []
-    for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal:
-            *others, last = get_args(hint)
-            rule = f"{', '.join(others)} or {last}"
-            found.append((getattr(settings, name) in (*others, last), name, rule))
-    return found
+from am_diffusers.methods.parts.ranges import Check, require
 
 
 @dataclass(frozen=True)
@@ -58,9 +30,23 @@ class SharedSettings:
         step_selection: which ones, for a number: last_and_random (published: half of them the last ones with
             noise, the others at random), or unbiased for all of them: stratified, or pps (with a probability
             that follows each step's residual).
+        late_step_odds: how many times likelier a step with sigma at most .7 is than an earlier one among the
+            random ones of last_and_random: positive, 1 as published. All steps are trained, so that the fixed
+            point is the same.
+        tail_samples: continuations M of each rollout's last step with noise, whose adjoints are averaged:
+            less noise and the same fixed point, for M - 1 more passes and rewards. Logged rewards are means
+            over them.
+        ode_tail: last steps with noise that a rollout takes by the ODE instead; adjoints, targets and weights
+            stay those of the table. BIASED: with more than 0 the tilt is not the optimum. With few steps this
+            bias and that of the steps cancel in part on known tilts; refused for num_inference_steps above
+            10, where they don't.
         mask_quantile: share in (0, 1) of the rows of a step to keep, those of largest residual are left
             out of the loss; null = keep all. Only null is unbiased: on a mixture of three modes .9 reaches
             40 % of the tilt's KL, null 92 %.
+        row_weights: by what rows weigh less that are long: none, crossfit (the row before the last noisy
+            step, by the norm of other continuations: needs tail_samples 2 or more, leaves the fixed point
+            exactly alone), or ramp (all rows, those beyond a running quantile, from .9 to all in the first
+            60 % of the run: the fixed point is right from there on). Not together with a mask.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
         rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off.
         guidance_mode: where it acts: rollout (in the rollout alone: ungrounded, the tilted law is that of no
@@ -92,7 +78,11 @@ class SharedSettings:
     target_kl: float | None = None
     loss_steps: int | Literal["all"] = "all"
     step_selection: Literal["last_and_random", "stratified", "pps"] = "last_and_random"
-    mask_quantile: float | None = 0.9
+    late_step_odds: float = 1.0
+    tail_samples: int = 4
+    ode_tail: int = 0
+    mask_quantile: float | None = None
+    row_weights: Literal["none", "crossfit", "ramp"] = "none"
     sigma_jitter: float = 0.0
     rollout_guidance_scale: float = 1.0
     guidance_mode: Literal["rollout", "none", "everywhere"] = "rollout"
@@ -106,7 +96,7 @@ class SharedSettings:
     reward_clip_quantile: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, [*self._rollout(), *self._gradient()])
+        require(self, [*self._rollout(), *self._rows(), *self._gradient()])
 
     @property
     def scale(self) -> float:
@@ -151,6 +141,20 @@ class SharedSettings:
                 "(--guidance_mode everywhere or none)",
             ),
             (
+                not guided or self.guidance_mode != "none",
+                "rollout_guidance_scale",
+                "1 with guidance_mode none",
+            ),
+            (
+                guided or self.guidance_mode != "everywhere",
+                "rollout_guidance_scale",
+                "other than 1 with guidance_mode everywhere",
+            ),
+        ]
+
+    def _rows(self) -> list[Check]:
+        return [
+            (
                 self.loss_steps == "all" or 1 <= self.loss_steps < self.num_inference_steps,
                 "loss_steps",
                 "'all' or from 1 to num_inference_steps - 1: the last step has no noise and no loss",
@@ -161,19 +165,47 @@ class SharedSettings:
                 "left out with loss_steps all: there is nothing to select",
             ),
             (
-                not guided or self.guidance_mode != "none",
-                "rollout_guidance_scale",
-                "1 with guidance_mode none",
+                self.late_step_odds > 0,
+                "late_step_odds",
+                "positive: a step that is never drawn stays the base's, and the law is not the tilt",
             ),
             (
-                guided or self.guidance_mode != "everywhere",
-                "rollout_guidance_scale",
-                "other than 1 with guidance_mode everywhere",
+                self.late_step_odds == 1
+                or (self.loss_steps != "all" and self.step_selection == "last_and_random"),
+                "late_step_odds",
+                "1 unless some steps are drawn: with a number of loss_steps, by last_and_random",
+            ),
+            (self.tail_samples >= 1, "tail_samples", "at least 1"),
+            (
+                0 <= self.ode_tail <= max(0, self.num_inference_steps - 2),
+                "ode_tail",
+                "from 0 to num_inference_steps - 2: the first step adds noise",
+            ),
+            (
+                self.ode_tail == 0 or self.num_inference_steps <= 10,
+                "ode_tail",
+                "0 with more than 10 num_inference_steps: it takes the law farther from the tilt",
+            ),
+            (
+                self.ode_tail == 0 or (self.tail_samples == 1 and self.adjoint == "lean"),
+                "ode_tail",
+                "0, or with --tail_samples 1 and --adjoint lean: given its start, nothing in a tail is drawn",
             ),
             (
                 self.mask_quantile is None or 0 < self.mask_quantile < 1,
                 "mask_quantile",
                 "in (0, 1), or null to keep every row",
+            ),
+            (
+                self.mask_quantile is None or self.row_weights == "none",
+                "row_weights",
+                "none with a mask: long rows are left out already (--mask_quantile null)",
+            ),
+            (
+                self.row_weights != "crossfit" or (self.tail_samples >= 2 and self.pairing == "right"),
+                "row_weights",
+                "none or ramp, or crossfit with --tail_samples 2 or more and --pairing right: it weighs "
+                "halves of the continuations by each other",
             ),
             (0 <= self.sigma_jitter < 0.5, "sigma_jitter", "in [0, 0.5)"),
         ]

@@ -4,8 +4,10 @@ The loss over all N steps with noise is estimated from n of them. A step that is
 pi_k counts n / (N pi_k) times in the mean over the selected rows, so that the expectation over selections is
 the mean over all steps: exactly without a mask, and with one as far as it keeps the same share of every step.
 
-- `last_and_random`, as published (arXiv 2409.08861): the last n // 2 steps always, others drawn
-  uniformly, all with factor 1. Not an unbiased estimate: it weighs the last steps more.
+- `last_and_random`, as published (arXiv 2409.08861): the last n // 2 steps always, others drawn at random,
+  all with factor 1. Not an unbiased estimate: it weighs the last steps more. Among the others one with sigma
+  at most LATE is `odds` times likelier than an earlier one, uniform as published with 1. Any positive odds
+  leave the fixed point alone, which is each step's own.
 - `stratified`: one step from each of n runs of neighbouring steps.
 - `pps` (probability proportional to size): proportional to a running mean of each step's residual, mixed
   with a share `UNIFORM` of equal ones; steps whose probability would exceed 1 are always taken. Systematic
@@ -24,6 +26,8 @@ from am_diffusers.transitions import Transitions
 Selection = Literal["last_and_random", "stratified", "pps"]
 SELECTIONS = ("last_and_random", "stratified", "pps")
 UNIFORM = 0.3
+LATE = 0.7
+"""Noise level from which on a step is late: on images earlier ones carry hardly any signal at first."""
 
 
 class Selected(NamedTuple):
@@ -39,6 +43,7 @@ class StepSelection:
     Args:
         steps: how many, or all of those with noise.
         kind: see the module docstring.
+        odds: how many times likelier a late step is, positive; for `last_and_random`.
         decay: decay of the running means of the residuals, in [0, 1).
 
     Raises:
@@ -46,14 +51,19 @@ class StepSelection:
     """
 
     def __init__(
-        self, steps: int | Literal["all"], kind: Selection = "last_and_random", decay: float = 0.9
+        self,
+        steps: int | Literal["all"],
+        kind: Selection = "last_and_random",
+        *,
+        odds: float = 1.0,
+        decay: float = 0.9,
     ) -> None:
         if kind not in SELECTIONS:
             raise ValueError(f"step_selection must be one of {', '.join(SELECTIONS)}, got {kind!r}")
         if steps == "all" and kind != "last_and_random":
             raise ValueError(f"step_selection {kind} selects nothing from all steps: give their number")
         self.steps: int | Literal["all"] = steps
-        self.kind, self.decay = kind, decay
+        self.kind, self.odds, self.decay = kind, odds, decay
         self._residuals: dict[int, float] = {}
 
     def select(self, table: Transitions, generator: torch.Generator) -> Selected:
@@ -62,10 +72,10 @@ class StepSelection:
         Raises:
             ValueError: if a step before the last adds no noise, or there are not so many steps.
         """
-        uniform = select_steps(table, self.steps, generator)  # also checks the table
-        total, number = table.num_steps - 1, len(uniform)
+        published = select_steps(table, self.steps, generator, self.odds)  # also checks the table
+        total, number = table.num_steps - 1, len(published)
         if self.kind == "last_and_random" or number == total:
-            return Selected(uniform, [1.0] * number)
+            return Selected(published, [1.0] * number)
         if self.kind == "stratified":
             edges = [i * total // number for i in range(number + 1)]
             sizes = [right - left for left, right in pairwise(edges)]
@@ -153,8 +163,16 @@ def check_steps(table: Transitions, steps: int | Literal["all"]) -> int:
     return num_steps
 
 
-def select_steps(table: Transitions, steps: int | Literal["all"], generator: torch.Generator) -> list[int]:
+def select_steps(
+    table: Transitions, steps: int | Literal["all"], generator: torch.Generator, odds: float = 1.0
+) -> list[int]:
     """Steps to train on, increasing: the last `steps` // 2 with noise and random others, or all.
+
+    Args:
+        table: the table of the rollout.
+        steps: how many.
+        generator: draws the others, none of them twice.
+        odds: how many times likelier than an earlier step one with sigma at most LATE is, each time.
 
     Raises:
         ValueError: if a step before the last adds no noise, or `steps` is not in 1 .. K-1.
@@ -163,5 +181,10 @@ def select_steps(table: Transitions, steps: int | Literal["all"], generator: tor
     if steps == "all":
         return list(range(num_steps))
     num_last = steps // 2
-    others = torch.randperm(num_steps - num_last, generator=generator)[: steps - num_last].tolist()
-    return sorted(others) + list(range(num_steps - num_last, num_steps))
+    total, number = num_steps - num_last, steps - num_last
+    if odds == 1:
+        others = torch.randperm(total, generator=generator)[:number]
+    else:
+        late = (table.sigmas[:total] <= LATE + 1e-9).double()
+        others = torch.multinomial(1 + (odds - 1) * late, number, generator=generator)
+    return sorted(others.tolist()) + list(range(total, num_steps))

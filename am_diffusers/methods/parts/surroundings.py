@@ -63,6 +63,7 @@ class Surroundings:
         sizes: micro-batches.
         tilt: law aimed at, if it isn't p_base * exp(reward_scale * reward).
         state_cost: running cost of the states along a trajectory, see adjoint.py; None = 0.
+        iterations: iterations of the run that roll out, for what changes in its course.
         folder: folder for what a method keeps on the disk.
         terminal_cost: makes the terminal cost of a reward.
     """
@@ -78,6 +79,7 @@ class Surroundings:
     sizes: Sizes = Sizes()
     tilt: Tilt | None = None
     state_cost: StateCost | None = None
+    iterations: int = 1
     folder: Path = Path()
     terminal_cost: Callable[..., TerminalCost] = TerminalCost
 

@@ -27,8 +27,10 @@ from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import noise_level, sample
 from am_diffusers.system.failures import phase
 from am_diffusers.terminal_cost import reward_gradient
-from am_diffusers.transitions import Transitions
+from am_diffusers.transitions import Transitions, ode_euler
 from am_diffusers.velocity import Conditioning
+
+COLUMNS = ("x_coef", "v_coef", "std")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,17 @@ def steps_of(table: Transitions, start: int, stop: int) -> Transitions:
     return Transitions(
         table.sigmas[start : stop + 1], table.x_coef[part], table.v_coef[part], table.std[part]
     )
+
+
+def with_ode_tail(table: Transitions, steps: int) -> Transitions:
+    """Return a table whose last `steps` steps with noise are Euler's of the ODE instead."""
+    if steps == 0:
+        return table
+    end, ode = table.num_steps, ode_euler(table.sigmas)
+    head = slice(0, end - 1 - steps)
+    tail = slice(end - 1 - steps, end)
+    columns = (torch.cat([getattr(table, name)[head], getattr(ode, name)[tail]]) for name in COLUMNS)
+    return Transitions(table.sigmas, *columns)
 
 
 class TailMethod(Method[Tails]):

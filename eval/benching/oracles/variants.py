@@ -1,7 +1,7 @@
 """The methods as they are compared, each with its settings: one table.
 
 What isn't set here is the default of the method's own settings. `reward_scale` is 1 (oracle_problems.py).
-Masks are off where a method has one, as a masked loss has another optimum, but for one row with the default.
+Masks are off, as a masked loss has another optimum, but for one row.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -51,6 +51,7 @@ class Variant:
             LatentSpec((problem.dim,), dtype=torch.float64),
             lambda steps, noisy: uniform_sigmas(steps),
             sizes=Sizes(batch=self.schedule.batch),
+            iterations=self.schedule.iterations,
         )
         shared, own = self._settings()
         return METHODS[self.method](around, shared, own)
@@ -72,11 +73,17 @@ class Variant:
 
 
 def _steps(number: int) -> dict[str, Any]:
-    """Return flags of a rollout of `number` local-linear steps, without a mask."""
-    return {"num_inference_steps": number, "transitions": LOCAL_LINEAR, "mask_quantile": None}
+    """Return flags of a rollout of `number` local-linear steps, each continued once, without a mask."""
+    return {
+        "num_inference_steps": number,
+        "transitions": LOCAL_LINEAR,
+        "tail_samples": 1,
+        "mask_quantile": None,
+    }
 
 
 _PUBLISHED: dict[str, Any] = {"transitions": "memoryless_euler", "pairing": "left"}
+_BRANCHED: dict[str, Any] = {"tail_samples": 4}
 _UNMASKED: dict[str, Any] = {"mask_quantile": None}
 _GROUPS: dict[str, Any] = {"samples_per_prompt": 16}
 _BUFFER: dict[str, Any] = {"buffer_size": 4 * Schedule().batch, "buffer_refresh": 4}
@@ -93,6 +100,29 @@ VARIANTS: dict[str, Variant] = {
         "Adjoint Matching, local-linear, K = 10, mask .9",
         "adjoint_matching",
         _steps(10) | {"mask_quantile": 0.9},
+    ),
+    "am_branched_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4", "adjoint_matching", _steps(10) | _BRANCHED
+    ),
+    "am_crossfit_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4, crossfit",
+        "adjoint_matching",
+        _steps(10) | _BRANCHED | {"row_weights": "crossfit"},
+    ),
+    "am_ramp_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, M = 4, ramp",
+        "adjoint_matching",
+        _steps(10) | _BRANCHED | {"row_weights": "ramp"},
+    ),
+    "am_ode_tail_1_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, ODE tail of 1",
+        "adjoint_matching",
+        _steps(10) | {"ode_tail": 1},
+    ),
+    "am_ode_tail_3_10": Variant(
+        "Adjoint Matching, local-linear, K = 10, ODE tail of 3",
+        "adjoint_matching",
+        _steps(10) | {"ode_tail": 3},
     ),
     "am_local_linear_40": Variant("Adjoint Matching, local-linear, K = 40", "adjoint_matching", _steps(40)),
     "am_published_10": Variant(
