@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from am_diffusers.methods.parts.kept import KeptBytes, PartShare
-from am_diffusers.methods.parts.settings import NoSettings, SharedSettings
+from am_diffusers.methods.parts.own_settings import NoSettings
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.noise import LatentSpec
 from am_diffusers.velocity import Conditioning

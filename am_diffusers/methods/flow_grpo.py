@@ -32,9 +32,10 @@ from am_diffusers.methods.base import Collected, Method
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.advantages import Advantages, few_for_normalised, reward_values
 from am_diffusers.methods.parts.kept import PartShare
+from am_diffusers.methods.parts.own_settings import AdvantageSettings
 from am_diffusers.methods.parts.policy_rows import PolicyRows, rows_of_rank
 from am_diffusers.methods.parts.ranges import require
-from am_diffusers.methods.parts.settings import AdvantageSettings, SharedSettings
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.step_selection import draw_steps
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.rollout import rollout

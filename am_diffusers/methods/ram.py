@@ -25,10 +25,11 @@ from torch import Tensor
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.advantages import Advantages, few_for_normalised, reward_values
 from am_diffusers.methods.parts.matching_method import MatchingMethod
+from am_diffusers.methods.parts.own_settings import AdvantageSettings, EndPointSettings
 from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import means
 from am_diffusers.methods.parts.rows import Chunk, Rows
-from am_diffusers.methods.parts.settings import AdvantageSettings, EndPointSettings, SharedSettings
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.rollout import sample
 from am_diffusers.system.failures import phase
 from am_diffusers.transitions import Transitions

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from am_diffusers.methods.base import Collected
+from am_diffusers.methods.parts.own_settings import EndPointSettings
 from am_diffusers.methods.parts.ranges import require
-from am_diffusers.methods.parts.settings import EndPointSettings, SharedSettings
+from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.methods.parts.tails import TailMethod, Tails, steps_of
 from am_diffusers.transitions import ode_euler

@@ -33,8 +33,8 @@ def cautions_of_the_tilt(shared: SharedSettings) -> list[str]:
     if shared.ode_tail == 0:
         return []
     return [
-        f"ode_tail {shared.ode_tail} is biased: the optimum is not {tilt(shared.reward_scale)}, though with "
-        "few steps the law may be nearer to it"
+        f"ode_tail {shared.ode_tail} is biased: the optimum is not base * exp(reward_scale * reward), though "
+        "with few steps the law may be nearer to it"
     ]
 
 

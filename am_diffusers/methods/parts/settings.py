@@ -1,8 +1,8 @@
 """Flags that several methods read.
 
-A method's own flags are the fields of its `Settings`, in its file. A flag that a few methods have in common
-is a field of a base class here; a flag of the rollout, the targets or the reward's gradient is a field of
-`SharedSettings`, and `Method.reads` says which methods read it.
+A method's own flags are the fields of its `Settings`, in its file; one that a few methods have in common is in
+own_settings.py. A flag of the rollout, the targets or the reward's gradient is a field of `SharedSettings`, and
+`Method.reads` says which methods read it.
 """
 
 from dataclasses import dataclass, fields
@@ -239,36 +239,3 @@ GRADIENT = tuple(
     if field.name.startswith(("divergence", "reward_smoothing", "reward_clip"))
 )
 """Flags of the law aimed at and of how the reward's gradient is taken."""
-
-
-@dataclass(frozen=True)
-class EndPointSettings:
-    """Methods that train on clean images, whatever sampler made them.
-
-    Attributes:
-        rollout_sampler: how images are made in training, in num_inference_steps steps: by
-            the model's own ODE, or a stochastic table (see `am_diffusers.transitions`).
-    """
-
-    rollout_sampler: Literal["ode_euler", "memoryless_local_linear", "memoryless_euler", "ancestral"] = (
-        "ode_euler"
-    )
-
-
-@dataclass(frozen=True)
-class AdvantageSettings:
-    """Methods that compare the rewards of a prompt's samples.
-
-    Attributes:
-        advantages: centred subtracts the mean of a prompt's other rewards, which keeps reward_scale the
-            factor of the tilt; normalised also divides by their standard deviation, as GRPO does. That is
-            taken from samples_per_prompt rewards: with few it is no tilt by reward / deviation (with 2 every
-            advantage is +-reward_scale, whatever the rewards): set 8 or more.
-    """
-
-    advantages: Literal["centred", "normalised"] = "centred"
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """A method without flags of its own."""

@@ -18,7 +18,7 @@ from .world import COLOURS, CONCEPTS, Labels, World
 
 KINDS = (*DEFECTS, "wrong background", "wrong object", "generated")
 WRONG_BACKGROUND, WRONG_OBJECT, GENERATED = (KINDS.index(kind) for kind in KINDS[-3:])
-BAD_STEPS = (3, 6, 12)  # Euler steps of the badly generated images
+BAD_STEPS = (2, 3, 4)  # Euler steps of the badly generated images: blobs, even of a good model
 SEEDS = {"pickscore": 1, "hpsv2": 2, "image_reward": 3}
 
 
