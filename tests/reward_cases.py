@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions
 from am_diffusers.rewards.parts.packaged import PACKAGED
@@ -44,6 +46,7 @@ class Case:
     """Needs of one reward in the contract test.
 
     Attributes:
+        prompts: prompts that the reward can score.
         images: makes images of (count, height, width, dtype).
         shapes: heights and widths at which the gradient is checked.
         many: number of images in a batch, at least 2.
@@ -59,6 +62,7 @@ class Case:
         beside: keyword arguments of `from_pretrained` that point to what a folder has beside the weights.
     """
 
+    prompts: Sequence[str] = tuple(PROMPTS)
     images: Callable[[int, int, int, torch.dtype], Tensor] = random_images
     shapes: Sequence[tuple[int, int]] = ((48, 64), (20, 27), (SIZE, SIZE))
     many: int = 3
@@ -88,6 +92,19 @@ def greyish(count: int, height: int, width: int, dtype: torch.dtype = torch.floa
     """Noise around grey."""
     noise = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
     return 0.5 + 0.05 * noise
+
+
+CAPTIONS_OF_THE_WORLD = (
+    "an apple on a blue background",
+    "a banana on a red background",
+    "an owl on a red background",
+)
+
+
+def of_the_world(count: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A clean apple on blue, a blurred one, and a banana on green under a watermark."""
+    sheet = pil_to_tensor(Image.open(Path(__file__).parent / "data/world.png")).to(dtype) / 255
+    return torch.stack(sheet.split(64, 2)[:count])
 
 
 _packaged = partial(Case, many=2, count=1, directions=1, step=1e-7, accuracy=1e-4, rtol=1e-6, atol=1e-4)
@@ -163,6 +180,8 @@ CASES = {
     "colourfulness": _pixels(),
     "symmetry": _pixels(),
     "jpeg_size": _pixels(),
+    "world_clean": Case(CAPTIONS_OF_THE_WORLD, of_the_world),
+    "world_right": Case(CAPTIONS_OF_THE_WORLD, of_the_world),
 }
 LEARNED = [name for name, kind in REWARDS.items() if issubclass(kind, LearnedReward)]
 SMALL = [name for name in REWARDS if name in SAVE]

@@ -4,6 +4,7 @@ from am_diffusers.rewards.aesthetic import Aesthetic
 from am_diffusers.rewards.base import (
     OFFICIAL,
     Column,
+    FixedReward,
     ImageFeatures,
     Reward,
     RewardOptions,
@@ -18,11 +19,12 @@ from am_diffusers.rewards.imagenet_class import ImageNetClass
 from am_diffusers.rewards.learned import LearnedReward
 from am_diffusers.rewards.ocr import OCR
 from am_diffusers.rewards.pickscore import PickScore
-from am_diffusers.rewards.pixels import Brightness, Colourfulness, JpegSize, PixelReward, Symmetry
+from am_diffusers.rewards.pixels import Brightness, Colourfulness, JpegSize, Symmetry
+from am_diffusers.rewards.world import WorldClean, WorldRight
 
 # By name, in the order of the columns in papers. A `LearnedReward` is built by `from_pretrained(path, ...)`,
 # any other without arguments.
-REWARDS: dict[str, type[LearnedReward] | type[PixelReward]] = {
+REWARDS: dict[str, type[LearnedReward] | type[FixedReward]] = {
     "pickscore": PickScore,
     "clip_score": CLIPScore,
     "hpsv2": HPSv2,
@@ -34,6 +36,8 @@ REWARDS: dict[str, type[LearnedReward] | type[PixelReward]] = {
     "colourfulness": Colourfulness,
     "symmetry": Symmetry,
     "jpeg_size": JpegSize,
+    "world_clean": WorldClean,
+    "world_right": WorldRight,
 }
 
 __all__ = [
@@ -46,6 +50,7 @@ __all__ = [
     "ClipReward",
     "Colourfulness",
     "Column",
+    "FixedReward",
     "HPSv2",
     "ImageFeatures",
     "ImageNetClass",
@@ -58,4 +63,6 @@ __all__ = [
     "RewardScale",
     "Symmetry",
     "WeightedRewards",
+    "WorldClean",
+    "WorldRight",
 ]

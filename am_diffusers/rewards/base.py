@@ -4,6 +4,7 @@ A reward maps images in [0, 1] and their prompts to one number per image; higher
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -150,6 +151,31 @@ class WeightedRewards:
         for seen in self._seen.values():
             seen.clear()
         return scores
+
+
+class FixedReward(ABC):
+    """Reward that is built without arguments; see `Reward`.
+
+    Attributes:
+        name: short name used in logs.
+        differentiable: whether scores have gradients with respect to the images.
+        evaluates_only: whether it judges what others train, and must not be trained itself.
+    """
+
+    name: str
+    differentiable: bool = True
+    evaluates_only: bool = False
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return scores (B,) of `images` (B, 3, H, W) in [0, 1] for their B `prompts`."""
+
+    @classmethod  # noqa: B027
+    def check_installed(cls) -> None:
+        """Raise ValueError if a package is missing, with the command that installs it."""
+
+    def check_can_score(self, prompts: Sequence[str]) -> None:  # noqa: B027
+        """Raise ValueError for a prompt that the reward can't score, before a run starts."""
 
 
 def check_images(images: Tensor) -> None:

@@ -146,12 +146,10 @@ class LearnedReward(FrozenReward):
     Attributes:
         released: file or hub id of the published weights, or `package:NAME` of a package that ships them.
         column: column of the reward in papers; None = it has none.
-        evaluates_only: whether it judges what others train, and must not be trained itself.
     """
 
     released: ClassVar[str]
     column: ClassVar[Column | None] = None
-    evaluates_only: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

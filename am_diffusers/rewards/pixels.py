@@ -1,24 +1,21 @@
 """Rewards without weights, formulas of the pixels: brightness, colourfulness, symmetry, JPEG size."""
 
 import io
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from am_diffusers.rewards.base import check_images, check_prompts
+from am_diffusers.rewards.base import FixedReward, check_images, check_prompts
 from am_diffusers.rewards.parts.preprocess import to_pil
 
 EPSILON = 1e-12
 
 
-class PixelReward(ABC):
+class PixelReward(FixedReward):
     """Formula of the pixels; the prompts don't matter."""
-
-    name: str
-    differentiable: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores (B,) of `images` (B, 3, H, W) in [0, 1]; the prompts are only checked."""

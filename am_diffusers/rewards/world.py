@@ -11,27 +11,29 @@ has seen no generated image, and shares nothing with the small rewards: it judge
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from am_diffusers.rewards.base import DIFFERENTIABLE, RewardOptions
+from am_diffusers.rewards.base import FixedReward, check_images, check_prompts
 from am_diffusers.rewards.imagenet_class import ImageNetClass, load_classifier, official_pixels, pooled
-from am_diffusers.rewards.learned import LearnedReward
-from am_diffusers.rewards.parts.files import find_file
+from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0
+from am_diffusers.system.files import ASSETS
 from am_diffusers.system.text import suggest
 
+FILE = ASSETS / "world/judge.safetensors"
+BATCH = 32
 FRAME = 14  # pixels of 224
 CAPTION = re.compile(r"an? (?P<concept>.+) on an? (?P<background>.+) background")
 CLEAN = "clean"
-T = TypeVar("T", bound="WorldJudge")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Heads:
                 names = json.loads(stored.metadata()["names"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return cls(tensors.pop("mean"), tensors.pop("std"), tensors, names)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise ValueError(f"{file} isn't the judge of the embedded world: {error}") from error
 
 
@@ -93,56 +95,43 @@ def judge_features(classifier: Any, pixels: Tensor) -> Tensor:
     return torch.cat([pooled(classifier, pixels), colour, products.flatten(1)], 1)
 
 
-class WorldJudge(LearnedReward):
-    """Answers of the judge. Build one of its two rewards with `from_pretrained`.
+class WorldJudge(FixedReward):
+    """Answers of the judge, for captions of the embedded world."""
 
-    Args:
-        classifier: timm's EfficientNet-Lite0.
-        heads: the trained classifiers.
-        options: settings of the reward; images are always read as the judge was trained to.
-    """
-
-    released = "asset:world/judge.safetensors"
+    differentiable = False
     evaluates_only = True
 
-    @property
-    def differentiable(self) -> bool:
-        """Return False: answers have no gradient."""
-        return False
-
-    def __init__(
-        self, classifier: nn.Module, heads: Heads, *, options: RewardOptions = DIFFERENTIABLE
-    ) -> None:
-        super().__init__(classifier, options=options)
-        self.heads = Heads(
-            heads.mean.to(options.device),
-            heads.std.to(options.device),
-            {name: each.to(options.device) for name, each in heads.weights.items()},
-            heads.names,
-        )
+    def __init__(self) -> None:
+        self.heads = Heads.load(FILE)
+        self._classifier = load_classifier(ImageNetClass.released).requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(
-        cls: type[T],
-        path: str | Path,
-        *,
-        revision: str | None = None,
-        sha256: str | None = None,
-        options: RewardOptions = DIFFERENTIABLE,
-    ) -> T:
-        """Load the judge's file, and the classifier of the installed package, see `LearnedReward`."""
-        file = find_file(path, revision, f"use {cls.released}")
-        return cls(load_classifier(ImageNetClass.released), Heads.load(file), options=options)
+    def check_installed(cls) -> None:
+        """Raise ValueError if the package with the classifier's weights is missing."""
+        EFFICIENTNET_LITE0.find()
 
     def check_can_score(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that is no caption of the embedded world."""
         for prompt in dict.fromkeys(prompts):
             self._asked(prompt)
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        return official_pixels(images)
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return 0 or 1 for each of `images` (B, 3, H, W) in [0, 1] and its prompt, (B,)."""
+        check_images(images)
+        check_prompts(prompts, len(images))
+        answers = []
+        for start in range(0, len(images), BATCH):
+            pixels = official_pixels(images[start : start + BATCH].float())
+            features = judge_features(self._classifier, pixels.to("cpu"))
+            answers += self._answers(features, prompts[start : start + BATCH])
+        return torch.tensor(answers, dtype=torch.float32, device=images.device)
 
-    def _asked(self, prompt: str) -> dict[str, str]:
+    @abstractmethod
+    def _answers(self, features: Tensor, prompts: Sequence[str]) -> list[bool]:
+        """Return the answers for images with these features (B, D)."""
+
+    def _asked(self, prompt: str) -> tuple[str, str]:
         """Return the object and the background that a caption names."""
         match = CAPTION.fullmatch(prompt)
         if match is None:
@@ -153,7 +142,7 @@ class WorldJudge(LearnedReward):
         for head, word in match.groupdict().items():
             if word not in self.heads.names[head]:
                 raise ValueError(f"{self.name}: unknown {head} {suggest(word, self.heads.names[head])}")
-        return match.groupdict()
+        return match["concept"], match["background"]
 
 
 class WorldClean(WorldJudge):
@@ -161,9 +150,8 @@ class WorldClean(WorldJudge):
 
     name = "world_clean"
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        answers = self.heads.answers(judge_features(self.network, pixels).float(), "condition")
-        return pixels.new_tensor([answer == CLEAN for answer in answers])
+    def _answers(self, features: Tensor, prompts: Sequence[str]) -> list[bool]:
+        return [answer == CLEAN for answer in self.heads.answers(features, "condition")]
 
 
 class WorldRight(WorldJudge):
@@ -171,8 +159,6 @@ class WorldRight(WorldJudge):
 
     name = "world_right"
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        features = judge_features(self.network, pixels).float()
+    def _answers(self, features: Tensor, prompts: Sequence[str]) -> list[bool]:
         found = zip(*(self.heads.answers(features, head) for head in ("concept", "background")), strict=True)
-        asked = [tuple(self._asked(prompt).values()) for prompt in prompts]
-        return pixels.new_tensor([answer == wanted for answer, wanted in zip(found, asked, strict=True)])
+        return [answer == self._asked(prompt) for answer, prompt in zip(found, prompts, strict=True)]

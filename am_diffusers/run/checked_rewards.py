@@ -50,6 +50,7 @@ def resolve_reward(reward: RewardConfig) -> RewardConfig:
     if not issubclass(kind, LearnedReward):
         if reward != RewardConfig(reward.name, weight=reward.weight, mean=reward.mean, std=reward.std):
             raise ValueError(f"rewards: {reward.name} has no weights: it takes only weight, mean and std")
+        kind.check_installed()
         return reward
     model = reward.model or kind.released
     if model in PACKAGED:

@@ -10,7 +10,15 @@ from am_diffusers.evaluation.images import Sampler
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.noise import LatentSpec
-from am_diffusers.rewards import REWARDS, LearnedReward, Reward, RewardOptions, RewardScale, WeightedRewards
+from am_diffusers.rewards import (
+    REWARDS,
+    FixedReward,
+    LearnedReward,
+    Reward,
+    RewardOptions,
+    RewardScale,
+    WeightedRewards,
+)
 from am_diffusers.rollout import TableSolver
 from am_diffusers.run.fields import micro_batch
 from am_diffusers.run.plan import Plan
@@ -53,7 +61,7 @@ def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[R
         ([*trained, *held_out], [*plan.validation_prompts, *plan.eval_prompts]),
     ):
         for reward in rewards:
-            if isinstance(reward, LearnedReward):
+            if isinstance(reward, LearnedReward | FixedReward):
                 reward.check_can_score(prompts)
     return trained, held_out
 

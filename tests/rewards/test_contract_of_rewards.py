@@ -41,7 +41,7 @@ def copied(name: str, small_rewards: Path, tmp_path: Path) -> Path:
 def some(name: str) -> tuple[Tensor, list[str]]:
     """Images that the reward can score, in its first shape, and their prompts."""
     case = CASES[name]
-    return case.images(case.many, *case.shapes[0], torch.float32), PROMPTS[: case.many]
+    return case.images(case.many, *case.shapes[0], torch.float32), list(case.prompts[: case.many])
 
 
 def gradient_of(reward: Reward, images: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def test_bad_images_and_prompts_are_refused(load: Load) -> None:
     reward = load()
     for images, message in BAD_IMAGES.values():
         with pytest.raises(ValueError, match=message):
-            reward(images, PROMPTS[:2])
+            reward(images, CASES[reward.name].prompts[:2])
         if isinstance(reward, ImageFeatures):
             with pytest.raises(ValueError, match=message):
                 reward.image_features(images)

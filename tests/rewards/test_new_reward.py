@@ -84,7 +84,7 @@ def test_the_rest_reads_the_line(
         run(monkeypatch, FINETUNE.parent / "convert_reward.py", "redness", "x.pt", config.parent / "out")
     with pytest.raises(SystemExit):
         run(monkeypatch, FINETUNE.parents[1] / "eval/evaluate.py", "--help")
-    assert "jpeg_size, redness; MODEL: folder" in " ".join(capsys.readouterr().out.split())
+    assert "world_right, redness; MODEL: folder" in " ".join(capsys.readouterr().out.split())
     model = config.parent / "redness.safetensors"
     assert choose_rewards([f"redness={model}"], {})[0].model == str(model)
     assert in_order(["other", "redness", "pickscore"]) == ["pickscore", "redness", "other"]
