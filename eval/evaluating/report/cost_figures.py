@@ -47,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plane:
-    """What the base itself offers, drawn behind the candidates that aim at tilts by the same reward.
+    """Curves of what the base itself offers, behind the candidates that aim at tilts by the same reward.
 
     Attributes:
         families: the LoRAs of those candidates.

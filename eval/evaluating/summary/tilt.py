@@ -99,7 +99,7 @@ def compare_with_tilt(
     Args:
         base: scores of the base's images by the same chain, by reward name, (P, S).
         tuned: scores of the tuned model's images from the same noise, (P, S).
-        path_kl: their KL divergence from the base's chain in nats, (P, S).
+        path_kl: KL divergence of the tuned chain from the base's in nats, (P, S).
         target: what the run aimed at.
         resamples: resamples of the bootstrap.
 
