@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from am_diffusers.evaluation.statistics import estimate
 from am_diffusers.rewards import RewardScale
 from evaluating.summary.summarising import summarise
 from evaluating.summary.summary import read_summary, write_summary
-from evaluating.summary.tilt import Target
+from evaluating.summary.tilt import Target, is_beyond
 from evaluation_results import BASE_20, DEVIATION, STRONG, TARGET, make_results, make_tilted
 
 SHIFT = 2 * TARGET.scale * DEVIATION**2
@@ -73,6 +74,15 @@ def test_the_exact_tilt_is_hardly_ever_called_over_optimised():
         above += found.surplus.low > 0
     assert above > 9
     assert called <= 5
+
+
+@pytest.mark.parametrize(
+    ("surplus", "lost", "expected"), [(1, 0.2, True), (1, 0.6, False), (0, -1, False), (-1, 0, False)]
+)
+def test_a_surplus_must_exceed_chance_and_twice_what_half_of_the_images_lose(surplus, lost, expected):
+    noise = 0.1 * np.random.default_rng(0).normal(size=32)
+    noise -= noise.mean()
+    assert is_beyond(surplus + noise, np.full(32, lost), lambda values: estimate(np.mean, values)) == expected
 
 
 def test_curves_start_at_the_base_and_are_those_of_the_closed_form():

@@ -125,7 +125,7 @@ def _comparison(
 
     unit, known = float(frontier.rewards.std(ddof=1)), found.predicted is not None
     surplus = rewards.mean(axis=1) - tilted.reward
-    caution = CAUTION * (tilted.reward - frontier.told_by_half(tilted.scale)) if known else 0.0
+    lost = tilted.reward - frontier.told_by_half(tilted.scale)
     return TiltComparison(
         reward_scale=tilted.scale,
         base_sd=unit,
@@ -136,7 +136,7 @@ def _comparison(
         predicted_kl=mean(tilted.kl) if known else None,
         predicted=_predicted(frontier, tilted, mean) if known else {},
         surplus=mean(surplus / unit) if known else None,
-        over_optimised=known and _is_above_zero(mean(surplus)) and _is_above_zero(mean(surplus - caution)),
+        over_optimised=known and is_beyond(surplus, lost, mean),
         frontier=_frontier_curve(frontier),
         best_of_n=_best_of_curve(frontier),
     )
@@ -147,8 +147,16 @@ def _predicted(frontier: Frontier, tilted: Tilted, mean: Callable[[Array], Estim
     return {name: mean(gains[name] / unit) for name, unit in _units(frontier).items()}
 
 
-def _is_above_zero(found: Estimate) -> bool:
-    return found.low is not None and found.low > 0
+def is_beyond(surplus: Array, lost: Array, mean: Callable[[Array], Estimate]) -> bool:
+    """Return whether a surplus over a prediction is beyond doubt.
+
+    Args:
+        surplus: measured less predicted, (P,).
+        lost: prediction of all images less that of half of them, (P,).
+        mean: estimates the mean with its interval.
+    """
+    lows = mean(surplus).low, mean(surplus - CAUTION * lost).low
+    return all(low is not None and low > 0 for low in lows)
 
 
 def _units(frontier: Frontier) -> dict[str, float]:
