@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from am_diffusers.prompts.sets import PromptSet
+from am_diffusers.rewards import RewardScale
 from evaluating.candidates import BASE, Candidate
 from evaluating.summary.results import Results
+from evaluating.summary.tilt import Target
 
 SETTINGS = {"pretrained_model_name_or_path": "tiny", "sampler": "ode", "seed": 0, "resolution": 64}
 BASE_20 = Candidate(BASE, 20)
@@ -43,3 +45,35 @@ def make_results(*, seed=0, num_prompts=24, images=4, settings=SETTINGS, shifts=
         changes={},
     )
     return replace(results, **changed)
+
+
+TARGET = Target(0.6, {"pickscore": RewardScale(2.0, 21.0, 1.0)})
+DEVIATION = 0.7
+"""Of pickscore within a prompt: the weighted sum has 2 * .7, so the scale is .84 of one over it."""
+
+
+def make_tilted(share=1.0, *, num_prompts=64, images=64, seed=0, target=TARGET, **changed) -> Results:
+    """Pickscore is normal, each prompt with a mean of its own; hpsv2 is a third of it and noise.
+
+    The tuned model has the `share` of the tilt's shift, for the path KL that the best control pays for it:
+    that of share 1 is the tilt.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (num_prompts, images)
+    means = 21 + rng.normal(size=(num_prompts, 1))
+    base = {"pickscore": means + DEVIATION * rng.normal(size=shape)}
+    base["hpsv2"] = (base["pickscore"] - means) / 3 + 0.1 * rng.normal(size=shape)
+    shift = share * target.scale * target.rewards["pickscore"].weight * DEVIATION**2
+    tuned = {"pickscore": base["pickscore"] + shift, "hpsv2": base["hpsv2"] + shift / 3}
+    path_kl = np.full(shape, shift**2 / (2 * DEVIATION**2))
+    return make_results(
+        num_prompts=num_prompts,
+        images=images,
+        candidates=(BASE_20, STRONG),
+        scores={BASE_20.key: base, STRONG.key: tuned},
+        features={},
+        path_kl={STRONG.key: path_kl},
+        trained={"lora": ("pickscore",)},
+        targets={"lora": target},
+        **changed,
+    )

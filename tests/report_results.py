@@ -1,13 +1,16 @@
 """Synthetic results of an evaluation, with pictures on disk, for the tests of the report."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from am_diffusers.prompts.sets import PromptSet
+from am_diffusers.rewards import RewardScale
 from evaluating.candidates import BASE, Candidate
 from evaluating.summary.results import Results
+from evaluating.summary.tilt import Target
 
 HOSTILE = (
     """</script><script>window.hacked = 1</script> "quoted" 'fox' """
@@ -51,6 +54,27 @@ def synthetic_results(
     )
     draw_pictures(results, side)
     return results
+
+
+def tilted_results(folder: Path, prompts, shares, *, targets=None, num_images=32) -> Results:
+    """Results of one LoRA a share of the tilt's shift, named by it; pickscore is trained and normal.
+
+    Each costs what the best control would pay for it; `targets` of other runs are by the name of the LoRA.
+    """
+    target = Target(0.4, {"pickscore": RewardScale()})
+    tuned = [Candidate(f"share{share:g}", 8, 1.0, Path(f"/runs/{share:g}/lora")) for share in shares]
+    results = synthetic_results(
+        folder, prompts, (Candidate(BASE, 8), *tuned), num_images=num_images, path_kl=True, side=4
+    )
+    base = results.scores[results.candidates[0].key]
+    scores, path_kl = {results.candidates[0].key: base}, {}
+    for candidate, share in zip(tuned, shares, strict=True):
+        shift = share * target.scale * 2**2
+        scores[candidate.key] = {"pickscore": base["pickscore"] + shift, "hpsv2": base["hpsv2"] - 0.1}
+        path_kl[candidate.key] = np.full(base["pickscore"].shape, (shift / 2) ** 2 / 2)
+    names = {candidate.name: target for candidate in tuned} | (targets or {})
+    trained = {name: tuple(each.rewards) for name, each in names.items()}
+    return replace(results, scores=scores, path_kl=path_kl, targets=names, trained=trained)
 
 
 def colour(candidate, prompt, image):

@@ -2,22 +2,24 @@
 
 For the memoryless chain of training, whose last step is the base's, and for each prompt
 
-    tilt_gap = log E_base[exp(scale r)] - (scale E_tuned[r] - path_kl) = KL(tuned path law | optimal path
-    law) >= 0
+    tilt_gap = log E_base[exp(scale r)] - (scale E_tuned[r] - path_kl)
+             = KL(tuned path law | optimal path law) >= 0
 
 with equality only at the optimum: dP* / dP_base = exp(scale r(x_K)) / E_base[exp(scale r)] on paths, so that
 KL(P | P*) = KL(P | P_base) - scale E_P[r] + log E_base[exp(scale r)]. Total variation is at most
 sqrt(tilt_gap / 2). The run's objective is what it maximises, counted from the base, and the headroom the
 most it can be:
 
-    objective = scale (E_tuned[r] - E_base[r]) - path_kl      headroom = log E_base[exp(scale r)] - scale
-    E_base[r] tilt_gap  = headroom - objective                          attained = objective / headroom
+    objective = scale (E_tuned[r] - E_base[r]) - path_kl
+    headroom  = log E_base[exp(scale r)] - scale E_base[r]
+    tilt_gap  = headroom - objective
+    attained  = objective / headroom
 
 Two more numbers do not depend on the scale. A small control along the optimal one gains sqrt(2 var(r)
 path_kl), so
 
-    cosine    = gain / sqrt(2 var(r) path_kl)                 excess_kl = path_kl / (the frontier's KL at
-    this gain)
+    cosine    = gain / sqrt(2 var(r) path_kl)
+    excess_kl = path_kl / (the frontier's KL at this gain)
 
 tell how well the control points along the optimal one, and how many times its KL is what it need be. Rewards
 of tuned and base images from the same noise are paired; intervals are over prompts (`statistics.py`).
@@ -29,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from am_diffusers.evaluation.frontier import MIN_SHARE, Frontier
+from am_diffusers.evaluation.frontier import Frontier
 from am_diffusers.evaluation.statistics import RESAMPLES, Array, Estimate, estimate
 
 Numbers = NDArray[np.intp]
@@ -67,6 +69,7 @@ class Certificate:
         cosine: share of the reward a small control of this path KL could have gained.
         best_of_n: number of base images of which the best equals the tuned mean, at most N.
         effective_share: effective share of base images at this scale.
+        least_share: the least at which these base images can tell.
         largest_scale: largest scale at which these base images can tell.
     """
 
@@ -80,6 +83,7 @@ class Certificate:
     cosine: Estimate | None
     best_of_n: Estimate
     effective_share: float
+    least_share: float
     largest_scale: float
 
     @property
@@ -91,9 +95,9 @@ class Certificate:
         """Say in a sentence where the tuned model stands."""
         if self.tilt_gap is None or self.attained is None:
             return (
-                f"too few base images to tell at this reward_scale (effective share "
-                f"{self.effective_share:.0%}, {MIN_SHARE:.0%} is needed): they tell up to reward_scale "
-                f"{self.largest_scale:.3g}"
+                "too few base images to tell at this reward_scale (effective share "
+                f"{self.effective_share:.0%}, {self.least_share:.0%} is needed): they tell up to "
+                f"reward_scale {self.largest_scale:.3g}"
             )
         headroom = self.objective.value + self.tilt_gap.value
         if headroom < NOTHING:
@@ -124,7 +128,7 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
     tilted = frontier.tilt(scale)
     objective, headroom = scale * gain - path_kl, tilted.log_normaliser - scale * base
     share = float(tilted.effective_share.mean())
-    known = share >= MIN_SHARE and headroom.mean() > 0
+    known = share >= frontier.least_share and headroom.mean() > 0
     attained = rows.estimate(lambda rows: objective[rows].mean(-1) / headroom[rows].mean(-1))
     return Certificate(
         gain=mean(gain),
@@ -137,6 +141,7 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
         cosine=rows.cosine(gain, path_kl),
         best_of_n=rows.best_of_n(gain),
         effective_share=share,
+        least_share=frontier.least_share,
         largest_scale=frontier.largest_scale,
     )
 

@@ -10,8 +10,8 @@ with weights w_i = exp(scale r_i) / sum_j exp(scale r_j)
     effective share             1 / (N sum_i w_i^2)
 
 All but the share are freed of their bias of order 1 / N by the jackknife (Quenouille 1956). Every prompt has
-a normaliser of its own; means over prompts are taken last. Below an effective share of `MIN_SHARE` a few
-images decide, and nothing is claimed.
+a normaliser of its own; means over prompts are taken last. Below an effective share of `MIN_SHARE`, or an
+effective number of `MIN_IMAGES`, a few images decide, and nothing is claimed.
 
 Best-of-n, what anybody gets without training, shows the best of n base images of a prompt: a KL of at most
 log n - (n - 1) / n (Beirami et al., arXiv 2401.01879).
@@ -30,7 +30,7 @@ from torch import Tensor
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.rewards import RewardScale
 
-MIN_SHARE = 0.1
+MIN_SHARE, MIN_IMAGES = 0.1, 6
 CURVE = 41
 
 
@@ -95,27 +95,35 @@ class Frontier:
         exponents = scale * self.rewards
         shares = softmax(exponents, axis=-1)
 
-        def mean(values: Array) -> Array:
-            return jackknife(lambda e, v: (softmax(e, axis=-1) * v).sum(-1), exponents, values)
-
-        reward, normaliser = mean(self.rewards), jackknife(log_mean_exp, exponents)
+        reward, normaliser = tilted_mean(exponents, self.rewards), jackknife(log_mean_exp, exponents)
         return Tilted(
             scale=scale,
             reward=reward,
-            scores={name: mean(values) for name, values in self.scores.items()},
+            scores={name: tilted_mean(exponents, values) for name, values in self.scores.items()},
             log_normaliser=normaliser,
             kl=scale * reward - normaliser,
             effective_share=1 / (shares.shape[1] * np.square(shares).sum(-1)),
         )
 
+    def told_by_half(self, scale: float) -> Array:
+        """Return the tilt's mean reward as half the images tell it, the mean of both halves, (P,)."""
+        half = self.rewards.shape[1] // 2
+        halves = self.rewards[:, :half], self.rewards[:, -half:]
+        return np.mean([tilted_mean(scale * each, each) for each in halves], axis=0)
+
+    @property
+    def least_share(self) -> float:
+        """The least effective share at which these images can tell: `MIN_SHARE`, more of few images."""
+        return min(0.9, max(MIN_SHARE, MIN_IMAGES / self.rewards.shape[1]))
+
     @cached_property
     def largest_scale(self) -> float:
-        """The largest scale whose effective share, a mean over prompts, is `MIN_SHARE`."""
+        """The largest scale whose effective share, a mean over prompts, is `least_share`."""
         number = self.rewards.shape[1]
 
         def excess(log_scale: float) -> float:
             shares = softmax(math.exp(log_scale) * self.rewards, axis=-1)
-            return float((1 / (number * np.square(shares).sum(-1))).mean()) - MIN_SHARE
+            return float((1 / (number * np.square(shares).sum(-1))).mean()) - self.least_share
 
         middle = -math.log(self._deviation)
         above = middle + 1
@@ -155,11 +163,15 @@ class Frontier:
     @cached_property
     def best(self) -> Array:
         """Mean reward of the best of n = 1 .. N base images, over all choices of n, (P, N)."""
+        return self.of_best(self.rewards)
+
+    def of_best(self, values: Array) -> Array:
+        """Return the mean of values (P, N) of the best of n = 1 .. N images, over all choices, (P, N)."""
         number = self.rewards.shape[1]
         ranks = np.arange(1, number + 1)
         # The best of n is the image of rank i in binom(i - 1, n - 1) of all choices.
         chances = comb(ranks[None] - 1, ranks[:, None] - 1) / np.asarray(comb(number, ranks[:, None]))
-        return np.sort(self.rewards, axis=1) @ chances.T
+        return np.take_along_axis(values, np.argsort(self.rewards, axis=1), axis=1) @ chances.T
 
     @property
     def _deviation(self) -> float:
@@ -181,6 +193,11 @@ def total_reward(scores: Mapping[str, Array], trained: Mapping[str, RewardScale]
 def log_mean_exp(exponents: Array) -> Array:
     """Return log mean exp over the last axis."""
     return logsumexp(exponents, axis=-1) - math.log(exponents.shape[-1])
+
+
+def tilted_mean(exponents: Array, values: Array) -> Array:
+    """Return the mean of values (P, N) under weights proportional to exp(exponents), without bias, (P,)."""
+    return jackknife(lambda e, v: (softmax(e, axis=-1) * v).sum(-1), exponents, values)
 
 
 def jackknife(statistic: Callable[..., Array], *samples: Array) -> Array:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from am_diffusers.evaluation.frontier import MIN_SHARE, Frontier, best_of_at
+from am_diffusers.evaluation.frontier import Frontier, best_of_at
 from am_diffusers.evaluation.statistics import Array
 
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0)
@@ -34,8 +34,8 @@ def frontier_table(frontier: Frontier, trained: Sequence[str]) -> list[str]:
     return [
         f"gains of tilts of the base in base sd, told by {len(frontier.rewards)} prompts x {number} images:",
         *lines,
-        f"beyond reward_scale {frontier.largest_scale:.3g} (KL {end:.2f}) less than {MIN_SHARE:.0%} of the "
-        "images would carry the weight: these can't tell",
+        f"beyond reward_scale {frontier.largest_scale:.3g} (KL {end:.2f}) less than "
+        f"{frontier.least_share:.0%} of the images would carry the weight: these can't tell",
     ]
 
 

@@ -18,7 +18,7 @@ from evaluating.measuring.values import measure_units, units_of, unmeasured
 from evaluating.notes import make_notes
 from evaluating.plan import Plan
 from evaluating.report.page import write_report
-from evaluating.runs import trained_rewards
+from evaluating.runs import targets, trained_rewards
 from evaluating.store import Store
 from evaluating.summary.collect import collect, missing_units, write_scores
 from evaluating.summary.summarising import summarise
@@ -98,6 +98,7 @@ def conclude(plan: Plan, store: Store, notes: Sequence[str], processes: Processe
         settings={"prompt_source": describe_source(plan.options.prompts), **store.settings},
         reference_features=references(plan, store, processes),
         trained=trained_rewards(plan.candidates),
+        targets=targets(plan.candidates),
         reward_models={
             m.name: f"{m.model} {m.weights}".strip() for m in plan.measures if m.kind == "rewards"
         },

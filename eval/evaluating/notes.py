@@ -14,7 +14,9 @@ from am_diffusers.prompts.sets import PromptSet, load_prompts, load_texts
 from am_diffusers.system.files import asset_path
 from evaluating.options import Options
 from evaluating.plan import Plan
-from evaluating.runs import run_configs
+from evaluating.runs import run_configs, targets
+from evaluating.store import is_stochastic_table
+from evaluating.summary.tilt import ENOUGH_IMAGES
 
 
 def make_notes(plan: Plan) -> tuple[str, ...]:
@@ -27,6 +29,7 @@ def make_notes(plan: Plan) -> tuple[str, ...]:
     lines = report_prompts(plan.prompts, counters).lines()
     configs = run_configs(plan.candidates)
     lines += _other_bases(configs, plan.options.pretrained_model_name_or_path)
+    lines += _tilts(plan, configs)
     for training in _training_lists(plan.options, configs):
         lines += _leaks(plan, training)
     return tuple(lines)
@@ -61,6 +64,32 @@ def _other_bases(configs: Mapping[str, dict[str, Any]], base: str) -> list[str]:
         if Path(asset_path(own)).name != Path(asset_path(base)).name:
             lines.append(f"{name} was trained on {own} and is evaluated on {base}: is that the same model?")
     return lines
+
+
+def _tilts(plan: Plan, configs: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Say where a run's tilt is told for another chain than that of training, or by few images."""
+    sampler, known = plan.options.sampler, targets(plan.candidates)
+    if not known or not is_stochastic_table(sampler):
+        return []
+    lines: list[str] = []
+    for candidate in plan.candidates:
+        if candidate.name not in known:
+            continue
+        config = configs[candidate.name]
+        own = [config.get(name) for name in ("num_inference_steps", "transitions", "rollout_guidance_scale")]
+        here = [candidate.num_inference_steps, sampler, candidate.guidance_scale]
+        if own != here:
+            trained, evaluated = ("{} steps of {}, guidance {}".format(*chain) for chain in (own, here))
+            lines.append(
+                f"{candidate.name} was trained with {trained}, and is compared with the tilt of {evaluated}: "
+                "what is predicted holds for the latter"
+            )
+    if plan.options.num_images_per_prompt < ENOUGH_IMAGES:
+        lines.append(
+            f"--num_images_per_prompt {plan.options.num_images_per_prompt} is little to tell what the tilt "
+            "of the base would give: 64 does for moderate reward scales"
+        )
+    return list(dict.fromkeys(lines))
 
 
 class TrainingList(NamedTuple):

@@ -1,12 +1,15 @@
 """Configs of the runs that LoRAs came from: the config.yaml that `finetune.py` writes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from am_diffusers.rewards import RewardScale
 from evaluating.candidates import Candidate
+from evaluating.summary.tilt import Target
 
 
 def run_config(lora: Path) -> dict[str, Any]:
@@ -48,3 +51,25 @@ def trained_rewards(candidates: Sequence[Candidate]) -> dict[str, tuple[str, ...
         name: tuple(reward["name"] for reward in config["rewards"])
         for name, config in run_configs(candidates).items()
     }
+
+
+def targets(candidates: Sequence[Candidate]) -> dict[str, Target]:
+    """Return the law that the run of each LoRA aimed at, where it is known and a tilt of the base."""
+    found = {name: _target(config) for name, config in run_configs(candidates).items()}
+    return {name: target for name, target in found.items() if target is not None}
+
+
+def _target(config: Mapping[str, Any]) -> Target | None:
+    """Read what a run aimed at; None for another divergence, or a file that lacks or spoils a number."""
+    if config.get("divergence") != "kl":
+        return None
+    try:
+        scale = float(config["reward_scale"])
+        rewards = {each["name"]: _scale_of(each) for each in config["rewards"]}
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Target(scale, rewards) if 0 < scale < math.inf else None
+
+
+def _scale_of(reward: Mapping[str, Any]) -> RewardScale:
+    return RewardScale(*(float(reward[name]) for name in ("weight", "mean", "std")))

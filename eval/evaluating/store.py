@@ -134,8 +134,7 @@ class Store:
 
     def has_path_kl(self, candidate: Candidate) -> bool:
         """Return whether a candidate's images come with their path KL."""
-        sampler = self.settings["sampler"]
-        return not candidate.is_base and sampler in TRANSITIONS and sampler != "ode_euler"
+        return not candidate.is_base and is_stochastic_table(self.settings["sampler"])
 
     def path_kl(self, candidate: Candidate, picture: ImageId) -> float:
         """Return the path KL of an image in nats, from its text."""
@@ -194,6 +193,11 @@ class Store:
         ]
         if differ:
             raise ValueError(f"{file.parent} holds results of something else: {'; '.join(differ)}. {REMEDY}")
+
+
+def is_stochastic_table(sampler: str) -> bool:
+    """Return whether images by a sampler come with their path KL."""
+    return sampler in TRANSITIONS and sampler != "ode_euler"
 
 
 def read_about(image: Image.Image) -> dict[str, Any]:

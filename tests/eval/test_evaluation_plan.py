@@ -7,18 +7,22 @@ import threading
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.base import Model
 from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.rewards import RewardScale
 from am_diffusers.system.processes import Processes
 from evaluate_runs import write_lora
 from evaluating.driver import evaluate
+from evaluating.notes import make_notes
 from evaluating.options import parse
 from evaluating.plan import lora_file, make_plan
-from evaluating.runs import run_config
+from evaluating.runs import run_config, targets
 from evaluating.store import Store
+from evaluating.summary.tilt import Target
 from reward_models import save_pickscore
 
 TINY = "asset:tiny_sd3"
@@ -350,6 +354,78 @@ def test_notes_tell_leaks_and_what_was_trained(ask, folder, tmp_path, tiny_sd3_d
     page = (tmp_path / "out/report.html").read_text()
     assert "1 evaluation prompts were trained on" in page
     assert "<small>held-out</small>" in page
+
+
+RUN = {
+    "pretrained_model_name_or_path": "tiny",
+    "train_prompts": "nowhere.txt",
+    "rewards": [{"name": "pickscore", "weight": 0.5, "mean": 21.0, "std": 2.0}],
+    "reward_scale": 3.0,
+    "divergence": "kl",
+    "transitions": "memoryless_local_linear",
+    "num_inference_steps": 2,
+    "rollout_guidance_scale": 1.0,
+}
+
+
+@pytest.fixture
+def run_of(tmp_path, tiny_sd3_dir):
+    """A function from changes of a run's config to the LoRA in its folder."""
+    write_lora(tiny_sd3_dir, tmp_path / "run")
+
+    def write(**changes):
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(RUN | changes))
+        return str(tmp_path / "run")
+
+    return write
+
+
+def test_a_run_names_what_it_aimed_at(ask, run_of):
+    known = targets(ask(lora_path=run_of()).candidates)
+    assert known == {"run": Target(3.0, {"pickscore": RewardScale(0.5, 21.0, 2.0)})}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"divergence": "js"},
+        {"reward_scale": "auto"},
+        {"reward_scale": -1.0},
+        {"rewards": [{"name": "pickscore"}]},
+        {"rewards": [{"name": "pickscore", "weight": 1.0, "mean": 0.0, "std": 0.0}]},
+    ],
+)
+def test_a_run_that_aimed_at_no_tilt_or_does_not_say_at_which_has_no_target(ask, run_of, changes):
+    assert targets(ask(lora_path=run_of(**changes)).candidates) == {}
+
+
+def test_notes_tell_what_the_comparison_with_the_tilt_holds_for(ask, run_of):
+    def told(sampler="memoryless_local_linear", **changes):
+        notes = make_notes(ask(lora_path=run_of(), sampler=sampler, **changes))
+        return [note for note in notes if "tilt" in note]
+
+    few = (
+        "--num_images_per_prompt 1 is little to tell what the tilt of the base would give: 64 does for "
+        "moderate reward scales"
+    )
+    assert told() == [few]
+    assert told(num_images_per_prompt=16) == []
+    assert told(sampler="ode_euler") == []
+    assert told(num_images_per_prompt=16, num_inference_steps=[2, 5]) == [
+        "run was trained with 2 steps of memoryless_local_linear, guidance 1.0, and is compared with the "
+        "tilt of 5 steps of memoryless_local_linear, guidance 1.0: what is predicted holds for the latter"
+    ]
+
+
+def test_an_evaluation_by_the_chain_of_training_is_compared_with_its_tilt(ask, run_of, tmp_path):
+    chain = {"sampler": "memoryless_local_linear", "num_images_per_prompt": 8}
+    printed = do(ask(lora_path=run_of(), output_dir=tmp_path / "out", **chain))
+    (_, tuned) = json.loads((tmp_path / "out/summary.json").read_text())["candidates"]
+    tilt = tuned["against_base"]["tilt"]
+    assert tilt["reward_scale"] == 3.0
+    assert tilt["certificate"]["path_kl"] == tuned["against_base"]["path_kl"]
+    assert any("| excess KL |" in line or "| best of n |" in line for line in printed)
+    assert "Against the tilt" in (tmp_path / "out/report.html").read_text()
 
 
 def test_every_solver_has_its_pictures_and_the_sde_its_path_kl(ask, folder, tmp_path):

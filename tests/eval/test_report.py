@@ -14,24 +14,26 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from am_diffusers.evaluation.statistics import Estimate, compare
+from am_diffusers.rewards import RewardScale
 from evaluating.candidates import BASE, Candidate
 from evaluating.report import images as report_pictures
-from evaluating.report.figures import (
-    HEIGHT,
-    WIDTH,
+from evaluating.report.cost_figures import (
     Point,
     gain_against_diversity,
     gain_against_path_kl,
     pareto_front,
+    until,
 )
+from evaluating.report.figures import HEIGHT, WIDTH
 from evaluating.report.findings import candidate_labels, verdict
 from evaluating.report.images import data_address, embed_images, prompts_to_show
-from evaluating.report.numbers import plain
+from evaluating.report.numbers import plain, signed
 from evaluating.report.page import write_report
 from evaluating.report.svg import legend_above, panel, styled
 from evaluating.summary.summarising import summarise
 from evaluating.summary.summary import FEWEST_PROMPTS
-from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results
+from evaluating.summary.tilt import Curve, Target
+from report_results import HOSTILE, REWARDS, candidates, colour, synthetic_results, tilted_results
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -421,18 +423,19 @@ def test_legend_leaves_the_panel_its_size(letters, rows):
     assert height == pytest.approx(HEIGHT, rel=0.2)
 
 
+OUTSIDE = """() => [...document.querySelectorAll("#cost figure text")].filter(text => {
+    const [own, all] = [text, text.closest("svg")].map(each => each.getBoundingClientRect());
+    return own.left < all.left - 1 || own.right > all.right + 1;
+}).map(text => text.textContent)"""
+"""What of the figures' texts lies beside its figure."""
+
+
 def test_figures_of_many_models_can_be_read(visit, tmp_path):
     """Every text of a figure is inside of it."""
     many = synthetic_results(tmp_path, PROMPTS, eight(), path_kl=True)
     page = visit(report(many, tmp_path / "report.html"))
     page.locator("#cost").scroll_into_view_if_needed()
-    outside = page.evaluate(
-        """() => [...document.querySelectorAll("#cost figure text")].filter(text => {
-            const [own, all] = [text, text.closest("svg")].map(each => each.getBoundingClientRect());
-            return own.left < all.left - 1 || own.right > all.right + 1;
-        }).map(text => text.textContent)"""
-    )
-    assert outside == []
+    assert page.evaluate(OUTSIDE) == []
 
 
 def test_numbers_of_models_that_are_alike_stand_apart():
@@ -506,6 +509,98 @@ def test_distances_from_reference_pictures_are_given_for_the_base_too(results, t
     assert [row[-1] for row in found[1:]] == expected
     without = replace(results, features={})
     assert distances(report(without, tmp_path / "none.html", max_prompts=1)) == []
+
+
+BOTH = Target(0.2, {"pickscore": RewardScale(), "hpsv2": RewardScale(-1.0)})
+
+
+@pytest.fixture(scope="module")
+def tilted(tmp_path_factory):
+    """Short of the tilt, beyond it, one with another target, and one whose tilt can't be told."""
+    strong = Target(9.0, {"pickscore": RewardScale()})
+    return tilted_results(
+        tmp_path_factory.mktemp("tilted"),
+        PROMPTS,
+        (0.5, 3, 0.4, 0.6),
+        targets={"share0.4": BOTH, "share0.6": strong},
+    )
+
+
+@pytest.fixture(scope="module")
+def tilted_page(tilted):
+    return report(tilted, tilted.folder / "report.html", max_prompts=1)
+
+
+def tilt_section(page):
+    return re.search(r'<section id="tilt">.*?</section>', page.read_text(), re.DOTALL)[0]
+
+
+def test_predictions_stand_beside_results(tilted, tilted_page):
+    row = r'<th scope="row">(.*?)</th>\s*<td[^>]*>(.*?)</td>\s*<td[^>]*>(.*?)</td>'
+    cells = [tuple(map(words, texts)) for texts in re.findall(row, tilt_section(tilted_page))]
+    found = [each.against_base for each in summarise(tilted, resamples=200).candidates[1:]]
+
+    def row(against, name, role):
+        told, gain = against.tilt.predicted.get(name), against.rewards[name].overall.gain
+        return f"{name} {role}", signed(told) if told else "can&#39;t be told", signed(gain)
+
+    sums = [
+        found[2].tilt.certificate[name].scaled(1 / found[2].tilt.base_sd) for name in ("predicted", "gain")
+    ]
+    assert cells == [
+        *(row(each, *of) for each in found[:2] for of in (("pickscore", "trained"), ("hpsv2", "held-out"))),
+        ("weighted sum trained", *map(signed, sums)),
+        *(row(found[2], name, "trained") for name in ("pickscore", "hpsv2")),
+        *(row(found[3], *of) for of in (("pickscore", "trained"), ("hpsv2", "held-out"))),
+    ]
+
+
+def test_beyond_the_tilt_is_called_over_optimised_in_words(tilted_page):
+    texts = re.findall(r'<span class="short">(.*?)</span></th>', tilt_section(tilted_page), re.DOTALL)
+    said = [words(text) for text in texts]
+    assert len(said) == 4
+    beyond = "▼ over-optimised: beyond what base * exp(scale * reward) would give, by +"
+    assert [beyond in text for text in said] == [False, True, False, False]
+    assert re.search(
+        r"Reward scale 0\.4: tilt gap [\d.]+ nats \[.*\]: \d+ % \[.*\] of what was to be", said[0]
+    )
+    assert "too few base images to tell at this reward_scale" in said[3]
+    assert all("base images gains as much" in text for text in said)
+
+
+def test_without_a_known_run_nothing_is_said_of_a_tilt(file):
+    assert "tilt" not in file.read_text()
+
+
+def test_the_plane_has_the_curves_of_each_reward_that_was_aimed_at_once(tilted, tilted_page):
+    charts = cost_figures(tilted_page.read_text())
+    legends = [re.findall(r">((?:the tilt|best of n|aimed at)[^<]*)</text>", chart) for chart in charts]
+    by_path_kl = ["path KL from the base" in chart for chart in charts]
+    assert by_path_kl == [False, False, True, True]
+    names = ("share0.5, share3, share0.6", "share0.4")
+    expected = [f"{what} ({of})" for of in names for what in ("the tilt", "best of n", "aimed at")]
+    assert legends[0] == []
+    assert [sorted(legend) for legend in legends[2:]] == [sorted(expected)] * 2
+    single = replace(tilted, targets={name: tilted.targets["share0.5"] for name in tilted.targets})
+    charts = cost_figures(report(single, tilted.folder / "single.html", max_prompts=1).read_text())
+    legends = [re.findall(r">((?:the tilt|best of n|aimed at)[^<]*)</text>", chart) for chart in charts]
+    assert legends[2:] == [["the tilt", "best of n", "aimed at"]] * 2
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_comparison_with_the_tilt_fits_the_window(visit, tilted_page, width):
+    page = visit(tilted_page, width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("nav a", has_text="Against the tilt").click()
+    assert page.locator("#tilt").is_visible()
+    assert page.evaluate(OUTSIDE) == []
+
+
+def test_a_curve_ends_where_the_figure_does_between_its_points():
+    curve = Curve([0.0, 1.0, 4.0], {"r": [0.0, 2.0, 3.5]})
+    for end, expected in ((2.0, ([0, 1, 2], [0, 2, 2.5])), (9.0, ([0, 1, 4], [0, 2, 3.5]))):
+        kl, gains = until(curve, "r", end)
+        assert (kl.tolist(), gains.tolist()) == expected
 
 
 @pytest.mark.parametrize("number", [FEWEST_PROMPTS - 1, FEWEST_PROMPTS])

@@ -184,7 +184,7 @@ def broken(summary, tmp_path, change):
     ("change", "message"),
     [
         (lambda d: d.pop("candidates"), "candidates: Field required"),
-        (lambda d: d.update(format=2), "format"),
+        (lambda d: d.update(format=1), "format"),
         (lambda d: d["candidates"][1]["scores"]["hpsv2"].update(value="much"), "scores.hpsv2.value"),
         (lambda d: d["candidates"][1]["scores"]["hpsv2"].update(value=float("nan")), "NaN"),
         (lambda d: d["candidates"].pop(0), "not there"),

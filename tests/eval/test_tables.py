@@ -29,7 +29,7 @@ from evaluating.tables.tables import (
     to_csv,
     write_tables,
 )
-from evaluation_results import BASE_20, SETTINGS, SHIFTS, STRONG, WEAK, make_results
+from evaluation_results import BASE_20, SETTINGS, SHIFTS, STRONG, WEAK, make_results, make_tilted
 
 NASTY = Table(
     ("mo|del", "n_1 & <b>"),
@@ -109,6 +109,38 @@ def test_csv_has_every_comparison_in_full(summary):
     assert float(row["gain_low"]) == expected.gain.low
     assert float(row["p_value"]) == expected.p_value
     assert (row["category_column"], row["num_prompts"], row["significant"]) == ("kind", "8", "True")
+
+
+def test_distances_from_the_tilt_are_columns_where_any_model_has_them(summary):
+    tilted = summarise(make_tilted(), resamples=99)
+    table, found = comparison_table(tilted), tilted.candidates[1].against_base.tilt.certificate
+    titles = {
+        "tilt gap": "tilt_gap",
+        "attained": "attained",
+        "excess KL": "excess_kl",
+        "best of n": "best_of_n",
+    }
+    assert table.titles[-4:] == tuple(titles)
+    for title, name in titles.items():
+        assert [cell.text for cell in column(table, title)] == ["-", number(found[name].value, 2)]
+    assert not set(titles) & set(comparison_table(summary).titles)
+    unknown = comparison_table(summarise(make_tilted(images=4), resamples=99))
+    assert set(titles) & set(unknown.titles) <= {"excess KL", "best of n"}
+
+
+def test_csv_has_the_gains_of_the_tilt_for_all_prompts():
+    summary = summarise(make_tilted(1.5), resamples=99)
+    rows = list(csv.DictReader(io.StringIO(to_csv(comparison_rows(summary)))))
+    tilt = summary.candidates[1].against_base.tilt
+    for row in rows:
+        predicted = tilt.predicted[row["reward"]]
+        expected = (
+            [predicted.value, predicted.low, predicted.high, True] if row["category"] == "all" else [""] * 4
+        )
+        names = ("predicted_gain", "predicted_gain_low", "predicted_gain_high", "over_optimised")
+        assert [row[name] for name in names] == [str(each) for each in expected]
+    unknown = comparison_rows(summarise(make_tilted(images=4), resamples=9))[0]
+    assert (unknown["predicted_gain"], unknown["over_optimised"]) == (None, None)
 
 
 def test_csv_of_one_prompt_leaves_intervals_empty():

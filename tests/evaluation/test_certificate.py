@@ -137,6 +137,15 @@ def test_where_the_base_images_cannot_tell_it_says_so():
     assert "they tell up to reward_scale 2." in found.verdict()
 
 
+def test_few_images_claim_nothing_that_a_share_alone_would_let_pass():
+    """Of four images the effective share is never below a quarter; a scale of 2 sd is yet beyond them."""
+    rewards = np.random.default_rng(0).normal(size=(8, 4))
+    found = certify(Frontier(rewards, {}), 2.0, Tuned(rewards + 2, np.full((8, 4), 2.0)))
+    assert found.effective_share > 0.25
+    assert [found.tilt_gap, found.attained, found.predicted] == [None] * 3
+    assert "90% is needed): they tell up to reward_scale 0." in found.verdict()
+
+
 @dataclass
 class Grid:
     """The chain of a one-dimensional law on a grid: its optimal kernels by backward recursion."""

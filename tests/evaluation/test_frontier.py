@@ -103,6 +103,36 @@ def test_best_of_n_is_the_mean_over_all_choices():
         assert best[:, number - 1] == pytest.approx(np.mean(chosen, 0))
 
 
+def test_other_scores_of_the_best_are_those_of_its_image():
+    rng = np.random.default_rng(4)
+    rewards, others = rng.normal(size=(2, 6)), rng.normal(size=(2, 6))
+    best = Frontier(rewards, {}).of_best(others)
+    for number in range(1, 7):
+        chosen = [
+            [max(choice, key=row.__getitem__) for row in rewards] for choice in combinations(range(6), number)
+        ]
+        expected = np.mean([[others[row, image] for row, image in enumerate(each)] for each in chosen], 0)
+        assert best[:, number - 1] == pytest.approx(expected)
+
+
+def test_few_images_must_carry_more_of_the_weight():
+    """Six of them: 10 % of 64 are enough, of 16 it takes 38 %."""
+    rng = np.random.default_rng(5)
+    shares = {
+        images: Frontier(rng.normal(size=(4, images)), {}).least_share for images in (4, 16, 60, 64, 256)
+    }
+    assert shares == {4: 0.9, 16: 6 / 16, 60: 0.1, 64: 0.1, 256: 0.1}
+    few = Frontier(gaussian_rewards(images=16)[1], {})
+    assert few.tilt(few.largest_scale).effective_share.mean() == pytest.approx(6 / 16)
+    assert few.largest_scale * 1.5 < 1.6
+
+
+def test_half_of_the_images_tell_what_a_frontier_of_them_would():
+    rewards = gaussian_rewards(prompts=5, images=16)[1]
+    halves = [Frontier(rewards[:, half], {}).tilt(0.5).reward for half in (slice(8), slice(8, None))]
+    assert Frontier(rewards, {}).told_by_half(0.5) == pytest.approx(np.mean(halves, 0))
+
+
 def test_kl_of_best_of_n():
     assert best_of_kl(1) == 0
     assert best_of_kl(4) == pytest.approx(np.log(4) - 0.75)

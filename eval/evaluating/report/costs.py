@@ -7,11 +7,11 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from am_diffusers.evaluation.statistics import Estimate
-from evaluating.report import figures
-from evaluating.report.figures import Point
+from evaluating.report.cost_figures import Plane, Point, gain_against_diversity, gain_against_path_kl
 from evaluating.report.findings import Finding
 from evaluating.summary.frechet import FrechetFromBase
 from evaluating.summary.summary import Summary
+from evaluating.summary.tilt import TiltComparison
 
 
 class Cost(NamedTuple):
@@ -83,9 +83,37 @@ def trade_offs(
     Gains, diversity kept and path KL are relative to a base: candidates with other steps or guidance have
     another base, and so a plot of their own.
     """
-    draw = {"diversity": figures.gain_against_diversity, "path_kl": figures.gain_against_path_kl}
+    planes = {labels[base]: found for base, found in find_planes(findings).items()}
+
+    def path_kl(reward: str, base: str, points: Sequence[Point]) -> str:
+        return gain_against_path_kl(reward, base, points, planes.get(base, ()))
+
+    draw = {"diversity": gain_against_diversity, "path_kl": path_kl}
     groups = {c.title: _charts(findings, c.estimates, labels, draw[c.kind]) for c in costs if c.kind in draw}
     return {title: group for title, group in groups.items() if group}
+
+
+def find_planes(findings: Sequence[Finding]) -> dict[str, list[Plane]]:
+    """Return by base what it offers: one plane for all candidates that aim at tilts by the same reward."""
+    found: dict[str, list[Plane]] = {}
+    for finding in findings:
+        tilt = finding.against.tilt
+        if tilt is None:
+            continue
+        planes = found.setdefault(finding.against.base, [])
+        plane = Plane([finding.candidate.name], tilt.frontier, tilt.best_of_n, _aims(tilt))
+        alike = [place for place, known in enumerate(planes) if known.curves == plane.curves]
+        for place in alike:
+            planes[place] = planes[place].joined(plane)
+        if not alike:
+            planes.append(plane)
+    return found
+
+
+def _aims(tilt: TiltComparison) -> list[tuple[float, dict[str, float]]]:
+    """Return the tilt that a run aimed at, where it is told, in a list."""
+    gains = {name: each.value for name, each in tilt.predicted.items()}
+    return [(tilt.predicted_kl.value, gains)] if tilt.predicted_kl else []
 
 
 def _charts(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from am_diffusers.evaluation.statistics import Comparison, Estimate
 from evaluating.candidates import Candidate
@@ -9,6 +10,22 @@ from evaluating.summary.results import Results
 from evaluating.summary.summary import FEWEST_PROMPTS, AgainstBase, Summary
 
 BETTER, WORSE, UNCLEAR, TOO_FEW = "better", "worse", "no clear difference", "too few prompts"
+
+
+class TiltGain(NamedTuple):
+    """Gain that the tilt would have, and the model's; in base sd.
+
+    Attributes:
+        name: name of the reward.
+        role: `trained` or `held-out`.
+        predicted: gain of the tilt; None where the base images can't tell.
+        gain: gain of the model.
+    """
+
+    name: str
+    role: str
+    predicted: Estimate | None
+    gain: Estimate
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,26 @@ class Finding:
         order = (BETTER, WORSE, UNCLEAR, TOO_FEW)
         found = {word: [name for name in words if words[name] == word] for word in order}
         return {word: names for word, names in found.items() if names}
+
+    @property
+    def tilt_gains(self) -> list[TiltGain]:
+        """Gains of tilt and model: those of the weighted sum, of trained rewards, of the others."""
+        tilt, rewards = self.against.tilt, self.against.rewards
+        if tilt is None:
+            return []
+        predicted, gain = tilt.certificate.get("predicted"), tilt.certificate["gain"]
+        total = TiltGain(
+            "weighted sum",
+            "trained",
+            predicted and predicted.scaled(1 / tilt.base_sd),
+            gain.scaled(1 / tilt.base_sd),
+        )
+        trained = [name for name, reward in rewards.items() if reward.role == "trained"]
+        first = [total] if len(trained) > 1 else []
+        names = sorted(self.gains, key=lambda name: name not in trained)
+        return first + [
+            TiltGain(name, rewards[name].role, tilt.predicted.get(name), self.gains[name]) for name in names
+        ]
 
     def category_gains(self, reward: str, column: str) -> dict[str, Comparison]:
         """Return the comparisons by category that have a gain."""

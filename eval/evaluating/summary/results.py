@@ -7,6 +7,7 @@ from pathlib import Path
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.prompts.sets import PromptSet
 from evaluating.candidates import Candidate
+from evaluating.summary.tilt import Target
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Results:
         path_kl: by candidate key: (P, S) in nats, of tuned candidates of a stochastic table. May be empty.
         changes: by candidate key: (P, S) LPIPS distance to the base image of the same noise. May be empty.
         trained: names of the rewards each LoRA was trained on, by candidate name, where its run is known.
+        targets: law that the run of each LoRA aimed at, by candidate name, where it is known and a tilt.
         reward_models: where each reward's weights are, by reward name; None = it has none.
         notes: what a reader must know: leaks, duplicates, truncated prompts.
     """
@@ -39,6 +41,7 @@ class Results:
     path_kl: Mapping[str, Array]
     changes: Mapping[str, Array]
     trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     reward_models: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

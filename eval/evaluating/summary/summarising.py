@@ -25,6 +25,7 @@ from evaluating.summary.summary import (
     fingerprint_of,
     prompts_sha256,
 )
+from evaluating.summary.tilt import TiltComparison, compare_with_tilt
 
 
 def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
@@ -40,7 +41,7 @@ def summarise(results: Results, *, resamples: int = RESAMPLES) -> Summary:
     _check_finite(results)
     images = next(iter(_score_tables(results))).shape[1]
     return Summary(
-        format=1,
+        format=2,
         fingerprint=fingerprint_of(results.settings, results.prompts, images),
         settings=dict(results.settings),
         num_prompts=len(results.prompts),
@@ -139,7 +140,16 @@ def _against_base(results: Results, candidate: Candidate, resamples: int) -> Aga
         frechet=_frechet(*features),
         path_kl=None if path_kl is None else _mean(path_kl, resamples),
         change=None if changes is None else _mean(changes, resamples),
+        tilt=_tilt(results, candidate, resamples),
     )
+
+
+def _tilt(results: Results, candidate: Candidate, resamples: int) -> TiltComparison | None:
+    target, path_kl = results.targets.get(candidate.name), results.path_kl.get(candidate.key)
+    if target is None or path_kl is None:
+        return None
+    base, tuned = (results.scores[each.key] for each in (candidate.base, candidate))
+    return compare_with_tilt(base, tuned, path_kl, target, resamples=resamples)
 
 
 def _reward(results: Results, candidate: Candidate, name: str, resamples: int) -> RewardComparison:

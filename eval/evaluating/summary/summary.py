@@ -17,6 +17,7 @@ from am_diffusers.prompts.sets import PromptSet
 from am_diffusers.system.files import sha256_of_text, write_text
 from am_diffusers.system.text import redact_values
 from evaluating.summary.frechet import FrechetFromBase
+from evaluating.summary.tilt import TiltComparison
 
 SUMMARY_FILE = "summary.json"
 # The least p of the Wilcoxon test for P prompts is 2 / 2^P: of fewer, nothing can be below 0.05.
@@ -50,6 +51,7 @@ class AgainstBase:
         frechet: by name of the features, squared distance of the images as a set, in squared features.
         path_kl: KL divergence of the tuned from the base path law, in nats an image; None without an SDE.
         change: mean LPIPS distance to the base image of the same noise, >= 0; None if it wasn't measured.
+        tilt: comparison with what its run aimed at; None without path KL, or where the run isn't known.
     """
 
     base: str
@@ -58,6 +60,7 @@ class AgainstBase:
     frechet: dict[str, FrechetFromBase]
     path_kl: Estimate | None
     change: Estimate | None
+    tilt: TiltComparison | None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Summary:
         notes: what a reader must know of prompts and LoRAs: leaks, repetitions, cut-off prompts.
     """
 
-    format: Literal[1]
+    format: Literal[2]
     fingerprint: str
     settings: dict[str, object]
     num_prompts: int

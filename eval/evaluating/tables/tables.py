@@ -15,9 +15,17 @@ from am_diffusers.evaluation.statistics import LEVEL, Comparison, Estimate
 from am_diffusers.rewards import REWARDS, Column, LearnedReward
 from am_diffusers.system.files import write_text
 from evaluating.summary.summary import FEWEST_PROMPTS, CandidateSummary, Summary
+from evaluating.summary.tilt import TiltComparison
 from evaluating.tables.renderings import Cell, Table, to_latex, to_markdown
 
 NONE = "-"
+# Titles of the certificate's numbers.
+CERTIFICATES = {
+    "tilt_gap": "tilt gap",
+    "attained": "attained",
+    "excess_kl": "excess KL",
+    "best_of_n": "best of n",
+}
 MARKS = (
     "Bold: best of the column. *: differs from the base with the same sampler: the 95 % interval of the "
     "paired difference excludes 0 and the Wilcoxon signed-rank test over prompts has "
@@ -60,7 +68,7 @@ def label(candidate: CandidateSummary, among: Sequence[CandidateSummary]) -> str
 
 
 def comparison_table(summary: Summary) -> Table:
-    """Make a table with a row per candidate, bases first: mean rewards, and diversity and path KL if any."""
+    """Make a table with a row per candidate, bases first: mean rewards, then what else was measured."""
     candidates = summary.candidates
     columns = measures(summary.rewards, candidates)
     names = [Cell(label(candidate, candidates)) for candidate in candidates]
@@ -89,6 +97,17 @@ def measures(rewards: Sequence[str], candidates: Sequence[CandidateSummary]) -> 
     path_kl = [_path_kl(candidate) for candidate in candidates]
     if any(value is not None for value in path_kl):
         columns["path KL"] = [Cell(number(value, 2)) for value in path_kl]
+    return columns | _certificates(candidates)
+
+
+def _certificates(candidates: Sequence[CandidateSummary]) -> dict[str, list[Cell]]:
+    """Return the columns of distances from the tilt that are known of any candidate."""
+    tilts = [each.against_base and each.against_base.tilt for each in candidates]
+    columns: dict[str, list[Cell]] = {}
+    for name, title in CERTIFICATES.items():
+        found = [each and each.certificate.get(name) for each in tilts]
+        if any(found):
+            columns[title] = [Cell(number(each and each.value, 2)) for each in found]
     return columns
 
 
@@ -130,8 +149,20 @@ def comparison_rows(summary: Summary) -> list[dict[str, object]]:
             parts += [(column, v, each) for column, of in result.categories.items() for v, each in of.items()]
             for column, value, each in parts:
                 place = {"reward": reward, "role": result.role, "category_column": column, "category": value}
-                rows.append(model | place | _flat(each))
+                tilt = candidate.against_base.tilt if column == "all" else None
+                rows.append(model | place | _flat(each) | _predicted(tilt, reward))
     return rows
+
+
+def _predicted(tilt: TiltComparison | None, reward: str) -> dict[str, object]:
+    """Return the tilt's own gain in a reward, over all prompts, and whether the model is beyond the tilt."""
+    found = tilt.predicted.get(reward) if tilt else None
+    return {
+        "predicted_gain": found and found.value,
+        "predicted_gain_low": found and found.low,
+        "predicted_gain_high": found and found.high,
+        "over_optimised": tilt.over_optimised if tilt and tilt.surplus else None,
+    }
 
 
 def _flat(comparison: Comparison) -> dict[str, object]:
