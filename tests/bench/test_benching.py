@@ -194,6 +194,7 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
         "rewards": [{"name": "pickscore", "model": models["pickscore"]}],
         "train_batch_size": 2,
         "num_inference_steps": 3,
+        "tail_samples": 1,
         "learning_rate": 1e-2,
     }
     rewards = [f"{name}={model}" for name, model in models.items()]

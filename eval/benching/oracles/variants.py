@@ -59,7 +59,7 @@ class Variant:
     def resolved(self) -> dict[str, Any]:
         """Return all flags that the method reads, defaults too, for JSON: what a result depends on."""
         shared, own = self._settings()
-        names = {*METHODS[self.method].reads, *FOR_ALL}
+        names = {*METHODS[self.method].reads, *FOR_ALL} - {"target_kl"}  # reward_scale is a number
         return {name: value for name, value in asdict(shared).items() if name in names} | asdict(own)
 
     @property
