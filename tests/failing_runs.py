@@ -52,7 +52,7 @@ def part(name: str, process: int = 0):
 
 POINTS = {
     "loading": lambda: mock.patch.object(PickScore, "from_pretrained", failing(1)),
-    "computing base rewards": lambda: around(Sampler, "images", 1, purpose="divergence"),
+    "computing base rewards": lambda: around(Sampler, "sample", 1, purpose="divergence"),
     "exporting": lambda: part("save_lora"),
     "verifying": lambda: part("verify_lora"),
     "scoring": lambda: around(Scorer, "pairs", 1),
