@@ -69,6 +69,9 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
             processes=processes,
         )
     calibrated = _calibrated(plan.config, scores)
+    for reward in calibrated.method.rewards:
+        number = scores[reward.name].numel()
+        accelerator.print(f"{reward.name}: mean {reward.mean:.6g}, std {reward.std:.6g}, {number} images")
     if accelerator.is_main_process:
         _write(output, calibrated, prompts, scores)
     scales = trained_scales(calibrated)
@@ -81,7 +84,6 @@ def _calibrated(config: Config, scores: Mapping[str, Tensor]) -> Config:
     rewards = []
     for reward in config.method.rewards:
         mean, std = scores[reward.name].mean().item(), scores[reward.name].std().item()
-        print(f"{reward.name}: mean {mean:.6g}, std {std:.6g}, {scores[reward.name].numel()} images")
         if not std > 0:
             raise ValueError(f"{reward.name} scores all base images {mean}: raise --num_prompts")
         rewards.append(replace(reward, mean=mean, std=std))

@@ -80,6 +80,8 @@ def stored_frontier(config: Config) -> Frontier | None:
         raise ValueError(f"--frontier {file}: no such file; scripts/calibrate_rewards.py writes one")
     scores, trained = load_scores(file), trained_scales(config)
     missing = sorted(set(trained) - set(scores))
+    if missing and given is None:  # of an earlier run with other rewards, which a fresh start replaces
+        return None
     if missing:
         raise ValueError(f"{file} has no scores of {', '.join(missing)}: calibrate with this config")
     return Frontier.of(scores, trained)

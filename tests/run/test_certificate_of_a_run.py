@@ -135,6 +135,9 @@ def test_a_frontier_that_is_not_there_is_named_before_a_model_is_loaded(parsed, 
         ValueError, match=r"other\.json has no scores of pickscore: calibrate with this config"
     ):
         make_plan(parsed(frontier=str(tmp_path / "other.json")), 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "other.json").rename(tmp_path / "out/frontier.json")  # an earlier run's with other rewards
+    assert "gains of tilts" not in make_plan(parsed(), 1).describe()
 
 
 def test_a_target_beyond_what_the_images_tell_is_refused(parsed):
