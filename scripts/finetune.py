@@ -14,6 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +22,8 @@ from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.run.build import build
 from am_diffusers.run.folder import STOPPED_FILE, FolderInUseError, make_accelerator
-from am_diffusers.run.plan import make_plan
+from am_diffusers.run.plan import Plan, make_plan
+from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.processes import is_secondhand
 from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
@@ -43,7 +45,13 @@ def main() -> None:
         if accelerator.is_main_process:
             print(redact(describe(plan, accelerator)), end="")
         return
-    processes, folder = accelerator.num_processes, Path(config.run.output_dir)
+    with leaving_at_once(config.model.shard_weights):
+        tune(plan, accelerator)
+
+
+def tune(plan: Plan, accelerator: Accelerator) -> None:
+    """Execute the plan; an error leaves the program with a line that names it."""
+    processes, folder = accelerator.num_processes, Path(plan.config.run.output_dir)
     stop = StopSignal()
     line = f"processes: {processes}, device: {accelerator.device}, output: {folder.resolve()}"
     accelerator.print(redact(line))

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.system.leaving import leaving_at_once
 from pull_backs import vjp
 
 
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once(True):
+        main()
