@@ -25,13 +25,15 @@ tell how well the control points along the optimal one, and how many times its K
 of tuned and base images from the same noise are paired; intervals are over prompts (`statistics.py`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from am_diffusers.evaluation.frontier import Frontier
+from am_diffusers.evaluation.outcomes import Outcome, outcomes
 from am_diffusers.evaluation.statistics import RESAMPLES, Array, Estimate, estimate
 
 Numbers = NDArray[np.intp]
@@ -46,10 +48,12 @@ class Tuned:
     Attributes:
         rewards: reward that was trained, (P prompts, S <= N images).
         path_kl: KL divergence of the steps from the base's, (P, S), in nats.
+        scores: raw scores by reward name, of trained and held-out ones, (P, S) each.
     """
 
     rewards: Array
     path_kl: Array
+    scores: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Certificate:
         effective_share: effective share of base images at this scale.
         least_share: the least at which these base images can tell.
         largest_scale: largest scale at which these base images can tell.
+        outcomes: raw scores beside the tilt's, by reward name.
     """
 
     gain: Estimate
@@ -85,11 +90,29 @@ class Certificate:
     effective_share: float
     least_share: float
     largest_scale: float
+    outcomes: Mapping[str, Outcome]
 
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Return those numbers that are known, by name."""
         return {name: each for name, each in self.__dict__.items() if isinstance(each, Estimate)}
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON values; an infinite largest scale, at which any can be told, is None."""
+        document: dict[str, object] = asdict(self)
+        return document | {"largest_scale": self.largest_scale if math.isfinite(self.largest_scale) else None}
+
+    def headline(self) -> list[str]:
+        """Return the lines that a run ends with, of images by the chain of training."""
+        parts = {
+            "path KL": self.path_kl.text(".2f", "nats"),
+            "times the KL of the tilt that gains as much": self.excess_kl and self.excess_kl.text(".1f"),
+            "cosine with the optimal control": self.cosine and self.cosine.text(".2f"),
+            "equals the best of as many base images": self.best_of_n.text(".1f"),
+        }
+        told = [f"{name}: {value}" for name, value in parts.items() if value]
+        scores = [f"{name} by the chain of training: {each.text()}" for name, each in self.outcomes.items()]
+        return [self.verdict(), *told, *scores]
 
     def verdict(self) -> str:
         """Say in a sentence where the tuned model stands."""
@@ -143,6 +166,7 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
         effective_share=share,
         least_share=frontier.least_share,
         largest_scale=frontier.largest_scale,
+        outcomes=outcomes(frontier, scale, tuned.scores, known=known, resamples=resamples),
     )
 
 

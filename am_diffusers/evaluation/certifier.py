@@ -23,7 +23,7 @@ class Certifier:
         sampler: makes images by the chain of training, from the noise of the base's images.
         base: field before fine-tuning.
         tuned: field after fine-tuning.
-        rewards: the trained rewards.
+        rewards: trained and held-out rewards.
         trained: scales of the rewards in their sum.
         prompts: P prompts.
         images_per_prompt: S images a prompt, at most as many as the frontier's.
@@ -54,7 +54,8 @@ class Certifier:
         )
         tables = {name: each.numpy() for name, each in scores.items()}
         path_kl = tables.pop(PATH_KL)
-        return certify(self.frontier, self.scale, Tuned(total_reward(tables, self.trained), path_kl))
+        tuned = Tuned(total_reward(tables, self.trained), path_kl, tables)
+        return certify(self.frontier, self.scale, tuned)
 
 
 def certificate_metrics(certificate: Certificate) -> dict[str, float]:
@@ -62,4 +63,7 @@ def certificate_metrics(certificate: Certificate) -> dict[str, float]:
     found = {"validation/effective_share": certificate.effective_share}
     for name, each in certificate.estimates.items():
         found |= metrics_of(f"validation/{name}", each)
+    for name, outcome in certificate.outcomes.items():
+        found |= metrics_of(f"validation/{name}_chain", outcome.tuned)
+        found |= metrics_of(f"validation/{name}_predicted", outcome.predicted)
     return found

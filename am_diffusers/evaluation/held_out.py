@@ -1,9 +1,11 @@
 """The evaluation on held-out prompts: rewards of base and tuned model on the same noise, and diversity."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
+from am_diffusers.evaluation.certificate import Certificate
 from am_diffusers.evaluation.images import image_ids, share_of
+from am_diffusers.evaluation.judged import Judged, judge
 from am_diffusers.evaluation.pairs import PairScore, Scorer, by_prompt
 from am_diffusers.evaluation.statistics import Comparison, Diversity, compare, diversity
 from am_diffusers.system.processes import Processes
@@ -19,6 +21,8 @@ class Evaluation:
         roles: `trained` or `held-out`, by reward name, in the order of the report.
         rewards: tuned against base, by reward name.
         diversity: None if no evaluated reward has image features.
+        judged: what the judge of the embedded world says; None if it wasn't asked.
+        certificate: distance from the tilt by the chain of training; None if it wasn't measured.
     """
 
     num_prompts: int
@@ -26,6 +30,8 @@ class Evaluation:
     roles: Mapping[str, str]
     rewards: Mapping[str, Comparison]
     diversity: Diversity | None
+    judged: Judged | None = None
+    certificate: Certificate | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return the plain JSON values of evaluation.json."""
@@ -36,15 +42,18 @@ class Evaluation:
                 name: {"role": self.roles[name], **asdict(each)} for name, each in self.rewards.items()
             },
             "diversity": None if self.diversity is None else asdict(self.diversity),
+            "judged": None if self.judged is None else asdict(self.judged),
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
         }
 
     def headline(self) -> list[str]:
-        """Return the lines that a run ends with: every reward's gain, and the diversity kept."""
+        """Return the lines that a run ends with: gains, diversity, and the distance from the tilt."""
         lines = [f"{self.roles[name]} reward {name}: {_gain(each)}" for name, each in self.rewards.items()]
         if self.diversity is not None and self.diversity.kept is not None:
             kept = self.diversity.kept.text(".0%")
             lines.append(f"diversity kept ({self.diversity.features} image features): {kept}")
-        return lines
+        lines += [] if self.judged is None else self.judged.headline()
+        return lines + ([] if self.certificate is None else self.certificate.headline())
 
 
 def _gain(found: Comparison) -> str:
@@ -68,7 +77,7 @@ def summarise(pairs: Sequence[PairScore], roles: Mapping[str, str], features: st
     if features is not None and shaped is not None:
         kept = diversity(features, shaped[:, :, 0], shaped[:, :, 1])
     num_prompts, num_images = next(iter(scores.values())).shape[:2]
-    return Evaluation(num_prompts, num_images, dict(roles), rewards, kept)
+    return Evaluation(num_prompts, num_images, dict(roles), rewards, kept, judge(scores, shaped))
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,14 @@ class HeldOut:
         prompts: held-out prompts.
         images_per_prompt: images a prompt, for base and tuned each.
         roles: `trained` or `held-out`, by reward name, in the order of the report.
+        certify: measures the distance from the tilt; None = it isn't measured.
     """
 
     scorer: Scorer
     prompts: Sequence[str]
     images_per_prompt: int
     roles: Mapping[str, str]
+    certify: Callable[[], Certificate] | None = None
 
     def evaluate(self, processes: Processes) -> Evaluation:
         """Make and score this process's share of the images; return the evaluation of all of them.
@@ -97,4 +108,5 @@ class HeldOut:
         pairs = processes.gather_objects(self.scorer.pairs(self.prompts, mine))
         found = {(pair.prompt, pair.image): pair for pair in pairs}
         features = None if self.scorer.features is None else self.scorer.features.name
-        return summarise([found[image] for image in which], self.roles, features)
+        evaluation = summarise([found[image] for image in which], self.roles, features)
+        return replace(evaluation, certificate=self.certify and self.certify())

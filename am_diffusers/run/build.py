@@ -70,7 +70,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     if found is not None:
         saver.restore(found, outdated=outdated(found, saver.settings))
     scorer, roles = make_scorer(plan, model, trained, held_out)
-    certify = make_certifier(plan, model, trained, processes)
+    certify = make_certifier(plan, model, trained, held_out, processes)
     hooks = Hooks(
         encode=encoder(config, model, config.shared.rollout_guidance_scale),
         validate=make_validation(plan, scorer, roles, processes, trackers, certify),
@@ -83,7 +83,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         trainer=make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log),
         save_lora=save_lora,
         verify_lora=make_verifier(plan, model),
-        held_out=make_held_out(plan, scorer, roles) if plan.eval_prompts else None,
+        held_out=make_held_out(plan, scorer, roles, certify) if plan.eval_prompts else None,
         share=make_sharing(plan, processes, target, model.family),
         processes=processes,
         folder=folder,

@@ -80,7 +80,9 @@ def with_scale(
     return replace(plan, config=resolved)
 
 
-def make_certifier(plan: Plan, model: Model, trained: list[Reward], processes: Processes) -> Certifier | None:
+def make_certifier(
+    plan: Plan, model: Model, trained: list[Reward], held_out: list[Reward], processes: Processes
+) -> Certifier | None:
     """Make the certificate of a run on its validation prompts.
 
     None where there can't be one: without images, for a divergence other than kl, for a reward that tells no
@@ -90,13 +92,14 @@ def make_certifier(plan: Plan, model: Model, trained: list[Reward], processes: P
     if number == 0 or config.shared.divergence != "kl":
         return None
     sampler = chain_sampler(config, model, "certificate")
+    rewards = [*trained, *map(official, held_out)]
     fields = with_guidance(config, model.policy, model.base)
     scores = base_scores(
         config,
         CERTIFICATE,
         sampler,
         fields.base,
-        trained,
+        rewards,
         prompts=plan.validation_prompts,
         images_per_prompt=number,
         processes=processes,
@@ -112,7 +115,7 @@ def make_certifier(plan: Plan, model: Model, trained: list[Reward], processes: P
         sampler=sampler,
         base=fields.base,
         tuned=fields.policy,
-        rewards=trained,
+        rewards=rewards,
         trained=trained_scales(config),
         prompts=plan.validation_prompts,
         images_per_prompt=min(number, config.evaluation.num_validation_images),

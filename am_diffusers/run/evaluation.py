@@ -82,6 +82,7 @@ def make_verifier(plan: Plan, model: Model) -> Callable[[Path], object]:
     return verify
 
 
-def make_held_out(plan: Plan, scorer: Scorer, roles: dict[str, str]) -> HeldOut:
+def make_held_out(plan: Plan, scorer: Scorer, roles: dict[str, str], certify: Certifier | None) -> HeldOut:
     """Make the evaluation at the end."""
-    return HeldOut(scorer, plan.eval_prompts, plan.config.evaluation.eval_images_per_prompt, roles)
+    number = plan.config.evaluation.eval_images_per_prompt
+    return HeldOut(scorer, plan.eval_prompts, number, roles, certify)
