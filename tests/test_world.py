@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrain.export import measured
 from pretrain.judge import NAMES, fit_judge
 from pretrain.preferences import KINDS, Pairs
 from pretrain.world import CLEAN, COLOUR_NAMES, CONCEPTS, CONDITIONS, Labels, World, draw_conditions
@@ -94,3 +95,16 @@ def test_the_judge_sees_the_colour_of_the_frame():
     assert features.shape == (2, 1280 + 3 + 9)
     torch.testing.assert_close(features[0, 1280:1283], colour)
     torch.testing.assert_close(features[1, 1283:], torch.outer(colour, colour).flatten())
+
+
+def test_export_collects_what_the_stages_measured_last(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 1, "clean share": 0.1}\n{"step": 2, "clean share": 0.51562}\n'
+    )
+    (tmp_path / "judge.json").write_text('{"images": 2048, "concept": 0.998046875}')
+    (tmp_path / "rewards.json").write_text('{"hpsv2": {"cut off": 0.9649999737}}')
+    assert measured(tmp_path) == {
+        "base": {"step": 2, "clean share": 0.5156},
+        "judge": {"images": 2048, "concept": 0.998},
+        "rewards": {"hpsv2": {"cut off": 0.965}},
+    }
