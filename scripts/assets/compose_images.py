@@ -2,13 +2,11 @@
 
     python scripts/assets/compose_images.py --prompts asset:prompts/eval.txt --output_dir outputs/real
 
-For `eval/bench_methods.py --real_pictures`, and for `eval/evaluate.py --reference_pictures`. A caption reads
-`a fox on a blue background`; the place is random. The files are named as those of evaluate.py: prompt 12,
-image 3 is 00012-003.png.
+For `eval/evaluate.py --reference_pictures`. A caption reads `a fox on a blue background`; the place is
+random. The files are named as those of evaluate.py: prompt 12, image 3 is 00012-003.png.
 """
 
 import argparse
-import difflib
 import json
 import sys
 import tempfile
@@ -16,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from am_diffusers.command_line import asset_path
-from am_diffusers.grids import to_pil
 from PIL import PngImagePlugin
 from pretrain.world import Labels, World
 
-from am_diffusers.prompts import load_prompts
+from am_diffusers.evaluation.grids import to_pil
+from am_diffusers.prompts.sets import load_texts
+from am_diffusers.system.files import asset_path
+from am_diffusers.system.text import nearest
 
 SPRITES = "asset:world/sprites.parquet"
 
@@ -36,8 +35,8 @@ def labels_of(world: World, captions: Sequence[str]) -> Labels:
     place = {caption: row for row, caption in enumerate(world.captions(every))}
     for number, caption in enumerate(captions, start=1):
         if caption not in place:
-            nearest = difflib.get_close_matches(caption, place, n=1, cutoff=0)[0]
-            raise ValueError(f"{caption!r} (prompt {number}) is no caption of the world: {nearest!r} is")
+            near = nearest(caption, place)
+            raise ValueError(f"{caption!r} (prompt {number}) is no caption of the world: {near!r} is")
     return every.index(torch.tensor([place[caption] for caption in captions]))
 
 
@@ -48,7 +47,7 @@ def compose(options: argparse.Namespace) -> int:
         ValueError: a caption isn't one of the world, or the folder isn't empty.
         OSError: they can't be written.
     """
-    world, captions = World(Path(asset_path(SPRITES))), load_prompts(asset_path(options.prompts))
+    world, captions = World(Path(asset_path(SPRITES))), load_texts(options.prompts)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty: choose another folder")
     if options.num_images_per_prompt < 1:

@@ -1,6 +1,6 @@
 """Train the embedded pipeline, its judge and its rewards from emoji art, stage by stage, each resumable.
 
-    python scripts/assets/pretrain_tiny.py sprites vae text decoder transformer --work_dir outputs/world
+    python scripts/assets/pretrain_tiny.py sprites vae text transformer --work_dir outputs/world
     python scripts/assets/pretrain_tiny.py judge samples generated pickscore hpsv2 image_reward rewards export
 
 Each stage reads what the stages before it left in `work_dir`, saves its state there every three minutes and
@@ -25,7 +25,7 @@ from pretrain.sprites import build_sprites
 from pretrain.text import train_text
 from pretrain.towers import train_towers
 from pretrain.transformer import train_transformer
-from pretrain.vae import train_decoder, train_vae
+from pretrain.vae import train_vae
 from pretrain.world import World
 
 LARGER = 8  # a card's batches
@@ -35,8 +35,7 @@ Stage = Callable[[World, Loop], object]
 STAGES: dict[str, tuple[Stage, int, int]] = {
     "vae": (train_vae, 1100, 16),
     "text": (train_text, 300, 96),
-    "decoder": (train_decoder, 4000, 16),
-    "transformer": (train_transformer, 16000, 64),
+    "transformer": (train_transformer, 12000, 64),
     "judge": (train_judge, 160, 64),
     "samples": (save_samples, 4, 64),
     "generated": (save_generated, 32, 64),

@@ -1,9 +1,9 @@
-"""Scores of base pictures of the embedded pipeline, written for the tests of the evaluation's statistics.
+"""Scores of base images of the embedded pipeline, written for the tests of the evaluation's statistics.
 
     python scripts/assets/score_bank.py --output tests/data/score_bank.json
 
-All embedded held-out prompts, a bank of pictures each, in the published mode of the embedded rewards. The
-tests resample it: two draws of pictures of the same base must seldom differ significantly.
+All embedded held-out prompts, a bank of images each, in the published mode of the embedded rewards. The
+tests resample it: two draws of images of the same base must seldom differ significantly.
 """
 
 import argparse

@@ -65,7 +65,7 @@ def enlarged(images: Tensor) -> dict[str, Tensor]:
 
 def words(prompts: Sequence[str], seed: int) -> tuple[dict[str, Tensor], list[str]]:
     """Draw the first words of prompts with Pillow's font in random colours; prompts quote them."""
-    texts = [prompt.split(",")[0] for prompt in prompts]
+    texts = [prompt.split(" on ")[0] for prompt in prompts]
     sizes = {"48 x 320 px": (48, 320), "64 x 384 px": (64, 384), "120 x 640 px": (120, 640)}
     drawn = {}
     for name, size in sizes.items():

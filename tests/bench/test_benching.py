@@ -252,5 +252,3 @@ def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("benching.images.work.Work.do_next", never)
     with pytest.raises(SystemExit, match="error: no study 'methdos': did you mean 'methods'"):
         run("methods", "methdos")
-    with pytest.raises(SystemExit, match=r"error: /nowhere: expected images like 00012-003.png"):
-        run("methods", "--real_pictures", "/nowhere")

@@ -41,12 +41,12 @@ RUNS = {
 
 def write_config(folder: Path, name: str, changes: dict[str, object]) -> Path:
     """A run of the embedded models, without evaluation."""
-    (folder / "train.txt").write_text("a red apple\na small green frog\nthe yellow moon\n")
+    (folder / "train.txt").write_text("an apple on a blue background\na frog on a red background\na moon\n")
     config = {
         "pretrained_model_name_or_path": "asset:tiny_sd3",
         "output_dir": str(folder / name),
         "resolution": 64,
-        "max_sequence_length": 8,
+        "max_sequence_length": 4,
         "train_prompts": str(folder / "train.txt"),
         "rewards": [{"name": "pickscore", "model": "asset:tiny_pickscore"}],
         "num_inference_steps": 3,

@@ -18,7 +18,7 @@ from evaluate_runs import EVALUATE, arguments, prepare, run, start, write_lora
 from finetune_runs import wait_for
 
 TINY_SD3 = Path(__file__).parents[2] / "am_diffusers/assets/tiny_sd3"
-EMBEDDED_PROMPTS = "fox, 3d style\napple, on a blue background\ncar\nowl, flat style\nkey\n"
+EMBEDDED_PROMPTS = "a fox\nan apple on a blue background\na car\nan owl on a red background\na key\n"
 FILES = ("summary.json", "scores.jsonl", "comparison.md", "comparison.csv", "comparison.tex")
 
 

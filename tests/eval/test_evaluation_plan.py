@@ -152,7 +152,7 @@ def test_a_model_folder_declares_what_its_pictures_need():
             ]
         )
     )
-    assert (plan.side, plan.max_sequence_length, len(plan.prompts)) == (64, 8, 64)
+    assert (plan.side, plan.max_sequence_length, len(plan.prompts)) == (64, 4, 56)
     assert [measure.model for measure in plan.measures[:3]] == [
         "asset:tiny_pickscore",
         "asset:tiny_hpsv2",

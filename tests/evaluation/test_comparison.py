@@ -1,7 +1,7 @@
-"""Paired comparisons: against scipy, by hand, and on scored pictures without and with a planted effect.
+"""Paired comparisons: against scipy, by hand, and on scored images without and with a planted effect.
 
-The bank (tests/data/score_bank.json, written by scripts/assets/score_bank.py) holds 64 prompts x 12 base
-pictures. Trials use 499 resamples instead of 9999, for time.
+The bank (tests/data/score_bank.json, written by scripts/assets/score_bank.py) holds 56 prompts x 12 base
+images. Trials use 499 resamples instead of 9999, for time.
 """
 
 import json
@@ -168,14 +168,16 @@ def test_scores_that_cannot_be_compared_are_an_error(base, tuned, message):
         compare(base, tuned)
 
 
-# On the bank of scored pictures.
+# On the bank of scored images.
 
 
 def draws(name, num_prompts, images, seed):
-    """`TRIALS` pairs of (P, S) scores of base pictures, each on one side; above 64, prompts repeat."""
+    """`TRIALS` pairs of (P, S) scores of base images, each on one side; beyond its size, prompts repeat."""
     bank, rng = np.array(BANK[name]), RNG(seed)
     for _ in range(TRIALS):
-        rows = rng.integers(0, len(bank), num_prompts) if num_prompts > len(bank) else rng.permutation(64)
+        rows = (
+            rng.integers(0, len(bank), num_prompts) if num_prompts > len(bank) else rng.permutation(len(bank))
+        )
         pictures = rng.permuted(bank[rows[:num_prompts]], axis=1)[:, : 2 * images]
         yield pictures[:, :images], pictures[:, images:]
 
@@ -183,8 +185,8 @@ def draws(name, num_prompts, images, seed):
 @pytest.mark.parametrize(
     ("name", "num_prompts", "images", "seed"),
     [
-        ("pickscore", 64, 4, 0),
-        ("hpsv2", 64, 4, 1),
+        ("pickscore", 56, 4, 0),
+        ("hpsv2", 56, 4, 1),
         ("pickscore", 200, 4, 2),
         ("pickscore", 8, 4, 4),
     ],

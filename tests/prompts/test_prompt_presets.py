@@ -40,7 +40,7 @@ def test_every_published_set_is_pinned():
 
 
 def test_lists_of_the_embedded_model(cache):
-    assert len(load_prompts("tiny")) == 64
+    assert len(load_prompts("tiny")) == 56
     assert len(load_prompts("tiny-train", limit=9)) == 9
     assert describe_source("tiny") == "tiny"
 

@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from am_diffusers.evaluation.statistics import Array, Estimate, estimate
-from benching.images.likeness import RunLikeness, with_likeness
 from benching.images.records import Record, Snapshot
 
 Rows = NDArray[np.intp]
 BASE = "base"
-ROLES = ("trained", "held-out", "independent")
+ROLES = ("trained", "held-out")
 
 
 class Place(NamedTuple):
@@ -22,24 +21,20 @@ class Place(NamedTuple):
     Attributes:
         trained: mean gain of the trained rewards, in base standard deviations.
         held_out: mean gain of the held-out rewards.
-        likeness: gain of the likeness to real images; NaN where it isn't known.
         seconds: seconds of training.
         calls: transformer calls, counted per sample.
         iterations: optimizer steps.
         diversity: share of the base's diversity that is kept.
         frechet: squared Frechet distance to the base's images, less the floor.
-        real_frechet: squared Frechet distance to real images; NaN where it isn't known.
     """
 
     trained: float
     held_out: float
-    likeness: float
     seconds: float
     calls: float
     iterations: float
     diversity: float
     frechet: float
-    real_frechet: float
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,8 @@ class Curve:
         method: method of the setting.
         marks: names of the marks, `base` first.
         gains: gains of each reward, (S, M, P), in base standard deviations.
-        roles: `trained`, `held-out` or `independent` by reward; the last is the likeness to real images.
-        others: seconds, calls, iterations, diversity and both Frechet distances, (6, S, M).
+        roles: `trained` or `held-out` by reward.
+        others: seconds, calls, iterations, diversity and Frechet distance, (5, S, M).
     """
 
     setting: str
@@ -73,7 +68,7 @@ class Curve:
         return np.mean(gains, axis=0) if gains else np.full_like(next(iter(self.gains.values())), np.nan)
 
     def places(self, seeds: Rows | None = None, prompts: Rows | None = None) -> Array:
-        """Return the fields of `Place` at the marks, (9, M), for some or all runs and prompts."""
+        """Return the fields of `Place` at the marks, (7, M), for some or all runs and prompts."""
         seeds = np.arange(self.seeds) if seeds is None else seeds
         roles = [self.by_prompt(role)[seeds] for role in ROLES]
         chosen = roles if prompts is None else [role[..., prompts] for role in roles]
@@ -85,17 +80,12 @@ class Curve:
         return Place(*self.places()[:, self.marks.index(mark)].tolist())
 
 
-def make_curve(records: Sequence[Record], likeness: Sequence[RunLikeness | None] = ()) -> Curve:
+def make_curve(records: Sequence[Record]) -> Curve:
     """Make the curve of one setting's runs.
 
     Args:
         records: one per seed, at least one, with the same marks.
-        likeness: likeness of each run, used if it is known of all.
     """
-    known = [each for each in likeness if each is not None]
-    complete = len(known) == len(records)
-    if complete:
-        records = [with_likeness(record, each) for record, each in zip(records, known, strict=True)]
     first = records[0]
     snapshots = sorted(first.snapshots, key=lambda snapshot: snapshot.seconds)
     marks = [snapshot.mark for snapshot in snapshots]
@@ -104,13 +94,8 @@ def make_curve(records: Sequence[Record], likeness: Sequence[RunLikeness | None]
         name: np.array([[each.rewards[name].by_prompt for each in run] for run in runs])
         for name in snapshots[0].rewards
     }
-    others = np.full((6, len(runs), 1 + len(marks)), np.nan)
-    others[:5, :, 0] = np.array([0, 0, 0, 1, 0.0])[:, None]
-    for row, run in enumerate(runs):
-        others[:5, row, 1:] = np.transpose([_others(each) for each in run])
-        if complete:
-            real = [known[row].base, *(known[row].marks[mark] for mark in marks)]
-            others[5, row] = [each.frechet for each in real]
+    base = (0, 0, 0, 1, 0.0)
+    others = np.array([[base, *map(_others, run)] for run in runs]).transpose(2, 0, 1)
     return Curve(
         setting=first.setting,
         method=first.method,

@@ -21,7 +21,6 @@ class EqualReward:
         reference: point of the reference.
         other: point of the other setting.
         difference: held-out gain of the other minus the reference's.
-        likeness: the same difference of the likeness to real images; NaN where it isn't known of both.
         seconds: training seconds of the other, as a multiple of the reference's.
         calls: transformer calls of the other, as a multiple of the reference's.
     """
@@ -30,7 +29,6 @@ class EqualReward:
     reference: Place
     other: Place
     difference: Estimate
-    likeness: Estimate
     seconds: Estimate
     calls: Estimate
 
@@ -59,10 +57,10 @@ def at_equal_reward(reference: Curve, other: Curve, *, seed: int = 0) -> EqualRe
         resampled.append(_compare(reference, other, rows, (runs[0], runs[1])))
     numbers = np.array([_numbers(each) for each in resampled if each is not None])
     low, high = np.quantile(numbers, (0.025, 0.975), axis=0)
-    difference, likeness, seconds, calls = (
+    difference, seconds, calls = (
         Estimate(value, float(a), float(b)) for value, a, b in zip(_numbers(found), low, high, strict=True)
     )
-    return EqualReward(*found, difference, likeness, seconds, calls)
+    return EqualReward(*found, difference, seconds, calls)
 
 
 Found = tuple[float, Place, Place]
@@ -77,7 +75,6 @@ def _compare(
     return None if ours is None or theirs is None else (level, ours, theirs)
 
 
-def _numbers(found: Found) -> tuple[float, float, float, float]:
+def _numbers(found: Found) -> tuple[float, float, float]:
     _, ours, theirs = found
-    differences = (theirs.held_out - ours.held_out, theirs.likeness - ours.likeness)
-    return *differences, theirs.seconds / ours.seconds, theirs.calls / ours.calls
+    return theirs.held_out - ours.held_out, theirs.seconds / ours.seconds, theirs.calls / ours.calls

@@ -19,7 +19,7 @@ HELD_OUT = "mean gain of the held-out rewards (base sd)"
 
 
 def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
-    """Draw six panels as PNG: what training cost against its gain, and what came with the gain.
+    """Draw four panels as PNG: what training cost against its gain, and what came with the gain.
 
     Args:
         curves: curves of the settings that are compared.
@@ -27,8 +27,8 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         file: file to write.
     """
     with styled():
-        figure = Figure(figsize=(11, 12.6), dpi=110, layout="constrained")
-        axes = figure.subplots(3, 2).ravel()
+        figure = Figure(figsize=(11, 8.6), dpi=110, layout="constrained")
+        axes = figure.subplots(2, 2).ravel()
         title = (
             "seconds of training" if spent == "seconds" else "transformer calls, a sample each (thousands)"
         )
@@ -39,10 +39,6 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         _panel(axes[2], curves, (_trained, lambda p: 100 * p.diversity), (TRAINED, diversity))
         frechet = "Frechet distance to the base, less its floor"
         _panel(axes[3], curves, (_trained, lambda p: p.frechet), (TRAINED, frechet))
-        likeness = "likeness to real images (gain in base sd)"
-        _panel(axes[4], curves, (_trained, lambda p: p.likeness), (TRAINED, likeness))
-        real = "Frechet distance to real images"
-        _panel(axes[5], curves, (_trained, lambda p: p.real_frechet), (TRAINED, real))
         low, high = axes[1].get_xlim()
         ends = np.array([max(low, axes[1].get_ylim()[0]), high])
         axes[1].plot(ends, ends, ":", color=GREY, linewidth=1, zorder=0)

@@ -1,6 +1,5 @@
 """docs/methods.md: tables and figures of the studies, from the committed records."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from am_diffusers.prompts.sets import load_texts
@@ -8,10 +7,8 @@ from am_diffusers.system.files import write_text
 from am_diffusers.system.text import replace_table, suggest
 from benching.images.curves import Curve, make_curve
 from benching.images.figures import draw
-from benching.images.likeness import RunLikeness
-from benching.images.records import Record
 from benching.images.sheet import draw_sheet, images_of
-from benching.images.tables import budget_table, equal_reward_table, likeness_table, tried_table
+from benching.images.tables import budget_table, equal_reward_table, tried_table
 from benching.images.work import Work, check_machines
 from evaluating.candidates import BASE
 
@@ -20,12 +17,7 @@ PAGE = "methods.md"
 
 def curves_of(work: Work) -> list[Curve]:
     """Return the curves of all settings that are compared, the first method's first."""
-    return [curve_of(work, records) for records in work.compared().values()]
-
-
-def curve_of(work: Work, records: Sequence[Record]) -> Curve:
-    """Make the curve of a setting from its records, with their likeness where it is known."""
-    return make_curve(records, [work.likeness(record.setting, record.seed) for record in records])
+    return [make_curve(records) for records in work.compared().values()]
 
 
 def reference_of(work: Work) -> list[Curve]:
@@ -48,37 +40,7 @@ def reference_of(work: Work) -> list[Curve]:
     if records is None:
         return []
     check_machines([*records, *(each for found in work.compared().values() for each in found)])
-    return [curve_of(other, records)]
-
-
-def likeness_of(work: Work) -> RunLikeness | None:
-    """Return the likeness of one of the compared runs, for base and real images; None if none is known.
-
-    The reference from elsewhere is among those that are compared.
-
-    Raises:
-        ValueError: runs were judged by different real images, features, or beside different base images.
-    """
-    known = _judged(work, list(work.compared()))
-    if work.study.reference is not None:
-        known |= _judged(
-            Work.of(work.study.reference.study, work.outputs.parent), [work.study.reference.setting]
-        )
-    first = next(iter(known.items()), None)
-    for name, found in known.items():
-        if first is not None and found.judge != first[1].judge:
-            raise ValueError(f"{first[0]} and {name} were judged by different judges: judge all again")
-    return None if first is None else first[1]
-
-
-def _judged(work: Work, settings: Sequence[str]) -> dict[str, RunLikeness]:
-    """Return the likeness of the runs of some settings, where it is known, by the name of the run."""
-    return {
-        f"{record.setting}-seed{record.seed}": found
-        for setting in settings
-        for record in work.compared().get(setting, [])
-        if (found := work.likeness(record.setting, record.seed)) is not None
-    }
+    return [make_curve(records)]
 
 
 def tables(name: str, work: Work) -> dict[str, str]:
@@ -96,9 +58,6 @@ def tables(name: str, work: Work) -> dict[str, str]:
         for mark in study.marks
         if mark.name == study.budget or mark.calls is not None
     }
-    judged = likeness_of(work)
-    if judged is not None:
-        found[f"{name}-likeness"] = likeness_table(every, study, judged)
     if len(curves) > 1:
         found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
     for curve in elsewhere:

@@ -18,7 +18,7 @@ class Reward:
     """Scores of one reward on the images of a LoRA against the base's of the same noise.
 
     Attributes:
-        role: `trained` or `held-out`; `independent` is the likeness, which has a file of its own.
+        role: `trained` or `held-out`.
         gain: mean paired difference in base standard deviations, with its 95 % interval over prompts.
         by_prompt: gain of each prompt, (P,), so that runs can be compared prompt by prompt.
     """

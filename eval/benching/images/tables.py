@@ -8,9 +8,7 @@ import numpy as np
 from am_diffusers.evaluation.statistics import Estimate
 from benching.images.curves import Curve, Place, gain_of
 from benching.images.equal_reward import at_equal_reward
-from benching.images.likeness import LIKENESS, ROLE, RunLikeness
 from benching.images.records import Record
-from benching.images.study import Study
 
 NONE = "-"
 
@@ -37,7 +35,7 @@ def tried_table(records: Sequence[Record], mark: str, chosen: Sequence[str]) -> 
 
 def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
     """Return the table of all settings at one mark, best held-out gain first; with seconds if `timed`."""
-    rewards = [name for name, role in curves[0].roles.items() if role != ROLE]
+    rewards = list(curves[0].roles)
     cells = []
     for curve in sorted(curves, key=lambda curve: -curve.at(mark).held_out):
         place, column = curve.at(mark), curve.marks.index(mark)
@@ -59,7 +57,7 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
     """Return the table of each setting beside the reference, where both have the same trained gain."""
     ratio = ["time, ratio", "calls, ratio"][not timed :]
     header = ["setting", "at trained gain", f"held-out of {reference.setting}", "held-out of the setting"]
-    header += ["difference", "likeness, difference", "diversity of both", "Frechet of both", *ratio]
+    header += ["difference", "diversity of both", "Frechet of both", *ratio]
     cells = []
     for curve in others:
         found = at_equal_reward(reference, curve)
@@ -74,38 +72,12 @@ def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool
                 _sign(ours.held_out),
                 _sign(theirs.held_out),
                 _interval(found.difference),
-                _interval(found.likeness),
                 f"{ours.diversity:.0%}, {theirs.diversity:.0%}",
                 f"{ours.frechet:.4f}, {theirs.frechet:.4f}",
                 *[_ratio(found.seconds), _ratio(found.calls)][not timed :],
             ]
         )
     return rows(header, cells)
-
-
-def likeness_table(curves: Sequence[Curve], study: Study, judged: RunLikeness) -> str:
-    """Return the table of likeness to real images at the marks of all settings, most similar first.
-
-    Args:
-        curves: curves of the settings.
-        study: study with the marks, and the budget at which the Frechet distance is given.
-        judged: likeness of a run, for base and other real images.
-    """
-    marks = [mark.name for mark in study.marks if mark.calls is None]
-    known = [curve for curve in curves if LIKENESS in curve.gains and study.budget in curve.marks]
-    header = ["images"]
-    for mark in marks:
-        header += [f"trained, {mark}", f"likeness, {mark}"]
-    blank = [NONE] * (2 * len(marks) - 1)
-    cells = [
-        ["*other real images*", *blank, _interval(judged.real.gain), f"{judged.real.frechet:.1f}"],
-        ["*base*", *blank, _sign(0), f"{judged.base.frechet:.1f}"],
-    ]
-    for curve in sorted(known, key=lambda curve: -curve.at(study.budget).likeness):
-        places = [(curve.at(mark).trained, gain_of(curve, LIKENESS, mark)) for mark in marks]
-        gains = [text for trained, gain in places for text in (_sign(trained), _interval(gain))]
-        cells.append([curve.setting, *gains, f"{curve.at(study.budget).real_frechet:.1f}"])
-    return rows([*header, "Frechet, to real"], cells)
 
 
 def _spent(place: Place) -> list[str]:

@@ -8,7 +8,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from am_diffusers.training.trainer import IterationError
-from benching.images.likeness import RunLikeness, likeness_file, read_likeness
 from benching.images.measuring import measure
 from benching.images.records import Record, Snapshot, read_record, record_file, write_record
 from benching.images.study import Study, read_study
@@ -61,14 +60,6 @@ class Work:
         """
         file = record_file(self.data, setting, seed)
         return read_record(file, self.declared(setting)) if file.exists() else None
-
-    def likeness(self, setting: str, seed: int) -> RunLikeness | None:
-        """Return the likeness of a run's images to real ones, if it has been judged.
-
-        Raises:
-            ValueError: if it is damaged.
-        """
-        return read_likeness(likeness_file(record_file(self.data, setting, seed)))
 
     @property
     def base_images(self) -> Path:
@@ -160,9 +151,7 @@ class Work:
             snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
         declared, method = self.declared(setting), str(flags["method"])
         record = Record(setting, method, seed, declared, machine(), snapshots, failed)
-        file = record_file(self.data, setting, seed)
-        likeness_file(file).unlink(missing_ok=True)  # of an earlier run's images
-        write_record(record, file)
+        write_record(record, record_file(self.data, setting, seed))
 
 
 def check_threads() -> None:

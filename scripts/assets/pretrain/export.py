@@ -63,8 +63,16 @@ def export_pipeline(loop: Loop, folder: Path) -> None:
             file.write_text(json.dumps(document, indent=2) + "\n")
 
 
+def measured(folder: Path) -> dict[str, dict]:
+    """Collect what `judge`, `samples` (the last time) and `rewards` measured, rounded to four digits."""
+    base = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+    found = {"base": base}
+    found |= {name: json.loads((folder / f"{name}.json").read_text()) for name in ("judge", "rewards")}
+    return json.loads(json.dumps(found), parse_float=lambda number: round(float(number), 4))
+
+
 def export(world: World, loop: Loop) -> None:
-    """Write pipeline, rewards, judge, sprites and prompt lists to `assets` in the loop's folder."""
+    """Write pipeline, rewards, judge, sprites, prompts and figures to `assets` in the loop's folder."""
     assets = loop.folder / "assets"
     export_pipeline(loop, assets / "tiny_sd3")
     for name in ("tiny_pickscore", "tiny_hpsv2", "tiny_image_reward"):
@@ -78,3 +86,4 @@ def export(world: World, loop: Loop) -> None:
     for name, combinations in (("train", world.train), ("eval", world.held_out)):
         lines = world.captions(world.labels(combinations))
         (assets / "prompts" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (assets / "measured.json").write_text(json.dumps(measured(loop.folder), indent=1) + "\n")

@@ -4,6 +4,8 @@ See `am_diffusers/rewards/world.py`. They are trained on real images of the worl
 generated image has a part in it.
 """
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,9 +78,11 @@ def accuracy(heads: Heads, features: Tensor, labels: Labels) -> dict[str, float]
 
 
 def train_judge(world: World, loop: Loop) -> dict[str, float]:
-    """Fit on all real images but the last `HELD_OUT`, write `judge.safetensors`, say how right it is."""
+    """Fit on all real images but the last `HELD_OUT`; write `judge.safetensors`, and how right it is."""
     features, labels = real_features(world, loop)
     rows = torch.arange(len(labels))
     heads = fit_judge(features[:-HELD_OUT], labels.index(rows[:-HELD_OUT]))
     heads.save(loop.folder / "judge.safetensors")
-    return accuracy(heads, features[-HELD_OUT:], labels.index(rows[-HELD_OUT:]))
+    figures = accuracy(heads, features[-HELD_OUT:], labels.index(rows[-HELD_OUT:]))
+    (loop.folder / "judge.json").write_text(json.dumps({"images": HELD_OUT} | figures, indent=1) + "\n")
+    return figures

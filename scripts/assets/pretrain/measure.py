@@ -1,4 +1,4 @@
-"""Stages `samples` and `measure`: what the base draws, judged, and how well rewards order held-out pairs."""
+"""Stages `samples` and `rewards`: what the base draws, judged, and how well rewards order held-out pairs."""
 
 import json
 from pathlib import Path

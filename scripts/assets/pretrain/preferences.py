@@ -65,14 +65,10 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def current_models(loop: Loop) -> tuple[torch.nn.Module, AutoencoderKL]:
-    """Load the transformer's averaged weights of its last state, and the VAE with its latest decoder."""
+    """Load the transformer's averaged weights of its last state, and the VAE."""
     transformer = new_transformer()
     transformer.load_state_dict(torch.load(loop.folder / "transformer.pt", weights_only=True)["ema"])
-    vae = AutoencoderKL.from_pretrained(loop.folder / "vae")
-    decoder = loop.folder / "decoder.pt"
-    if decoder.exists():
-        vae.decoder.load_state_dict(torch.load(decoder, weights_only=True)["ema"])
-    return transformer.to(loop.device), vae.to(loop.device)
+    return transformer.to(loop.device), AutoencoderKL.from_pretrained(loop.folder / "vae").to(loop.device)
 
 
 def save_generated(world: World, loop: Loop) -> None:

@@ -1,4 +1,4 @@
-"""Stages `vae` and `decoder`: AutoencoderKL, 64 x 64 x 3 -> 16 x 16 x 8, on clean and spoilt images."""
+"""Stage `vae`: AutoencoderKL, 64 x 64 x 3 -> 16 x 16 x 8, on clean and spoilt images."""
 
 from pathlib import Path
 
@@ -81,27 +81,3 @@ def set_latent_scale(vae: AutoencoderKL, world: World) -> None:
     images = draw_images(world, 512, torch.Generator().manual_seed(1)).to(vae.device)
     latents = vae.encode(images).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-
-
-def train_decoder(world: World, loop: Loop) -> None:
-    """Make the decoder tolerant of what a sampler leaves, noise of up to `LATENT_NOISE`.
-
-    The encoder, and with it every cached latent, stays as it is.
-    """
-    vae = AutoencoderKL.from_pretrained(loop.folder / "vae").to(loop.device)
-    vae.encoder.requires_grad_(False)
-
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        generator = torch.Generator().manual_seed(10_000_000 + step)
-        images = draw_images(world, loop.batch, generator).to(loop.device)
-        strength = LATENT_NOISE * torch.rand(loop.batch, 1, 1, 1, generator=generator).to(loop.device)
-        with fast(loop.device):
-            with torch.no_grad():
-                latents = vae.encode(images).latent_dist.mode().float()
-            noise = torch.randn(latents.shape, generator=generator).to(loop.device)
-            reconstruction = vae.decode(latents + strength / vae.config.scaling_factor * noise).sample.float()
-        return reconstruction_loss(reconstruction, images), {}
-
-    ema = loop.train(vae.decoder, loss_of_step, peak_rate=1e-3, name="decoder")
-    vae.decoder.load_state_dict(ema.values)
-    vae.save_pretrained(loop.folder / "vae_decoded")
