@@ -5,8 +5,6 @@
 Plain `python scripts/finetune.py` works as well. `--help` lists every flag, `--dry_run` prints the plan.
 The same command again resumes a run that was stopped or killed. SIGTERM, SIGINT and SIGUSR1 make it write a
 checkpoint and leave with status 128 + the signal's number.
-Two processes on a CPU: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`, as
-`accelerate launch --cpu --num_processes 2` starts a single one (huggingface/accelerate issue 2741).
 """
 
 import signal
@@ -31,8 +29,7 @@ from am_diffusers.system.text import guard_output, redact
 
 def main() -> None:
     guard_output()
-    # Their bars for loading files would bury the plan and the one bar that matters.
-    diffusers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()  # would bury the plan and the one bar that matters
     transformers_logging.disable_progress_bar()
     try:
         config = parse_config(sys.argv[1:])
@@ -41,9 +38,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(redact(f"error: {error}"))
     if config.run.dry_run:
-        accelerator.print(plan.describe(), end="")
         if accelerator.is_main_process:
-            print(redact(describe(plan, accelerator)), end="")
+            print(plan.describe() + redact(describe(plan, accelerator)), end="")
         return
     with leaving_at_once(config.model.shard_weights):
         tune(plan, accelerator)

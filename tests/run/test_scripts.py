@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import runpy
 import subprocess
@@ -87,11 +88,20 @@ def test_calibration_writes_a_config_that_standardises_base_scores(
     assert load_scores(Path(calibrated.evaluation.frontier), prompts)["brightness"].shape == (2, 8)
 
 
-def test_finetune_ends_with_the_three_headlines(finished, folder):
+def test_finetune_ends_with_gains_diversity_and_certificate(finished, folder):
     lines = finished.strip().splitlines()
     assert lines[0].startswith("processes: 1, device: cpu")
     starts = ["finished: ", "trained reward pickscore: ", "held-out reward hpsv2: ", "diversity kept (hpsv2"]
-    assert [line.startswith(start) for line, start in zip(lines[-4:], starts, strict=True)] == [True] * 4
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("finished: "))
+    last = lines[first:]
+    assert [line.startswith(start) for line, start in zip(last, starts, strict=False)] == [True] * 4
+    certificate = json.loads((folder / "out/evaluation.json").read_text())["certificate"]
+    assert f"path KL: {certificate['path_kl']['value']:.2f} nats" in "\n".join(last)
+    for name in ("pickscore", "hpsv2"):
+        assert any(line.startswith(f"{name} by the chain of training: ") for line in last)
+        assert (
+            certificate["outcomes"][name]["tuned"]["value"] != certificate["outcomes"][name]["base"]["value"]
+        )
     written = {path.name for path in (folder / "out").iterdir()}
     assert written >= {"pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "evaluation.json"}
     (events,) = (folder / "out/logs").rglob("events.out.tfevents*")
