@@ -21,10 +21,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.optimize import root_scalar
-from scipy.special import comb, logsumexp, softmax
+from scipy.special import gammaln, logsumexp, softmax
 from torch import Tensor
 
 from am_diffusers.evaluation.statistics import Array
@@ -170,7 +171,9 @@ class Frontier:
         number = self.rewards.shape[1]
         ranks = np.arange(1, number + 1)
         # The best of n is the image of rank i in binom(i - 1, n - 1) of all choices.
-        chances = comb(ranks[None] - 1, ranks[:, None] - 1) / np.asarray(comb(number, ranks[:, None]))
+        chances = np.exp(
+            log_choices(ranks[None] - 1, ranks[:, None] - 1) - log_choices(number, ranks[:, None])
+        )
         return np.take_along_axis(values, np.argsort(self.rewards, axis=1), axis=1) @ chances.T
 
     @property
@@ -182,6 +185,13 @@ class Frontier:
     def variance(self) -> Array:
         """Variance of the reward of each prompt, (P,)."""
         return self.rewards.var(axis=1, ddof=1)
+
+
+def log_choices(number: Any, chosen: Any) -> Array:
+    """Return the logarithm of the number of ways to choose `chosen` of `number`, -inf where there's none."""
+    rest = np.asarray(number - chosen, dtype=np.float64)
+    ways = gammaln(number + 1.0) - gammaln(chosen + 1.0) - gammaln(np.maximum(rest, 0) + 1.0)
+    return np.where(rest < 0, -np.inf, ways)
 
 
 def total_reward(scores: Mapping[str, Array], trained: Mapping[str, RewardScale]) -> Array:

@@ -103,6 +103,18 @@ def test_best_of_n_is_the_mean_over_all_choices():
         assert best[:, number - 1] == pytest.approx(np.mean(chosen, 0))
 
 
+def test_best_of_n_of_thousands_of_images_is_the_best_of_as_many_draws():
+    """Choices of 1,000 of 2,000 are beyond the range of float64."""
+    rewards = np.random.default_rng(4).normal(size=(1, 2000))
+    best = Frontier(rewards, {}).best
+    assert np.isfinite(best).all()
+    assert best[0, 0] == pytest.approx(rewards.mean())
+    assert best[0, -1] == pytest.approx(rewards.max())
+    # Half of all are chosen: the largest is among them half of the time, else the next, and so on.
+    ordered = np.sort(rewards[0])[::-1]
+    assert best[0, 999] == pytest.approx((ordered * 0.5 ** np.arange(1, 2001)).sum(), abs=2e-3)
+
+
 def test_other_scores_of_the_best_are_those_of_its_image():
     rng = np.random.default_rng(4)
     rewards, others = rng.normal(size=(2, 6)), rng.normal(size=(2, 6))
