@@ -26,17 +26,16 @@ of tuned and base images from the same noise are paired; intervals are over prom
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from am_diffusers.evaluation.frontier import Frontier
 from am_diffusers.evaluation.outcomes import Outcome, outcomes
+from am_diffusers.evaluation.readings import Rows
 from am_diffusers.evaluation.statistics import RESAMPLES, Array, Estimate, estimate
 
-Numbers = NDArray[np.intp]
 NOTHING = 0.01
 """Headroom, in nats, below which a run has nothing to learn."""
 
@@ -54,6 +53,10 @@ class Tuned:
     rewards: Array
     path_kl: Array
     scores: Mapping[str, Array] = field(default_factory=dict)
+
+    def gain(self, frontier: Frontier) -> Array:
+        """Return the mean reward of each prompt less that of the base's images of the same noise, (P,)."""
+        return (self.rewards - frontier.rewards[:, : self.rewards.shape[1]]).mean(axis=1)
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,35 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
         tuned: rewards and path KL of the tuned model.
         resamples: number of resamples of the bootstrap.
     """
+    gain, path_kl = tuned.gain(frontier), tuned.path_kl.mean(axis=1)
+    return certify_means(frontier, scale, gain, path_kl, tuned.scores, resamples=resamples)
+
+
+def certify_means(
+    frontier: Frontier,
+    scale: float,
+    gain: Array,
+    path_kl: Array,
+    scores: Mapping[str, Array],
+    *,
+    resamples: int = RESAMPLES,
+) -> Certificate:
+    """Compare a tuned model with the tilt by the means of each prompt, see `certify`.
+
+    Args:
+        frontier: rewards of the base's images by the memoryless chain.
+        scale: reward_scale of the run, > 0.
+        gain: mean reward over the base's, (P,).
+        path_kl: KL divergence of the steps from the base's in nats, (P,).
+        scores: raw scores by reward name, (P, S) each.
+        resamples: number of resamples of the bootstrap.
+    """
 
     def mean(values: Array) -> Estimate:
         return estimate(np.mean, values, resamples=resamples)
 
     rows = Rows(frontier, resamples)
     base = frontier.rewards.mean(axis=1)
-    gain = (tuned.rewards - frontier.rewards[:, : tuned.rewards.shape[1]]).mean(axis=1)
-    path_kl = tuned.path_kl.mean(axis=1)
     tilted = frontier.tilt(scale)
     objective, headroom = scale * gain - path_kl, tilted.log_normaliser - scale * base
     share = float(tilted.effective_share.mean())
@@ -166,72 +190,5 @@ def certify(frontier: Frontier, scale: float, tuned: Tuned, *, resamples: int = 
         effective_share=share,
         least_share=frontier.least_share,
         largest_scale=frontier.largest_scale,
-        outcomes=outcomes(frontier, scale, tuned.scores, known=known, resamples=resamples),
+        outcomes=outcomes(frontier, scale, scores, known=known, resamples=resamples),
     )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Statistics of resampled prompts, whose curves are averaged before they are read.
-
-    Attributes:
-        frontier: curves of the prompts.
-        resamples: number of resamples of the bootstrap.
-    """
-
-    frontier: Frontier
-    resamples: int
-
-    def estimate(self, statistic: Callable[[Numbers], Array]) -> Estimate:
-        """Return a statistic that takes numbers of prompts (..., P) and reduces their last axis."""
-        return estimate(
-            lambda rows, axis: statistic(np.moveaxis(rows, axis, -1)),
-            np.arange(len(self.frontier.rewards)),
-            resamples=self.resamples,
-        )
-
-    def excess_kl(self, gain: Array, path_kl: Array) -> Estimate | None:
-        """Return path KL over the frontier's KL at the same gain; both (P,)."""
-        base, curve = self.frontier.rewards.mean(axis=1), self.frontier.curve
-        gains = np.stack([each.reward - base for each in curve], -1)
-        divergences = np.stack([each.kl for each in curve], -1)
-        if not gains[:, 0].mean() < gain.mean() <= gains[:, -1].mean():
-            return None
-
-        def ratio(rows: Numbers) -> Array:
-            curves = gains[rows].mean(-2), divergences[rows].mean(-2)
-            return path_kl[rows].mean(-1) / _at(gain[rows].mean(-1), *curves)
-
-        return self.estimate(ratio)
-
-    def cosine(self, gain: Array, path_kl: Array) -> Estimate | None:
-        """Return the gain over the most that a small control of this path KL could gain; both (P,)."""
-        if not path_kl.mean() > 0:
-            return None
-        variance = self.frontier.variance
-
-        def cosine(rows: Numbers) -> Array:
-            most = np.sqrt(2 * variance[rows].mean(-1) * path_kl[rows].mean(-1))
-            return gain[rows].mean(-1) / most
-
-        return self.estimate(cosine)
-
-    def best_of_n(self, gain: Array) -> Estimate:
-        """Return the number of base images of which the best gains as much, (P,)."""
-        gains = self.frontier.best - self.frontier.rewards.mean(axis=1, keepdims=True)
-        logs = np.log(np.arange(1, gains.shape[1] + 1))
-
-        def best_of(rows: Numbers) -> Array:
-            curve = gains[rows].mean(-2)
-            return np.exp(_at(gain[rows].mean(-1), curve, np.broadcast_to(logs, curve.shape)))
-
-        return self.estimate(best_of)
-
-
-def _at(x: Array, xs: Array, ys: Array) -> Array:
-    """Interpolate curves (..., L), xs increasing, each at its own x (...); constant beyond the ends."""
-    right = (xs < x[..., None]).sum(-1, keepdims=True).clip(1, xs.shape[-1] - 1)
-    (x0, x1), (y0, y1) = (
-        [np.take_along_axis(curve, right - 1 + i, -1)[..., 0] for i in (0, 1)] for curve in (xs, ys)
-    )
-    return y0 + ((x - x0) / (x1 - x0)).clip(0, 1) * (y1 - y0)

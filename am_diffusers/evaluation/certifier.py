@@ -42,7 +42,11 @@ class Certifier:
     processes: Processes
 
     def __call__(self) -> Certificate:
-        """Make and score the images; all processes call it, inside `processes.together()`."""
+        """Certify the tuned model; all processes call it, inside `processes.together()`."""
+        return certify(self.frontier, self.scale, self.score())
+
+    def score(self) -> Tuned:
+        """Make and score the images, as `__call__` does."""
         scores = score_images(
             self.sampler,
             self.tuned,
@@ -54,8 +58,7 @@ class Certifier:
         )
         tables = {name: each.numpy() for name, each in scores.items()}
         path_kl = tables.pop(PATH_KL)
-        tuned = Tuned(total_reward(tables, self.trained), path_kl, tables)
-        return certify(self.frontier, self.scale, tuned)
+        return Tuned(total_reward(tables, self.trained), path_kl, tables)
 
 
 def certificate_metrics(certificate: Certificate) -> dict[str, float]:
