@@ -14,10 +14,13 @@ from filelock import FileLock
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
 from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.run.base_scores import CERTIFICATE
 from am_diffusers.training.trainer import IterationError
 from bench_records import put, record, study
-from benching.images.records import read_record, record_file, write_record
-from benching.images.study import EvaluationOptions, Mark, Study, command_line, read_study
+from benching.images.certifying import read_frontier
+from benching.images.measuring import judged_shares
+from benching.images.records import Judged, read_record, record_file, write_record
+from benching.images.study import CertificateOptions, EvaluationOptions, Mark, Study, command_line, read_study
 from benching.images.work import Work
 from finetune_runs import write_rewards
 
@@ -184,7 +187,7 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
     """The real trainer and evaluation on random models."""
     write_rewards(tmp_path)
     (tmp_path / "train.txt").write_text("a red apple\na small green frog\n")
-    (tmp_path / "eval.txt").write_text("an orange fox\na grey sea\n")
+    (tmp_path / "eval.txt").write_text("an apple on a blue background\na heart on a red background\n")
     models = {name: str(tmp_path / name) for name in ("pickscore", "hpsv2")}
     common = {
         "pretrained_model_name_or_path": str(tiny_sd3_dir),
@@ -198,6 +201,7 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
         "learning_rate": 1e-2,
     }
     rewards = [f"{name}={model}" for name, model in models.items()]
+    chain = CertificateOptions(num_inference_steps=2, num_prompts=2, base_images=8, images=2, reward_scale=3)
     tiny = Study(
         description="",
         marks=[Mark(iterations=1), Mark(calls=3 * 2 * 7)],
@@ -206,7 +210,7 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
         select="best",
         common=common,
         settings={"am": {"method": "adjoint_matching"}},
-        evaluation=EvaluationOptions(str(tmp_path / "eval.txt"), rewards, 2, 2),
+        evaluation=EvaluationOptions(str(tmp_path / "eval.txt"), rewards, 2, 2, chain),
     )
     work = Work(tiny, tmp_path / "data", tmp_path / "out")
     assert work.do_next() == "am-seed0"
@@ -228,6 +232,13 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
         for reward in made.rewards.values():
             assert np.mean(reward.by_prompt) == pytest.approx(reward.gain.value, abs=1e-4)
             assert reward.gain.value != 0
+        assert all(len(each) == 2 for each in (*vars(made.judged).values(), *vars(made.judged_base).values()))
+        assert (np.array(made.judged.right) <= np.array(made.judged.clean)).all()
+        assert min(made.chain.path_kl) > 0
+        assert all(made.chain.gain)
+    base = work.base_scores / CERTIFICATE
+    scored = base.stat().st_mtime_ns
+    assert read_frontier(tiny, work.base_scores).rewards.shape == (2, 8)
     first, second = ((tmp_path / "out/am-seed0" / s.mark / LORA_FILE).read_bytes() for s in found.snapshots)
     assert first != second
     # Another attempt, as after a kill, has other LoRAs where a mark is a time: what the first left goes.
@@ -239,6 +250,13 @@ def test_a_run_trains_to_its_marks_and_is_evaluated_at_each(tiny_sd3_dir: Path, 
     again = work.record("am", 0)
     assert again is not None
     assert again.snapshots[0].rewards == found.snapshots[0].rewards
+    assert again.snapshots[0].chain == found.snapshots[0].chain
+    assert base.stat().st_mtime_ns == scored  # once per study
+
+
+def test_a_right_image_counts_only_if_it_is_clean() -> None:
+    clean, right = np.array([[1.0, 1, 0, 0], [0, 0, 0, 0]]), np.array([[1.0, 0, 1, 0], [1, 1, 1, 1]])
+    assert judged_shares({"world_clean": clean, "world_right": right}) == Judged([0.5, 0], [0.25, 0])
 
 
 def test_a_mistyped_study_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,16 @@ import pytest
 from PIL import Image
 
 from am_diffusers.system.text import replace_table
-from bench_records import curve, made_up, record, study
-from benching.images.curves import make_curve, where
+from bench_records import curve, made_up, put_base_scores, record, study
+from benching.images.certifying import certificate_of, read_frontier
+from benching.images.curves import clean_share, make_curve, right_share, where
 from benching.images.equal_reward import at_equal_reward
-from benching.images.figures import draw
+from benching.images.figures import draw, draw_ways
 from benching.images.page import reference_of, tables, write_page
 from benching.images.records import record_file, write_record
 from benching.images.sheet import draw_sheet, images_of
 from benching.images.study import Elsewhere, read_study
-from benching.images.tables import budget_table, equal_reward_table, tried_table
+from benching.images.tables import budget_table, equal_reward_table, tilt_table, tried_table
 from benching.images.work import Work
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,55 @@ def test_tables_say_what_the_records_say(tmp_path: Path) -> None:
     assert tried.splitlines()[2:] == ["| **a** | 20 | +0.20 | +0.10 |", "| b: loss is nan | - | - | - |"]
 
 
+def test_the_tilt_table_has_the_certificate_of_the_means_over_seeds(tmp_path: Path) -> None:
+    work = Work(study({"a": "adjoint_matching", "b": "draft"}), tmp_path, tmp_path)
+    put_base_scores(work)
+    frontier = read_frontier(work.study, work.base_scores)
+    assert frontier.rewards.mean() == pytest.approx(0)  # (score - mean) / std
+    near = make_curve([record(work, "a", (gain, 0.1), seed) for seed, gain in enumerate((0.4, 0.8))])
+    far = curve(work, "b", (0.2, 0.02))
+    lines = tilt_table([far, near], "20-s", frontier, 1.0).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [line[0] for line in cells] == ["*the tilt*", "*base*", "a", "b"]  # the nearest first
+    assert {len(line) for line in cells} == {10}
+    tilt, base, ours, _ = cells
+    assert tilt[1] == f"{frontier.tilt(1.0).kl.mean():.2f}"
+    assert tilt[3:] == ["-"] * 7
+    assert base[1:3] == ["0.00 [0.00, 0.00]", "+0.00 [+0.00, +0.00]"]
+    assert (base[4], base[5], base[7]) == ("0% [0%, 0%]", "-", "1.0 [1.0, 1.0]")
+    # A gain of .6 and a path KL of .4, against a headroom of about a half.
+    headroom = frontier.tilt(1.0).log_normaliser.mean()
+    assert ours[1].startswith("0.40 [")
+    assert ours[2].startswith(f"+{0.6 / frontier.rewards.std():.2f} [")
+    assert ours[3].startswith(f"{headroom - 0.2:.2f} [")
+    assert ours[4].startswith(f"{0.2 / headroom:.0%} [")
+    found = certificate_of(frontier, 1.0, *near.chain[:, :, near.marks.index("20-s")])
+    assert found.excess_kl is not None
+    assert ours[5] == found.excess_kl.text(".1f")
+
+
+def test_the_tilt_table_says_what_base_images_cannot_tell(tmp_path: Path) -> None:
+    work = Work(study({"a": "adjoint_matching"}), tmp_path, tmp_path)
+    put_base_scores(work)
+    frontier, high = read_frontier(work.study, work.base_scores), curve(work, "a", (9.0, 0.1))
+    lines = tilt_table([high], "20-s", frontier, 30.0).splitlines()
+    tilt, _, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    assert set(tilt[1:]) == {"-"}
+    assert ours[3:6] == ["-", "-", "-"]
+    assert ours[7] == "at least 16"
+
+
+def test_shares_of_the_judge_are_of_images_not_means_of_prompts_shares(tmp_path: Path) -> None:
+    work = Work(study({"a": "adjoint_matching"}), tmp_path, tmp_path)
+    made = curve(work, "a", (0.2, 0.1), seeds=2)
+    assert clean_share(made, "base").value == 0.5
+    assert clean_share(made, "20-s").value == pytest.approx(0.5)
+    right = [right_share(made, mark) for mark in ("base", "20-s")]
+    assert [each and each.value for each in right] == pytest.approx([1, 0.9])  # a prompt has no clean image
+    none = dataclasses.replace(made, judged=0 * made.judged)
+    assert right_share(none, "20-s") is None
+
+
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_the_page_has_the_tables_of_the_committed_records(file: Path) -> None:
     page = (ROOT / "docs/methods.md").read_text()
@@ -119,13 +169,19 @@ def test_the_page_has_a_place_for_every_table_of_a_study(file: Path, tmp_path: P
     for setting in work.study.settings:
         for seed in work.study.seeds:
             write_record(made_up(work, setting, seed), record_file(work.data, setting, seed))
+    with pytest.raises(ValueError, match=r"base-6-steps/certificate.json is missing"):
+        tables(file.stem, work)
+    put_base_scores(work)
     (tmp_path / "docs/images").mkdir(parents=True)
     page = tmp_path / "docs/methods.md"
     page.write_text((ROOT / "docs/methods.md").read_text())
     write_page(file.stem, work, page.parent)
-    for table in tables(file.stem, work).values():
+    found = tables(file.stem, work)
+    assert f"{file.stem}-{work.study.budget}-tilt" in found
+    for table in found.values():
         assert table in page.read_text()
     assert (page.parent / f"images/{file.stem}.png").exists()
+    assert (page.parent / f"images/{file.stem}_plane.png").exists()
 
 
 def test_a_reference_of_another_evaluation_is_refused(tmp_path: Path) -> None:
@@ -139,13 +195,16 @@ def test_a_reference_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     assert reference_of(dataclasses.replace(work, study=study({"a": "adjoint_matching"}))) == []
 
 
-def test_the_figure_is_drawn_large_enough_to_read(tmp_path: Path) -> None:
+def test_the_figures_are_drawn_large_enough_to_read(tmp_path: Path) -> None:
     work = Work(study({"a": "adjoint_matching", "b": "draft"}), tmp_path, tmp_path)
-    file = tmp_path / "figure.png"
-    draw([curve(work, "a", (0.8, 0.4)), curve(work, "b", (0.2, 0.02))], "seconds", file)
-    with Image.open(file) as image:
-        assert image.width > 1000
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    put_base_scores(work)
+    curves = [curve(work, "a", (0.8, 0.4)), curve(work, "b", (0.2, 0.02))]
+    draw(curves, "seconds", tmp_path / "figure.png")
+    draw_ways(curves, read_frontier(work.study, work.base_scores), tmp_path / "plane.png")
+    for name in ("figure", "plane"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width > 1000
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_the_sheet_has_a_row_for_each_setting_whose_pictures_are_there(tmp_path: Path) -> None:

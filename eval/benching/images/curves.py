@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from am_diffusers.evaluation.statistics import Array, Estimate, estimate
-from benching.images.records import Record, Snapshot
+from benching.images.records import Judged, Record, Snapshot
 
 Rows = NDArray[np.intp]
 BASE = "base"
@@ -48,6 +48,8 @@ class Curve:
         gains: gains of each reward, (S, M, P), in base standard deviations.
         roles: `trained` or `held-out` by reward.
         others: seconds, calls, iterations, diversity and Frechet distance, (5, S, M).
+        judged: shares of clean images, and of clean and right ones, (2, S, M, P).
+        chain: gain and path KL by the chain of the certificate, (2, S, M, its prompts).
     """
 
     setting: str
@@ -56,6 +58,8 @@ class Curve:
     gains: Mapping[str, Array]
     roles: Mapping[str, str]
     others: Array
+    judged: Array
+    chain: Array
 
     @property
     def seeds(self) -> int:
@@ -95,6 +99,8 @@ def make_curve(records: Sequence[Record]) -> Curve:
         for name in snapshots[0].rewards
     }
     base = (0, 0, 0, 1, 0.0)
+    judged = [[_judged(run[0].judged_base), *(_judged(each.judged) for each in run)] for run in runs]
+    chain = np.array([[(each.chain.gain, each.chain.path_kl) for each in run] for run in runs])
     others = np.array([[base, *map(_others, run)] for run in runs]).transpose(2, 0, 1)
     return Curve(
         setting=first.setting,
@@ -103,7 +109,13 @@ def make_curve(records: Sequence[Record]) -> Curve:
         gains={name: np.concatenate([0 * gain[:, :1], gain], axis=1) for name, gain in gains.items()},
         roles={name: reward.role for name, reward in snapshots[0].rewards.items()},
         others=others,
+        judged=np.array(judged).transpose(2, 0, 1, 3),
+        chain=np.concatenate([0 * chain[:, :1], chain], axis=1).transpose(2, 0, 1, 3),
     )
+
+
+def _judged(judged: Judged) -> tuple[list[float], list[float]]:
+    return judged.clean, judged.right
 
 
 def _others(snapshot: Snapshot) -> tuple[float, ...]:
@@ -114,6 +126,25 @@ def _others(snapshot: Snapshot) -> tuple[float, ...]:
 def gain_of(curve: Curve, reward: str, mark: str) -> Estimate:
     """Return the gain of one reward at a mark, mean over runs, its interval over prompts."""
     return estimate(np.mean, curve.gains[reward][:, curve.marks.index(mark)].mean(axis=0))
+
+
+def clean_share(curve: Curve, mark: str) -> Estimate:
+    """Return the share of images that are clean at a mark, its interval over prompts."""
+    clean, _ = _judged_at(curve, mark)
+    return estimate(np.mean, clean, span=(0, 1))
+
+
+def right_share(curve: Curve, mark: str) -> Estimate | None:
+    """Return the share of right ones among clean images at a mark; None if none is clean."""
+    clean, right = _judged_at(curve, mark)
+    if not clean.any():
+        return None
+    return estimate(lambda c, r, axis: r.sum(axis) / c.sum(axis), clean, right, span=(0, 1))
+
+
+def _judged_at(curve: Curve, mark: str) -> Array:
+    """Return the shares of each prompt, means over runs, (2, P)."""
+    return curve.judged[:, :, curve.marks.index(mark)].mean(axis=1)
 
 
 def where(places: Array, level: float) -> Place | None:

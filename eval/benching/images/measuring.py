@@ -1,15 +1,17 @@
 """Evaluation of a run's LoRAs by the parts of `evaluate.py`: the same prompts, noise and sampler for all."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from am_diffusers.evaluation.statistics import Estimate
+from am_diffusers.evaluation.statistics import Array, Estimate
+from am_diffusers.rewards.world import WorldClean, WorldRight
 from am_diffusers.system.processes import Processes
-from benching.images.records import Reward, Snapshot
+from benching.images.certifying import take_chains
+from benching.images.records import Chain, Judged, Reward, Snapshot
 from benching.images.study import Study, command_line
 from benching.images.training import Reached
 from evaluating.driver import make_images, take_measures
@@ -22,9 +24,11 @@ from evaluating.summary.results import Results
 from evaluating.summary.summarising import summarise
 from evaluating.summary.summary import CandidateSummary
 
+JUDGES = (WorldClean.name, WorldRight.name)
+
 
 def measure(
-    study: Study, run: str, reached: Sequence[Reached], folder: Path, evaluations: Path
+    study: Study, reached: Sequence[Reached], folder: Path, evaluations: Path, scores: Path
 ) -> list[Snapshot]:
     """Make and measure the images of every LoRA of a run; the base's are made once per study.
 
@@ -32,14 +36,14 @@ def measure(
 
     Args:
         study: study that says how to evaluate.
-        run: name of the run.
         reached: marks of the run.
-        folder: folder of the run.
+        folder: folder of the run, of its name.
         evaluations: folder of the images of all runs.
+        scores: folder of the scores of the base's images by the chain of the certificate.
     """
     for done in reached:
-        _forget(evaluations, f"{run}-{done.mark.name}")
-    loras = [f"{run}-{done.mark.name}={done.lora(folder)}" for done in reached]
+        _forget(evaluations, f"{folder.name}-{done.mark.name}")
+    loras = [f"{folder.name}-{done.mark.name}={done.lora(folder)}" for done in reached]
     plan = make_plan(parse([*_arguments(study), "--lora_path", *loras, "--output_dir", str(evaluations)]))
     options = plan.options
     store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side)
@@ -47,7 +51,7 @@ def measure(
     processes, chunks = Processes(Accelerator()), range(len(store.chunks))
     make_images(plan, store, chunks, processes)
     take_measures(plan, store, chunks, processes)
-    return snapshots(plan, collect(plan, store), reached)
+    return snapshots(plan, collect(plan, store), reached, take_chains(study, reached, folder, scores))
 
 
 def _forget(evaluations: Path, name: str) -> None:
@@ -63,20 +67,22 @@ def _arguments(study: Study) -> list[str]:
     return [
         *command_line({name: study.common[name] for name in model}),
         *("--prompts", options.prompts),
-        *("--rewards", *options.rewards),
+        *("--rewards", *options.rewards, *JUDGES),
         *("--num_inference_steps", str(steps), "--num_images_per_prompt", str(images)),
     ]
 
 
-def snapshots(plan: Plan, results: Results, reached: Sequence[Reached]) -> list[Snapshot]:
-    """Return the results of the evaluation at each mark."""
+def snapshots(
+    plan: Plan, results: Results, reached: Sequence[Reached], chains: Sequence[Chain]
+) -> list[Snapshot]:
+    """Return the results of the evaluation and the chain at each mark."""
     known = replace(results, trained=trained_rewards(plan.candidates))
     summary = summarise(known)
     tuned = [candidate for candidate in summary.candidates if candidate.against_base is not None]
-    return [_snapshot(known, candidate, done) for candidate, done in zip(tuned, reached, strict=True)]
+    return [_snapshot(known, *each) for each in zip(tuned, reached, chains, strict=True)]
 
 
-def _snapshot(results: Results, candidate: CandidateSummary, done: Reached) -> Snapshot:
+def _snapshot(results: Results, candidate: CandidateSummary, done: Reached, chain: Chain) -> Snapshot:
     against = candidate.against_base
     assert against is not None
     (kept,), (moved,) = against.diversity_kept.values(), against.frechet.values()
@@ -85,10 +91,19 @@ def _snapshot(results: Results, candidate: CandidateSummary, done: Reached) -> S
         seconds=done.seconds,
         calls=done.calls,
         iterations=done.iterations,
-        rewards={name: _reward(results, candidate, name) for name in against.rewards},
+        rewards={name: _reward(results, candidate, name) for name in against.rewards if name not in JUDGES},
         diversity_kept=kept,
         frechet=moved.halves - moved.floor,
+        judged=judged_shares(results.scores[candidate.key]),
+        judged_base=judged_shares(results.scores[against.base]),
+        chain=chain,
     )
+
+
+def judged_shares(scores: Mapping[str, Array]) -> Judged:
+    """Return the judge's answers by prompt from its scores of the images, (P, S) by name."""
+    clean, right = (scores[name] for name in JUDGES)
+    return Judged(clean.mean(axis=1).tolist(), (clean * right).mean(axis=1).tolist())
 
 
 def _reward(results: Results, candidate: CandidateSummary, name: str) -> Reward:

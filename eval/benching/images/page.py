@@ -5,10 +5,11 @@ from pathlib import Path
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.files import write_text
 from am_diffusers.system.text import replace_table, suggest
+from benching.images.certifying import read_frontier
 from benching.images.curves import Curve, make_curve
-from benching.images.figures import draw
+from benching.images.figures import draw, draw_ways
 from benching.images.sheet import draw_sheet, images_of
-from benching.images.tables import budget_table, equal_reward_table, tried_table
+from benching.images.tables import budget_table, equal_reward_table, tilt_table, tried_table
 from benching.images.work import Work, check_machines
 from evaluating.candidates import BASE
 
@@ -51,13 +52,13 @@ def tables(name: str, work: Work) -> dict[str, str]:
         return {}
     elsewhere = reference_of(work)
     every = [*curves, *elsewhere]
-    found = {
-        f"{name}-{mark.name}": budget_table(
-            [curve for curve in every if mark.name in curve.marks], mark.name, timed=timed
-        )
-        for mark in study.marks
-        if mark.name == study.budget or mark.calls is not None
-    }
+    frontier, scale = read_frontier(study, work.base_scores), study.evaluation.certificate.reward_scale
+    found: dict[str, str] = {}
+    for mark in study.marks:
+        if mark.name == study.budget or mark.calls is not None:
+            there = [curve for curve in every if mark.name in curve.marks]
+            found[f"{name}-{mark.name}"] = budget_table(there, mark.name, timed=timed)
+            found[f"{name}-{mark.name}-tilt"] = tilt_table(there, mark.name, frontier, scale)
     if len(curves) > 1:
         found[f"{name}-equal-reward"] = equal_reward_table(curves[0], curves[1:], timed=timed)
     for curve in elsewhere:
@@ -71,7 +72,7 @@ def tables(name: str, work: Work) -> dict[str, str]:
 
 
 def write_page(name: str, work: Work, docs: Path) -> None:
-    """Write a study's tables between their marks, draw its figure and, if its images are here, a sheet.
+    """Write a study's tables between their marks, draw its figures and, if its images are here, a sheet.
 
     Raises:
         ValueError: the page lacks the marks of a table.
@@ -84,13 +85,11 @@ def write_page(name: str, work: Work, docs: Path) -> None:
     curves = curves_of(work)
     if not curves:
         return
-    draw(
-        [*curves, *reference_of(work)],
-        "seconds" if work.study.timed else "calls",
-        docs / "images" / f"{name}.png",
-    )
-    images = images_of(work, [curve.setting for curve in curves])
-    if work.study.select == "best" and len(images) == len(curves) + 1:  # the base and all others
+    every, images = [*curves, *reference_of(work)], docs / "images"
+    draw(every, "seconds" if work.study.timed else "calls", images / f"{name}.png")
+    draw_ways(every, read_frontier(work.study, work.base_scores), images / f"{name}_plane.png")
+    there = images_of(work, [curve.setting for curve in curves])
+    if work.study.select == "best" and len(there) == len(curves) + 1:  # the base and all others
         prompts = load_texts(work.study.evaluation.prompts)
-        shown = [prompts[int(file.name.split("-")[0])] for file in images[BASE]]
-        draw_sheet(images, shown, docs / "images" / f"{name}_pictures.png")
+        shown = [prompts[int(file.name.split("-")[0])] for file in there[BASE]]
+        draw_sheet(there, shown, images / f"{name}_pictures.png")

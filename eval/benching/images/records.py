@@ -29,6 +29,32 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Answers of the embedded world's judge by prompt, (P,) each.
+
+    Attributes:
+        clean: share of the images that are clean.
+        right: share of the images that are clean and show what the prompt says.
+    """
+
+    clean: list[float]
+    right: list[float]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Images of a LoRA by the chain of the certificate, means of each of its prompts.
+
+    Attributes:
+        gain: trained reward less that of the base's images of the same noise, in the reward's units.
+        path_kl: KL divergence of the chain from the base's, in nats.
+    """
+
+    gain: list[float]
+    path_kl: list[float]
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Results of a LoRA at a mark.
 
@@ -41,6 +67,9 @@ class Snapshot:
         diversity_kept: mean pairwise distance of a prompt's images, tuned / base.
         frechet: squared Frechet distance to the base's images of other noise less that of the base itself:
             0 on average for an unchanged model.
+        judged: answers of the judge.
+        judged_base: answers of the judge on the base's images of the same noise.
+        chain: images by the chain of the certificate.
     """
 
     mark: str
@@ -50,6 +79,9 @@ class Snapshot:
     rewards: dict[str, Reward]
     diversity_kept: Estimate
     frechet: float
+    judged: Judged
+    judged_base: Judged
+    chain: Chain
 
     def gain(self, role: str) -> float:
         """Return the mean gain of the rewards of a role, in base standard deviations."""

@@ -11,9 +11,12 @@ from typing import ClassVar, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from am_diffusers.config import RewardConfig
+from am_diffusers.rewards import RewardScale
+
 STRICT = ConfigDict(extra="forbid")
 MOST_SETTINGS = 3
-Flag = bool | int | float | str | list[dict[str, str]]
+Flag = bool | int | float | str | list[dict[str, str | float]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,36 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """One sampler for all: the model's ODE without guidance.
+class CertificateOptions:
+    """One memoryless chain for all, whichever a method trains by.
 
     Attributes:
-        prompts: prompts of the images; none of them is trained on.
+        num_inference_steps: steps of the chain, the last one the base's.
+        num_prompts: number of the evaluation's prompts.
+        base_images: images of the base a prompt, at least 8, which tell what the tilt is.
+        images: images of a LoRA a prompt, at most as many.
+        reward_scale: scale of the tilt that all are compared with.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_inference_steps: int
+    num_prompts: int
+    base_images: int
+    images: int
+    reward_scale: float
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """One sampler for all, the model's ODE without guidance, and one chain.
+
+    Attributes:
+        prompts: prompts of the images, captions of the embedded world; none of them is trained on.
         rewards: trained and held-out.
         num_inference_steps: Euler steps.
         num_images_per_prompt: images per prompt, at least 2.
+        certificate: chain that tells the distance from the tilt.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -67,6 +92,7 @@ class EvaluationOptions:
     rewards: list[str]
     num_inference_steps: int
     num_images_per_prompt: int
+    certificate: CertificateOptions
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,12 @@ class Study:
     def timed(self) -> bool:
         """True if runs are compared by the time they take, so that their seconds mean something."""
         return any(mark.seconds is not None for mark in self.marks)
+
+    @property
+    def trained(self) -> dict[str, RewardScale]:
+        """Scales of the trained rewards in their sum, by name; they are the same for all settings."""
+        rewards = TypeAdapter(list[RewardConfig]).validate_python(self.common["rewards"])
+        return {each.name: RewardScale(each.weight, each.mean, each.std) for each in rewards}
 
     def flags(self, setting: str) -> dict[str, Flag]:
         """Return all flags of a setting."""

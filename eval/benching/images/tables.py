@@ -5,12 +5,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from am_diffusers.evaluation.certificate import Certificate
+from am_diffusers.evaluation.frontier import Frontier
 from am_diffusers.evaluation.statistics import Estimate
-from benching.images.curves import Curve, Place, gain_of
+from benching.images.certifying import certificate_of
+from benching.images.curves import BASE, Curve, Place, clean_share, gain_of, right_share
 from benching.images.equal_reward import at_equal_reward
 from benching.images.records import Record
 
 NONE = "-"
+TILT_HEADER = (
+    "setting",
+    "path KL",
+    "gain",
+    "tilt gap",
+    "attained",
+    "excess KL",
+    "cosine",
+    "best of n",
+    "clean",
+    "right",
+)
 
 
 def rows(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -51,6 +66,58 @@ def budget_table(curves: Sequence[Curve], mark: str, *, timed: bool) -> str:
     titles = [f"{name} ({curves[0].roles[name]})" for name in rewards]
     last = ["trained, range of seeds", "held-out, other seeds", "diversity", "Frechet"]
     return rows([*header, *titles, *last], cells)
+
+
+def tilt_table(curves: Sequence[Curve], mark: str, frontier: Frontier, scale: float) -> str:
+    """Return the table of how near each setting is to the tilt at one mark, the nearest first.
+
+    The tilt's own row and the base's come first; numbers that the base's images can't tell are missing.
+
+    Args:
+        curves: settings that have the mark.
+        mark: name of the mark.
+        frontier: scores of the base's images.
+        scale: reward_scale of the tilt.
+    """
+
+    def found(curve: Curve, at: str) -> Certificate:
+        return certificate_of(frontier, scale, *curve.chain[:, :, curve.marks.index(at)])
+
+    certificates = {curve.setting: found(curve, mark) for curve in curves}
+    base = found(curves[0], BASE)
+    lines = [_tilt_row(frontier, scale, base), _tilt_cells("*base*", curves[0], BASE, base, frontier)]
+    for curve in sorted(curves, key=lambda curve: -certificates[curve.setting].objective.value):
+        lines.append(_tilt_cells(curve.setting, curve, mark, certificates[curve.setting], frontier))
+    return rows(TILT_HEADER, lines)
+
+
+def _tilt_row(frontier: Frontier, scale: float, base: Certificate) -> list[str]:
+    """Return the cells of the tilt itself: its KL and gain."""
+    if base.predicted is None:
+        return ["*the tilt*", *[NONE] * (len(TILT_HEADER) - 1)]
+    found = [f"{frontier.tilt(scale).kl.mean():.2f}", _interval(base.predicted.scaled(1 / _unit(frontier)))]
+    return ["*the tilt*", *found, *[NONE] * (len(TILT_HEADER) - 1 - len(found))]
+
+
+def _tilt_cells(name: str, curve: Curve, mark: str, found: Certificate, frontier: Frontier) -> list[str]:
+    most = frontier.rewards.shape[1]
+    return [
+        name,
+        found.path_kl.text(".2f"),
+        _interval(found.gain.scaled(1 / _unit(frontier))),
+        _text(found.tilt_gap, ".2f"),
+        _text(found.attained, ".0%"),
+        _text(found.excess_kl, ".1f"),
+        _text(found.cosine, ".2f"),
+        f"at least {most}" if round(found.best_of_n.value, 1) >= most else found.best_of_n.text(".1f"),
+        clean_share(curve, mark).text(".0%"),
+        _text(right_share(curve, mark), ".0%"),
+    ]
+
+
+def _unit(frontier: Frontier) -> float:
+    """Return the standard deviation of the base's images."""
+    return float(frontier.rewards.std())
 
 
 def equal_reward_table(reference: Curve, others: Sequence[Curve], *, timed: bool) -> str:
@@ -94,6 +161,10 @@ def _interval(found: Estimate) -> str:
     if found.low is None or found.high is None:
         return _sign(found.value)
     return f"{_sign(found.value)} [{_sign(found.low)}, {_sign(found.high)}]"
+
+
+def _text(found: Estimate | None, form: str) -> str:
+    return NONE if found is None else found.text(form)
 
 
 def _ratio(found: Estimate) -> str:

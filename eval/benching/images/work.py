@@ -62,6 +62,11 @@ class Work:
         return read_record(file, self.declared(setting)) if file.exists() else None
 
     @property
+    def base_scores(self) -> Path:
+        """Folder of the base's scores by the chain of the certificate, kept with the records."""
+        return self.data / f"base-{self.study.evaluation.certificate.num_inference_steps}-steps"
+
+    @property
     def base_images(self) -> Path:
         """Folder of the base's images."""
         return self._images(Candidate(BASE, self.study.evaluation.num_inference_steps))
@@ -148,7 +153,8 @@ class Work:
         except IterationError as error:  # a result, too: other settings are still to be run
             failed = str(error)
         else:
-            snapshots = measure(self.study, folder.name, reached, folder, self.outputs / "evaluation")
+            evaluations = self.outputs / "evaluation"
+            snapshots = measure(self.study, reached, folder, evaluations, self.base_scores)
         declared, method = self.declared(setting), str(flags["method"])
         record = Record(setting, method, seed, declared, machine(), snapshots, failed)
         write_record(record, record_file(self.data, setting, seed))
