@@ -78,6 +78,7 @@ def draw_ways(curves: Sequence[Curve], frontier: Frontier, file: Path) -> None:
             _way(axes, place, curve.setting, path_kl, gain / unit)
         # From a few hundredths of a nat to hundreds: linear near 0, logarithmic beyond.
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=0)
         axes.set_ylabel(TRAINED)
         handles, labels = axes.get_legend_handles_labels()
