@@ -1,4 +1,4 @@
-"""What the judge of the embedded world says of an evaluation: are clean images right, and as different?
+"""The answers of the judge of the embedded world to an evaluation: right among clean images, and diversity.
 
 Spoilt images differ from each other by their defects, and some are beyond telling: object and background, and
 the diversity of a prompt's images, are compared among those images that are clean, of base and tuned model.

@@ -16,7 +16,7 @@ from am_diffusers.rewards import RewardScale
 
 STRICT = ConfigDict(extra="forbid")
 MOST_SETTINGS = 3
-Flag = bool | int | float | str | list[dict[str, str | float]]
+Flag = bool | int | float | str | list[dict[str, str | float]] | list[str]
 
 
 @dataclass(frozen=True)
