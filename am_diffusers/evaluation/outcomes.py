@@ -58,18 +58,20 @@ def outcomes(
         resamples: number of resamples of the bootstrap.
     """
 
-    def mean(values: Array) -> Estimate:
-        return estimate(np.mean, values, resamples=resamples)
+    def mean(values: Array, span: tuple[float, float] = (-np.inf, np.inf)) -> Estimate:
+        return estimate(np.mean, values, span=span, resamples=resamples)
 
     tilted, found = frontier.tilt(scale), {}
     for name, scores in tuned.items():
         base = frontier.scores[name]
         level = base.mean(axis=1) + (scores - base[:, : scores.shape[1]]).mean(axis=1)
         predicted = tilted.scores[name]
+        # No mean is beyond all scores: a share ends at 1.
+        span = float(min(base.min(), scores.min())), float(max(base.max(), scores.max()))
         found[name] = Outcome(
-            base=mean(base.mean(axis=1)),
-            tuned=mean(level),
-            predicted=mean(predicted) if known else None,
+            base=mean(base.mean(axis=1), span),
+            tuned=mean(level, span),
+            predicted=mean(predicted, span) if known else None,
             surplus=mean(level - predicted) if known else None,
         )
     return found

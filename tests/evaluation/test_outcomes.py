@@ -54,3 +54,16 @@ def test_nothing_is_predicted_where_the_base_images_cannot_tell():
     assert "tilt" not in found.outcomes["y"].text()
     assert found.to_dict()["outcomes"]["y"]["base"]["value"] == pytest.approx(y.mean())
     assert any(line.startswith("y by the chain of training:") for line in found.headline())
+
+
+def test_the_interval_of_a_share_ends_at_one():
+    rng = np.random.default_rng(2)
+    share = (rng.random((6, 16)) < 0.9).astype(float)
+    share[0] = 1
+    rewards = rng.normal(size=(6, 16))
+    found = outcomes(Frontier(rewards, {"share": share}), SCALE, {"share": np.ones((6, 8))}, known=True)[
+        "share"
+    ]
+    assert found.tuned.high == 1
+    assert found.predicted.high <= 1
+    assert found.surplus.high > 0, "a difference has no such end"
