@@ -11,8 +11,8 @@ def leaving_at_once(sharded: bool) -> Iterator[None]:
     """Leave the process at the end of the block, with its status, without taking the interpreter down.
 
     FSDP2 keeps the process group after `destroy_process_group`. Threads of gloo outlive it and may ask for
-    Python's lock while the interpreter ends, which aborts it: status -6, one process in ten on a loaded
-    machine (torch 2.14). What has to be written or finished must be so before the block ends.
+    Python's lock while the interpreter ends, which aborts it, now and then, with status -6 (torch 2.14). What
+    has to be written or finished must be so before the block ends.
 
     Args:
         sharded: whether weights are spread; if not, nothing happens here.
