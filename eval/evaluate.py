@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.processes import Processes, check_joined
 from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
@@ -49,4 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

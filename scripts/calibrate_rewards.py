@@ -32,6 +32,7 @@ from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import load_model, load_rewards
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import write_text
+from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.processes import Processes
 
 
@@ -99,4 +100,5 @@ def _write(output: Path, config: Config, prompts: list[str], scores: Mapping[str
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

@@ -41,8 +41,7 @@ def main() -> None:
         if accelerator.is_main_process:
             print(plan.describe() + redact(describe(plan, accelerator)), end="")
         return
-    with leaving_at_once(config.model.shard_weights):
-        tune(plan, accelerator)
+    tune(plan, accelerator)
 
 
 def tune(plan: Plan, accelerator: Accelerator) -> None:
@@ -77,4 +76,5 @@ def tune(plan: Plan, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

@@ -22,6 +22,7 @@ from am_diffusers.evaluation.scores import score_images
 from am_diffusers.evaluation.validation import Validation
 from am_diffusers.rewards import Brightness
 from am_diffusers.run.execution import Run
+from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.processes import Processes
 from analytic_pictures import PROMPTS, field, make_sampler, make_scorer
 
@@ -145,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

@@ -19,6 +19,7 @@ from am_diffusers.evaluation.images import Sampler
 from am_diffusers.evaluation.pairs import Scorer
 from am_diffusers.rewards import PickScore
 from am_diffusers.run.execution import Run
+from am_diffusers.system.leaving import leaving_at_once
 from finetune_runs import FINETUNE
 
 
@@ -66,7 +67,7 @@ def leave(config: str, output: str) -> list[object]:
     sys.argv = [str(FINETUNE), "--config", config, "--output_dir", output]
     started, message = time.monotonic(), "finished"
     try:
-        runpy.run_path(str(FINETUNE), run_name="__main__")
+        runpy.run_path(str(FINETUNE))["main"]()
     except SystemExit as error:
         message = str(error)
     return [message, time.monotonic() - started]
@@ -82,4 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

@@ -11,6 +11,7 @@ import sys
 
 from accelerate.state import PartialState
 
+from am_diffusers.system.leaving import leaving_at_once
 from finetune_runs import FINETUNE
 
 
@@ -20,9 +21,10 @@ def main() -> None:
     PartialState.destroy_process_group = lambda self, group=None: None  # pyright: ignore[reportAttributeAccessIssue]
     for config in configs:
         sys.argv = [str(FINETUNE), "--config", config]
-        runpy.run_path(str(FINETUNE), run_name="__main__")
+        runpy.run_path(str(FINETUNE))["main"]()
     leave(PartialState())
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_at_once():
+        main()

@@ -58,5 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with leaving_at_once(True):
+    with leaving_at_once():
         main()

@@ -1,5 +1,6 @@
-"""The end of a process whose weights were spread over several (FSDP2)."""
+"""The end of a process that worked with others."""
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -7,17 +8,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def leaving_at_once(sharded: bool) -> Iterator[None]:
-    """Leave the process at the end of the block, with its status, without taking the interpreter down.
+def leaving_at_once() -> Iterator[None]:
+    """Leave a joined process at the end of the block, with its status, without taking the interpreter down.
 
-    FSDP2 keeps the process group after `destroy_process_group`. Threads of gloo outlive it and may ask for
-    Python's lock while the interpreter ends, which aborts it, now and then, with status -6 (torch 2.14). What
-    has to be written or finished must be so before the block ends.
-
-    Args:
-        sharded: whether weights are spread; if not, nothing happens here.
+    Threads of gloo outlive the process group and may ask for Python's lock while the interpreter ends, which
+    aborts it, now and then, with status -6 (torch 2.14). Exit functions are called as ever. Nothing happens
+    in a process that works alone: the launcher tells each how many there are.
     """
-    if not sharded:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
     status: object = 0
@@ -25,9 +23,13 @@ def leaving_at_once(sharded: bool) -> Iterator[None]:
         yield
     except SystemExit as leave:
         status = leave.code
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
     if status is not None and not isinstance(status, int):  # as the interpreter does
         sys.stderr.write(f"{status}\n")
         status = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
