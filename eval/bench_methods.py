@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python eval/bench_methods.py [methods] [discretisation]
 
 A study's settings, budgets and seeds are declared in eval/benching/STUDY.yaml. Every run leaves a record in
-eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Nothing else may keep
-the machine busy: methods are compared by the time they take. On N cores N of these programs can share the
-work, each with one thread; every run is done by one of them.
+eval/benching/data/STUDY, which is committed, and is skipped when the record is there. Methods are
+compared by the processor's time that they take: the machine may do other work beside. On N cores N of these
+programs can share the work, each with one thread; every run is done by one of them.
 """
 
 import argparse

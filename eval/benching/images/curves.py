@@ -21,7 +21,7 @@ class Place(NamedTuple):
     Attributes:
         trained: mean gain of the trained rewards, in base standard deviations.
         held_out: mean gain of the held-out rewards.
-        seconds: seconds of training.
+        seconds: CPU seconds of training.
         calls: transformer calls, counted per sample.
         iterations: optimizer steps.
         diversity: share of the base's diversity that is kept.

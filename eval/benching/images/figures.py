@@ -34,7 +34,9 @@ def draw(curves: Sequence[Curve], spent: str, file: Path) -> None:
         figure = Figure(figsize=(11, 8.6), dpi=110, layout="constrained")
         axes = figure.subplots(2, 2).ravel()
         title = (
-            "seconds of training" if spent == "seconds" else "transformer calls, a sample each (thousands)"
+            "CPU seconds of training"
+            if spent == "seconds"
+            else "transformer calls, a sample each (thousands)"
         )
         unit = 1 if spent == "seconds" else 1000
         _panel(axes[0], curves, (lambda p: getattr(p, spent) / unit, _trained), (title, TRAINED))

@@ -60,7 +60,7 @@ class Snapshot:
 
     Attributes:
         mark: name of the mark.
-        seconds: seconds of training until then.
+        seconds: CPU seconds of training until then.
         calls: transformer calls until then, counted per sample.
         iterations: optimizer steps until then.
         rewards: rewards by name.

@@ -24,7 +24,7 @@ class Mark:
     """A point of a run at which its LoRA is kept and evaluated; one of the three is given.
 
     Attributes:
-        seconds: seconds of training; loading, saving and evaluating don't count.
+        seconds: CPU seconds of training; loading, saving and evaluating don't count.
         calls: transformer calls, with or without a backward pass, counted per sample.
         iterations: optimizer steps.
     """
