@@ -9,6 +9,7 @@ from am_diffusers.methods.efficient_adjoint_matching import EfficientAdjointMatc
 from am_diffusers.methods.flow_grpo import FlowGRPO
 from am_diffusers.methods.ram import RAM
 from am_diffusers.methods.refl import ReFL
+from am_diffusers.methods.reward_weighted_matching import RewardWeightedMatching
 
 DEFAULT_METHOD = "adjoint_matching"
 
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "efficient_adjoint_matching": EfficientAdjointMatching,
     "deterministic_adjoint_matching": DeterministicAdjointMatching,
     "ram": RAM,
+    "reward_weighted_matching": RewardWeightedMatching,
     "draft": DRaFT,
     "refl": ReFL,
     "flow_grpo": FlowGRPO,

@@ -182,6 +182,7 @@ RELATIVES = {
     "flow_grpo": {"samples_per_prompt": 2, "grpo_passes": 2},
     "ram": {"samples_per_prompt": 2},
     "refl": {"refl_last_steps": 1},
+    "reward_weighted_matching": {"samples_per_prompt": 2},
 }
 
 

@@ -38,15 +38,20 @@ def aim(config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_adjoint_matching_claims_the_tilt(config, method):
+def test_the_tilt_is_claimed_by_methods_whose_optimum_it_is(config, method):
     text = aim(config(method))
-    assert text.startswith(CLAIM) == (method in STOCHASTIC)
+    claims = method in (*STOCHASTIC, "reward_weighted_matching")
+    assert text.startswith(CLAIM) == claims
     assert text.startswith("4 iterations of 4 images ")
-    assert METHODS[method].aims_at_tilt == (method in STOCHASTIC)
+    assert METHODS[method].aims_at_tilt == claims
     if method in STOCHASTIC:
         assert text == f"{CLAIM}."
         masked = f"{CLAIM}, less as the worst rows are left out (mask_quantile 0.9)."
         assert aim(config(method, mask_quantile=0.9)) == masked
+    elif claims:
+        assert text == f"{CLAIM}."
+        early = f"{CLAIM}, as far as the reward is decided above noise level 0.4."
+        assert aim(config(method, rwm_sigma_min=0.4)) == early
     elif method in OTHER_LAWS:
         assert "p_base" not in text
     else:
@@ -86,6 +91,7 @@ def test_another_divergence_has_another_law(config):
         ("flow_grpo", {"rollout_guidance_scale": 2.0}, "guidance 2 everywhere"),
         ("ram", {"advantages": "normalised"}, "rewards are divided by their deviation within a prompt"),
         ("ram", {"rollout_guidance_scale": 2.0}, "guidance 2 in the rollout alone"),
+        ("reward_weighted_matching", {"rollout_guidance_scale": 2.0}, "guidance 2 everywhere"),
     ],
 )
 def test_values_aim_at_a_law_with_centred_advantages_a_kl_and_no_guidance(config, method, changes, reason):

@@ -51,6 +51,7 @@ ROWS = [
     Row("efficient_adjoint_matching", {"eam_ode_steps": 6, "eam_score": "renoised"} | CLIPPED, "renoised"),
     Row("deterministic_adjoint_matching", {"truncate_steps": 3} | MASKED | CLIPPED),
     Row("ram", {"ram_noises": 3}),
+    Row("reward_weighted_matching", {"rwm_noises": 3, "rwm_sigma_min": 0.3}),
     Row("draft", {"draft_steps": 2, "rollout_sampler": "memoryless_local_linear"}),
     Row("refl", {"rollout_sampler": "memoryless_local_linear", "refl_last_steps": 3}),
     Row("flow_grpo", {"loss_steps": 2, "grpo_passes": 2}),

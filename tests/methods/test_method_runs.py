@@ -23,6 +23,7 @@ OWN = {
     "flow_grpo": {"samples_per_prompt": 2, "grpo_passes": 2},
     "ram": {"samples_per_prompt": 2},
     "refl": {"refl_last_steps": 3},
+    "reward_weighted_matching": {"samples_per_prompt": 2, "rwm_noises": 2},
 }
 WITH_TWO_PROCESSES = [name for name in OWN if name != "adjoint_matching"]  # in test_scripts.py
 SHORT = {

@@ -26,6 +26,7 @@ EFFICIENT = {"method": "efficient_adjoint_matching", "num_inference_steps": 20, 
 DETERMINISTIC = {"method": "deterministic_adjoint_matching", "mask_quantile": None}
 GRPO = {"method": "flow_grpo", "samples_per_prompt": 2}
 RAM = {"method": "ram", "samples_per_prompt": 2}
+WEIGHTED = {"method": "reward_weighted_matching", "samples_per_prompt": 2}
 SHORT = {
     "rewards": [{"name": "brightness"}],
     "eval_prompts": None,
@@ -73,6 +74,8 @@ def config_of(folder, **changes):
         (EFFICIENT, {POLICY: 3, SWEEP: 1, TRAINED: 4}, 4, 1),
         (EFFICIENT | {"eam_score": "renoised", "eam_rows": 2}, {POLICY: 3, BASE: 1, TRAINED: 2}, 2, 1),
         (RAM | {"ram_noises": 3}, {POLICY: 8 + 3, BASE: 3, TRAINED: 3}, 3, 1),
+        (WEIGHTED | {"rwm_noises": 3}, {BASE: 8 + 3, TRAINED: 3}, 3, 1),
+        (WEIGHTED | {"rwm_noises": 1} | GUIDED, {BASE: 2 * (8 + 1), TRAINED: 2}, 1, 1),
         ({"method": "draft", "draft_steps": 2} | GUIDED, {POLICY: 2 * 6, TRAINED: 2 * 2}, 1, 1),
         ({"method": "refl", "refl_last_steps": 1}, {POLICY: 7, TRAINED: 1}, 1, 1),
         (GRPO | {"grpo_passes": 2}, {POLICY: 7 / 2, BASE: (7 + 1) / 2, TRAINED: 7}, 7, 2),
@@ -166,6 +169,7 @@ CASES = {
     "flow_grpo": [GRPO | {"grpo_passes": 2}, GRPO | {"loss_steps": 2} | GUIDED],
     "ram": [RAM | GUIDED],
     "refl": [{"method": "refl", "refl_last_steps": 1}],
+    "reward_weighted_matching": [WEIGHTED | GUIDED],
 }
 """Settings of each method whose calls are the same in every period."""
 

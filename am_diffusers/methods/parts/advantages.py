@@ -28,6 +28,8 @@ STD_FLOOR = 1e-4
 """Added to the deviation of a prompt's rewards, as in the published code: equal rewards have no advantage."""
 SMALL_GROUP = 8
 """Samples of a prompt below which normalised advantages are far from (r - mean) / std of the policy's law."""
+LEAST_WEIGHT = 0.01
+"""Weight that every sample of a group has at least: a smaller one changes a mean by less."""
 Kind = Literal["centred", "normalised"]
 
 
@@ -86,11 +88,7 @@ class Advantages:
             raise ValueError(
                 f"reward_scale must be > 0 (rewards are higher-is-better), got {self.reward_scale}"
             )
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                "this method compares samples of a prompt: set samples_per_prompt to 2 or more, got "
-                f"{self.samples_per_prompt}"
-            )
+        _check_group(self.samples_per_prompt)
         if self.kind not in ("centred", "normalised"):
             raise ValueError(f"advantages must be centred or normalised, got {self.kind!r}")
 
@@ -101,18 +99,45 @@ class Advantages:
             ValueError: if B is no multiple of G, or the prompts of a group differ.
         """
         size = self.samples_per_prompt
-        groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        if len(rewards) % size or any(len(set(group)) > 1 for group in groups):
-            raise ValueError(
-                f"expected groups of {size} neighbouring samples that share a prompt, got {list(prompts)}"
-            )
-        grouped = rewards.reshape(-1, size)
+        grouped = _grouped(rewards, prompts, size)
         offsets = grouped - grouped.mean(1, keepdim=True)
         if self.kind == "centred":
             offsets = offsets * (size / (size - 1))
         else:
             offsets = offsets / (grouped.std(1, correction=0, keepdim=True) + STD_FLOOR)
         return self.reward_scale * offsets.flatten()
+
+
+def group_weights(exponents: Tensor, prompts: Sequence[str], size: int) -> Tensor:
+    """Weights exp(exponent) over the mean of those of the group, at least `LEAST_WEIGHT`, (B,).
+
+    Args:
+        exponents: logarithms of the weights up to a constant of each prompt, (B,).
+        prompts: B prompts, those of `size` neighbours the same.
+        size: samples of a group, at least 2.
+
+    Raises:
+        ValueError: if `size` is less than 2, B no multiple of it, or the prompts of a group differ.
+    """
+    _check_group(size)
+    shares = _grouped(exponents, prompts, size).softmax(1)
+    return (size * shares).clamp(min=LEAST_WEIGHT).flatten()
+
+
+def _check_group(size: int) -> None:
+    if size < 2:
+        raise ValueError(
+            f"this method compares samples of a prompt: set samples_per_prompt to 2 or more, got {size}"
+        )
+
+
+def _grouped(values: Tensor, prompts: Sequence[str], size: int) -> Tensor:
+    groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    if len(values) % size or any(len(set(group)) > 1 for group in groups):
+        raise ValueError(
+            f"expected groups of {size} neighbouring samples that share a prompt, got {list(prompts)}"
+        )
+    return values.reshape(-1, size)
 
 
 def few_for_normalised(kind: Kind, group: int) -> list[str]:

@@ -59,6 +59,20 @@ def to_first_order(
     return f" towards a law that is {tilt(shared.scale / kl_weight)} to first order in the exponent only"
 
 
+def by_weights(shared: SharedSettings, sigma_min: float) -> str:
+    """Say what a method aims at that weighs images of the base.
+
+    Args:
+        shared: flags of the run.
+        sigma_min: noise level below which nothing is learned.
+    """
+    reasons = guided(shared, everywhere=True)
+    if reasons:
+        return nowhere(shared, reasons)
+    early = f", as far as the reward is decided above noise level {sigma_min:g}" if sigma_min > 0 else ""
+    return f" towards {tilt(shared.scale)}{early}"
+
+
 def elsewhere(shared: SharedSettings, law: str) -> str:
     """Say that a method aims at another law."""
     return f" with reward scale {shared.scale:g}, {law}"

@@ -152,6 +152,12 @@ VARIANTS: dict[str, Variant] = {
         schedule=_FROM_THE_TILT,
     ),
     "ram": Variant("RAM", "ram", _GROUPS, schedule=_RAM),
+    "reward_weighted": Variant(
+        "Reward-weighted matching",
+        "reward_weighted_matching",
+        _GROUPS | {"num_inference_steps": 20},
+        schedule=_RAM,
+    ),
     "flow_grpo": Variant("Flow-GRPO", "flow_grpo", _GROUPS | {"num_inference_steps": 10}, schedule=_VALUES),
     "deterministic_am": Variant("Deterministic AM", "deterministic_adjoint_matching", _UNMASKED),
     "draft_1_stopped": Variant("DRaFT-1, stopped at the tilt's reward", "draft", schedule=_TO_THE_TILT),
