@@ -24,9 +24,12 @@ def write(folder, suffix):
         path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     elif suffix == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
+    elif suffix == "tsv":
+        lines = ["id\ttext", *(f"{row['id']}\t{row['text']}" for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
     else:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["id", "text"], delimiter="\t" if suffix == "tsv" else ",")
+            writer = csv.DictWriter(file, ["id", "text"])
             writer.writeheader()
             writer.writerows(rows)
     return str(path)
