@@ -49,9 +49,7 @@ def check_texts(source: str, column: Iterable[object]) -> list[str]:
     prompts = [value.strip() if isinstance(value, str) else "" for value in column]
     if not prompts:
         raise ValueError(f"prompts {source}: no prompt in it")
-    half = next((row for row, prompt in enumerate(prompts) if not is_unicode(prompt)), None)
-    if half is not None:
-        raise ValueError(f"prompts {source}: {half_a_character(half)}")
+    check_unicode(source, prompts)
     blank = [row for row, prompt in enumerate(prompts) if not prompt]
     if blank:
         raise ValueError(
@@ -59,6 +57,17 @@ def check_texts(source: str, column: Iterable[object]) -> list[str]:
             "remove them"
         )
     return prompts
+
+
+def check_unicode(source: str, texts: Iterable[str]) -> None:
+    """Check that texts are of whole characters.
+
+    Raises:
+        ValueError: names the source and the row.
+    """
+    for row, text in enumerate(texts):
+        if not is_unicode(text):
+            raise ValueError(f"prompts {source}: {half_a_character(row)}")
 
 
 def half_a_character(row: int) -> str:

@@ -139,6 +139,7 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
         (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
         (["--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--validation_prompts", '["a fox", "half \\ud83d"]'], "--validation_prompts must be of whole char"),
         (["--num_validation_prompts", "0"], "--num_validation_prompts must be at least 1"),
         (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
