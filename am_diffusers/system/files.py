@@ -90,19 +90,24 @@ def read_lines(file: Path) -> list[dict[str, float]]:
     if not file.exists():
         return []
     text = file.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def keep_lines(file: Path, before: int) -> None:
     """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
     kept = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
         try:
             if json.loads(line)["iteration"] < before:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             break  # cut short
     write_text(file, "".join(kept))
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Tell if a file below a folder is hidden, as what systems leave there: .DS_Store, ._x.png, .nfs0012."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def sha256(file: Path) -> str:
