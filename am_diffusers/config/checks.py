@@ -19,7 +19,6 @@ from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.ranges import Check
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
-from am_diffusers.system.text import is_unicode
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
@@ -140,9 +139,7 @@ def _is_size(value: MicroBatch | None) -> bool:
 
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:
-    whole = all(map(is_unicode, c.validation_prompts))
     return [
-        (whole, "validation_prompts", "of whole characters, without half of an emoji"),
         (c.num_validation_prompts >= 1, "num_validation_prompts", "at least 1"),
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),

@@ -4,7 +4,6 @@ Lines end by \n or \r\n and by nothing else. A csv file is quoted as RFC 4180 sa
 are published, has no quoting: quotation marks belong to the text.
 """
 
-import codecs
 import csv
 import io
 import json
@@ -12,15 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from am_diffusers.prompts.rows import half_a_character
+from am_diffusers.system.files import read_utf8
 from am_diffusers.system.text import is_unicode
 
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-"""Encodings by the bytes a file begins with; UTF-32 first, which begins as UTF-16 does."""
 LONE_RETURN = r"a carriage return alone is no line end: end lines by \n or \r\n"
 
 
@@ -30,27 +23,11 @@ def read_rows(path: Path) -> list[object]:
     Raises:
         OSError, ValueError: it can't be read; names the row, counted from 0, and the line, counted from 1.
     """
-    rows = _READERS[path.suffix](_decoded(path.read_bytes()))
+    rows = _READERS[path.suffix](read_utf8(path))
     for number, row in enumerate(rows):
         if not is_unicode(json.dumps(row, ensure_ascii=False)):
             raise ValueError(half_a_character(number))
     return rows
-
-
-def _decoded(content: bytes) -> str:
-    name = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
-    if name is not None:
-        raise ValueError(f"it is {name}: save it as UTF-8, for example by `iconv -f {name} -t UTF-8`")
-    content = content.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise ValueError(f"line {line} isn't UTF-8 (byte {byte:#04x}): save the file as UTF-8") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"line {line} holds a NUL character, as UTF-16 does: save the file as UTF-8")
-    return text
 
 
 def _lines(text: str) -> list[str]:

@@ -112,7 +112,7 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes)
 
     Args:
         checkpoints: checkpoints of the output folder.
-        wanted: `latest`, or a checkpoint: its path, or its name in the output folder.
+        wanted: `latest`, or the path of a checkpoint, or its name in the output folder.
         processes: processes of the run, of which the main one looks.
 
     Raises:

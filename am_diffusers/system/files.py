@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever is killed: written under another name, then renamed."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -13,6 +14,14 @@ from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The package's own models, prompts and images."""
+
+# Encodings by the bytes a file begins with; UTF-32 first, which begins as UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class StorageError(ValueError):
@@ -80,6 +89,28 @@ def write_image(file: Path, image: Image.Image) -> None:
 def write_lines(file: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Write a JSON-lines file, whole or not at all; NaN and infinity are refused."""
     write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def read_utf8(file: Path) -> str:
+    """Read a UTF-8 text with its line ends as they are, without a byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding: names it, or the line, counted from 1.
+    """
+    content = file.read_bytes()
+    name = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+    if name is not None:
+        raise ValueError(f"it is {name}: save it as UTF-8, for example by `iconv -f {name} -t UTF-8`")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise ValueError(f"line {line} isn't UTF-8 (byte {byte:#04x}): save the file as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"line {line} holds a NUL character, as UTF-16 does: save the file as UTF-8")
+    return text
 
 
 def read_lines(file: Path) -> list[dict[str, float]]:

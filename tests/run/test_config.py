@@ -139,7 +139,6 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
         (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
         (["--lr_warmup_steps", "5"], "constant_with_warmup"),
-        (["--validation_prompts", '["a fox", "half \\ud83d"]'], "--validation_prompts must be of whole char"),
         (["--num_validation_prompts", "0"], "--num_validation_prompts must be at least 1"),
         (["--loss_micro_batch_size", "0", "--rank", "0"], "rank(.|\n)*loss_micro_batch_size"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
@@ -164,6 +163,13 @@ def test_flags_that_only_the_method_can_judge_are_refused_by_the_plan(minimal, e
     with pytest.raises(ValueError, match=message) as caught:
         make_plan(config, 1)
     assert len(str(caught.value).splitlines()) < 12
+
+
+def test_a_config_that_is_not_utf8_is_named(minimal, tmp_path):
+    file = tmp_path / "notepad.yaml"
+    file.write_bytes("rank: 4\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=f"--config {file}: it is UTF-16: save it as UTF-8"):
+        parse_config([*minimal, "--config", str(file)])
 
 
 def test_unknown_yaml_key_names_the_nearest(minimal, tmp_path):
