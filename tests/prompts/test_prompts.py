@@ -70,6 +70,12 @@ def test_published_prompt_sets(name, column, count):
     assert len(load_texts(str(SHARED / name), column=column)) == count
 
 
+@pytest.mark.skipif(not SHARED.exists(), reason="evaluation prompt sets lie outside the repository")
+def test_the_prompt_of_partiprompts_that_begins_with_a_quote_keeps_it():
+    prompts = load_texts(str(SHARED / "partiprompts.tsv"), column="Prompt")
+    assert [prompt[:13] for prompt in prompts if prompt.startswith('"')] == ['"G I G G L E"']
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
 def test_missing_column_names_the_known_ones(tmp_path, suffix):
     with pytest.raises(ValueError, match="no column 'prompt'; it has 'id', 'text'"):
