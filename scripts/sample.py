@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,6 +23,7 @@ def main() -> None:
     options = parse()
     try:
         prompts = options.prompts or load_texts(options.prompt_file)
+        check_unicode("--prompts", prompts)
         source = Pretrained(options.model, options.revision, options.variant)
         pipe = load(source, options)
     except ValueError as error:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_diffusers.rewards import WorldClean, WorldRight
-from evaluating.store import read_image
+from evaluating.image_files import read_image
 
 SCRIPT = Path(__file__).parents[1] / "scripts/assets/compose_images.py"
 CAPTIONS = [

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from am_diffusers.config import Config, RewardConfig, section_types
 from am_diffusers.config.checks import check_belonging, check_values
 from am_diffusers.methods import METHODS
+from am_diffusers.system.files import read_utf8
 from am_diffusers.system.text import nearest, redact_values
 
 REWARD_LISTS = ("rewards", "eval_rewards")
@@ -180,9 +181,11 @@ def _lists_set_by(flag: str, value: str) -> list[str]:
     if flag != "--config":
         return [name for name in REWARD_LISTS if flag == f"--{name}"]
     try:
-        keys = yaml.safe_load(Path(value).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        keys = yaml.safe_load(read_utf8(Path(value)))
+    except (OSError, yaml.YAMLError):
         return []  # the parser says what is wrong with it
+    except ValueError as error:
+        raise ValueError(f"--config {value}: {error}") from error
     return [name for name in REWARD_LISTS if isinstance(keys, dict) and name in keys]
 
 

@@ -45,7 +45,7 @@ class CheckpointConfig:
             the run is stopped by SIGTERM, SIGINT or SIGUSR1.
         checkpoints_total_limit: checkpoints to keep, the oldest go first; null = all.
         resume_from_checkpoint: latest = the newest in output_dir that is sound, else a fresh start; or
-            the path of a checkpoint.
+            the path of a checkpoint, or its name in output_dir.
         allow_config_change: resume although settings differ that change what is trained; the differences are
             printed. Rows that a method keeps (a buffer, grpo_passes) are dropped if reward, reward_scale,
             train_batch_size, the prompts or another setting that they were made with differs; thresholds of

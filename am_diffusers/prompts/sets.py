@@ -4,17 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from am_diffusers.prompts.files import (
-    UNREADABLE,
-    Rows,
-    check_texts,
-    columns_of,
-    no_column,
-    open_rows,
-    plain_rows,
-    values,
-)
+from am_diffusers.prompts.files import UNREADABLE, open_rows
 from am_diffusers.prompts.presets import is_preset, preset_files
+from am_diffusers.prompts.rows import Rows, check_texts, columns_of, no_column, plain_rows, values
 from am_diffusers.system.files import asset_path
 
 # What published prompt sets call their columns; found whatever their case, the first that is there.

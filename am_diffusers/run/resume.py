@@ -112,7 +112,7 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes)
 
     Args:
         checkpoints: checkpoints of the output folder.
-        wanted: `latest`, or the path of a checkpoint.
+        wanted: `latest`, or the path of a checkpoint, or its name in the output folder.
         processes: processes of the run, of which the main one looks.
 
     Raises:
@@ -120,7 +120,7 @@ def find_checkpoint(checkpoints: Checkpoints, wanted: str, processes: Processes)
             beside it would be mistaken for this run's.
     """
     return processes.from_main(
-        lambda: _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, Path(wanted))
+        lambda: _latest(checkpoints) if wanted == "latest" else _explicit(checkpoints, wanted)
     )
 
 
@@ -134,10 +134,13 @@ def _latest(checkpoints: Checkpoints) -> Path | None:
     return latest
 
 
-def _explicit(checkpoints: Checkpoints, path: Path) -> Path:
-    if not path.is_dir():
+def _explicit(checkpoints: Checkpoints, wanted: str) -> Path:
+    places = (Path(wanted), checkpoints.folder / wanted)
+    path = next((place for place in places if place.is_dir()), None)
+    if path is None:
         raise CheckpointError(
-            f"--resume_from_checkpoint {path}: no such folder; pass latest, or a checkpoint-NUMBER folder"
+            f"--resume_from_checkpoint {wanted}: no such folder, nor one in {checkpoints.folder}; pass "
+            "latest, or a checkpoint-NUMBER folder"
         )
     verify(path)
     newer = [p for p in checkpoints.list() if iteration_of(p) > iteration_of(path)]

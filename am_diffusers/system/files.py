@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever is killed: written under another name, then renamed."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -13,6 +14,14 @@ from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The package's own models, prompts and images."""
+
+# Encodings by the bytes a file begins with; UTF-32 first, which begins as UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class StorageError(ValueError):
@@ -82,6 +91,28 @@ def write_lines(file: Path, lines: Iterable[Mapping[str, object]]) -> None:
     write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
+def read_utf8(file: Path) -> str:
+    """Read a UTF-8 text with its line ends as they are, without a byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding: names it, or the line, counted from 1.
+    """
+    content = file.read_bytes()
+    name = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+    if name is not None:
+        raise ValueError(f"it is {name}: save it as UTF-8, for example by `iconv -f {name} -t UTF-8`")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise ValueError(f"line {line} isn't UTF-8 (byte {byte:#04x}): save the file as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"line {line} holds a NUL character, as UTF-16 does: save the file as UTF-8")
+    return text
+
+
 def read_lines(file: Path) -> list[dict[str, float]]:
     """Read a metrics.jsonl or validation.jsonl: its lines, each with its iteration; none without the file.
 
@@ -90,19 +121,24 @@ def read_lines(file: Path) -> list[dict[str, float]]:
     if not file.exists():
         return []
     text = file.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def keep_lines(file: Path, before: int) -> None:
     """Drop the lines of a JSON-lines file from iteration `before` on, and one that a kill cut short."""
     kept = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
         try:
             if json.loads(line)["iteration"] < before:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             break  # cut short
     write_text(file, "".join(kept))
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Tell if a file below a folder is hidden, as what systems leave there: .DS_Store, ._x.png, .nfs0012."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def sha256(file: Path) -> str:

@@ -87,6 +87,15 @@ def _write_redacted(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
+def is_unicode(text: str) -> bool:
+    """Tell if a text can be written as UTF-8: it has no lone surrogate, half of an emoji for instance."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def escape_markdown(text: str) -> str:
     """Return `text` on one line that Markdown and HTML show as it is."""
     plain = html.escape(" ".join(text.split()), quote=False)

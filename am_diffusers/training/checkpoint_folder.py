@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from am_diffusers.system.files import sha256
+from am_diffusers.system.files import is_hidden, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def iteration_of(path: Path) -> int:
 def seal(folder: Path, iteration: int) -> None:
     """Flush the files of `folder` to the disk and write their manifest."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in _own_files(folder):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     text = json.dumps({"format": FORMAT, "iteration": iteration, "files": files}, indent=1)
@@ -177,7 +177,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: format {version}, this version reads format {FORMAT}")
     if number != iteration_of(folder):
         raise CheckpointError(f"{folder} holds iteration {number}: it was renamed")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+    present = {path.relative_to(folder).as_posix() for path in _own_files(folder)} - {MANIFEST}
     for name in sorted(present - set(files)):
         raise CheckpointError(f"{folder / name} does not belong to this checkpoint: remove it")
     for name, expected in sorted(files.items()):
@@ -188,6 +188,11 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
         if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} was changed: its sha256 is not the manifest's")
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Return what isn't a folder, but for hidden files: systems leave them there, and none is ever read."""
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() and not is_hidden(path, folder))
 
 
 def _flush(path: Path) -> None:

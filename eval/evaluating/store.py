@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -210,17 +209,3 @@ def read_about(image: Image.Image) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"no text {TEXT!r} in it: made by something else")
     return json.loads(text)
-
-
-def read_image(file: Path) -> Tensor:
-    """Read an image file as RGB (3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: if it can't be read.
-    """
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float32)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is no image that can be read: {error}") from error
-    return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()

@@ -159,7 +159,7 @@ def test_a_prompt_without_category(tmp_path):
         ("p.csv", DRAWBENCH, {"category_columns": ["tag"]}, "no column 'tag'; it has 'Category', 'Prompts'"),
         ("p.txt", "a\n", {"category_columns": ["tag"]}, "no column 'tag': it is a list of texts"),
         ("p.txt", "a\n", {"column": "prompt"}, "no column 'prompt': it is a list of texts"),
-        ("p.csv", "prompt,tag\na cat, two dogs,t\n", {}, r"1 rows have more cells .*\(first: row 0"),
+        ("p.csv", "prompt,tag\na cat, two dogs,t\n", {}, r"row 0, .*: 3 cells, the header has 2"),
         ("p.csv", "prompt,tag\na,t\n ,t\n", {}, r"1 rows hold no text \(first: row 1"),
         ("p.jsonl", '{"prompt": "a"}\n{"tag": "b"}\n', {}, r"1 rows hold no text \(first: row 1"),
         ("p.json", '{"prompt": "a"}', {}, "list of strings or of objects"),

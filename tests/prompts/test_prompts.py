@@ -24,9 +24,12 @@ def write(folder, suffix):
         path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     elif suffix == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
+    elif suffix == "tsv":
+        lines = ["id\ttext", *(f"{row['id']}\t{row['text']}" for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
     else:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["id", "text"], delimiter="\t" if suffix == "tsv" else ",")
+            writer = csv.DictWriter(file, ["id", "text"])
             writer.writeheader()
             writer.writerows(rows)
     return str(path)
@@ -65,6 +68,12 @@ def test_json_list_of_strings(tmp_path):
 )
 def test_published_prompt_sets(name, column, count):
     assert len(load_texts(str(SHARED / name), column=column)) == count
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="evaluation prompt sets lie outside the repository")
+def test_the_prompt_of_partiprompts_that_begins_with_a_quote_keeps_it():
+    prompts = load_texts(str(SHARED / "partiprompts.tsv"), column="Prompt")
+    assert [prompt[:13] for prompt in prompts if prompt.startswith('"')] == ['"G I G G L E"']
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])

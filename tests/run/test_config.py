@@ -165,6 +165,13 @@ def test_flags_that_only_the_method_can_judge_are_refused_by_the_plan(minimal, e
     assert len(str(caught.value).splitlines()) < 12
 
 
+def test_a_config_that_is_not_utf8_is_named(minimal, tmp_path):
+    file = tmp_path / "notepad.yaml"
+    file.write_bytes("rank: 4\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=f"--config {file}: it is UTF-16: save it as UTF-8"):
+        parse_config([*minimal, "--config", str(file)])
+
+
 def test_unknown_yaml_key_names_the_nearest(minimal, tmp_path):
     (tmp_path / "typo.yaml").write_text("reward_scal: 3\n")
     with pytest.raises(ValueError, match="'reward_scal': did you mean 'reward_scale'"):

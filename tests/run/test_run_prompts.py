@@ -1,6 +1,9 @@
 """The prompt lists of a run: published sets by name, and prompts that are in both lists."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from am_diffusers.run.build import warn
 from am_diffusers.run.plan import make_plan
 from finetune_runs import tiny_config
 
+SAMPLE = Path(__file__).parents[2] / "scripts/sample.py"
 PIXELS = {"rewards": [{"name": "brightness"}], "eval_rewards": [{"name": "jpeg_size"}]}
 
 
@@ -46,3 +50,11 @@ def test_published_sets_are_trained_and_evaluated_on_by_name(tiny_sd3_dir, tmp_p
     wrong = ["--config", str(path), "--train_prompts_split", "validation"]
     with pytest.raises(ValueError, match="a preset is one split, got 'validation'"):
         make_plan(parse_config(wrong), 1)
+
+
+def test_half_of_a_character_on_the_command_line_is_named_before_a_model_is_loaded(tmp_path):
+    call = [sys.executable, str(SAMPLE), "--model", str(tmp_path / "nowhere"), "--prompts", "a fox"]
+    done = subprocess.run([*call, b"half \xed\xa0\xbd"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: prompts --prompts: row 1, counted from 0: half of a character")
+    assert len(done.stderr.splitlines()) == 1

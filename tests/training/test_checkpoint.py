@@ -59,6 +59,20 @@ def test_damage_is_refused_by_name_and_the_one_before_is_taken(checkpoints, capl
     assert "checkpoint-000004" in caplog.text
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._state.json", "ema/.nfs00000000012a"])
+def test_what_systems_leave_in_a_checkpoint_is_no_part_of_it(checkpoints, name):
+    folder = checkpoints.begin(2, 10)
+    (folder / "ema").mkdir()
+    (folder / "state.json").write_text("content")
+    (folder / name).write_bytes(b"left")
+    found = checkpoints.publish(2)
+    verify(found)
+    (found / name).unlink()
+    assert checkpoints.latest() == found
+    (found / name).write_bytes(b"left again")
+    assert checkpoints.latest() == found
+
+
 def test_renamed_checkpoint_is_refused(checkpoints):
     shutil.copytree(write(checkpoints, 2), checkpoints.path(8))
     with pytest.raises(CheckpointError, match="holds iteration 2: it was renamed"):

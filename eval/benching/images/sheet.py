@@ -22,7 +22,7 @@ def images_of(work: Work, settings: Sequence[str]) -> dict[str, list[Path]]:
     seed, mark = work.study.seeds[0], work.study.budget
     folders = {setting: work.images(setting, seed, mark) for setting in settings}
     folders = {BASE: work.base_images} | folders
-    found = {shown: sorted(folder.glob("*-000.png")) for shown, folder in folders.items()}
+    found = {shown: sorted(folder.glob("[!.]*-000.png")) for shown, folder in folders.items()}
     complete = {shown: files for shown, files in found.items() if len(files) >= PROMPTS}
     return {
         shown: [files[i * len(files) // PROMPTS] for i in range(PROMPTS)] for shown, files in complete.items()

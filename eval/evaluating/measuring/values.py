@@ -9,9 +9,10 @@ from tqdm import tqdm
 from am_diffusers.evaluation.statistics import Array
 from am_diffusers.system.processes import Processes
 from evaluating.candidates import Candidate
+from evaluating.image_files import read_image
 from evaluating.measuring.measures import Measure
 from evaluating.plan import Plan
-from evaluating.store import Store, read_image
+from evaluating.store import Store
 
 Units = list[tuple[Candidate, int]]
 

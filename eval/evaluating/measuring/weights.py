@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from am_diffusers.rewards.parts.packaged import PREFIX
-from am_diffusers.system.files import asset_path, sha256, sha256_of_text
+from am_diffusers.system.files import asset_path, is_hidden, sha256, sha256_of_text
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEXTS = (".md", ".html")
@@ -32,7 +32,8 @@ def fingerprint(model: str | None, revision: str | None = None) -> str:
     if path.is_file():
         return _of_files(path.parent, [path])
     if path.is_dir():
-        return _of_files(path, sorted(file for file in path.rglob("*") if file.suffix not in TEXTS))
+        shown = (file for file in path.rglob("*") if not is_hidden(file, path))
+        return _of_files(path, sorted(file for file in shown if file.suffix not in TEXTS))
     return _commit("/".join(model.split("/")[:2]), revision or "main")
 
 
