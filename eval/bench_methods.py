@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from am_diffusers.system.paths import path_flag
 from am_diffusers.system.text import suggest
 from benching.images.page import write_page
 from benching.images.work import Work
@@ -33,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all, {', '.join(STUDIES)}")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="folder of LoRAs and images"
+        "--output_dir", type=path_flag, default=Path("outputs/benchmarks"), help="folder of LoRAs and images"
     )
     parser.add_argument("--tables_only", action="store_true", help="train nothing, write tables and figures")
     options = parser.parse_args()

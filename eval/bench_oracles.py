@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from am_diffusers.system.files import write_whole
+from am_diffusers.system.paths import path_flag
 from benching.oracles.figure import write_figure
 from benching.oracles.problems import PROBLEMS
 from benching.oracles.records import DATA, REFERENCES, Key, ensure
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the results")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of methods.md and images/")
+    parser.add_argument("--data", type=path_flag, default=DATA, help="folder of the results")
+    parser.add_argument("--docs", type=path_flag, default=DOCS, help="folder of methods.md and images/")
     parser.add_argument("--render_only", action="store_true", help="compute nothing")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")

@@ -10,9 +10,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from am_diffusers.system.files import write_text
+from am_diffusers.system.paths import path_flag
 from am_diffusers.system.text import guard_output
 from evaluating.tables.leaderboard import choose_reward, find_evaluations, leaderboard_tables, to_rows
 from evaluating.tables.renderings import to_latex, to_markdown, to_page
@@ -24,11 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="folder with output folders of evaluate.py, at any depth")
+    parser.add_argument(
+        "folder", type=path_flag, help="folder with output folders of evaluate.py, at any depth"
+    )
     parser.add_argument("--sort_by", help="reward whose gain sorts; default: the first one")
-    parser.add_argument("--csv", type=Path, help="file for every comparison, also by category, in full")
-    parser.add_argument("--html", type=Path, help="file for the tables as a web page")
-    parser.add_argument("--tex", type=Path, help="file for the tables in LaTeX, for the package booktabs")
+    parser.add_argument("--csv", type=path_flag, help="file for every comparison, also by category, in full")
+    parser.add_argument("--html", type=path_flag, help="file for the tables as a web page")
+    parser.add_argument(
+        "--tex", type=path_flag, help="file for the tables in LaTeX, for the package booktabs"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     guard_output()

@@ -33,6 +33,7 @@ from am_diffusers.run.load import load_model, load_rewards
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import write_text
 from am_diffusers.system.leaving import leaving_at_once
+from am_diffusers.system.paths import path_flag
 from am_diffusers.system.processes import Processes
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, required=True, help="YAML file to write")
+    parser.add_argument("--output", type=path_flag, required=True, help="YAML file to write")
     parser.add_argument("--num_prompts", type=int, default=32, help="number of training prompts to use")
     parser.add_argument("--images_per_prompt", type=int, default=64, help="at least 8, to tell the frontier")
     options, rest = parser.parse_known_args()

@@ -7,9 +7,9 @@ The folder then goes into `model:` of a reward in the config, and scores as the 
 
 import argparse
 import sys
-from pathlib import Path
 
 from am_diffusers.rewards import REWARDS, LearnedReward
+from am_diffusers.system.paths import path_flag, place_flag
 
 LEARNED = {name: kind for name, kind in REWARDS.items() if issubclass(kind, LearnedReward)}
 
@@ -26,8 +26,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn a published pickle of a reward into safetensors.")
     parser.add_argument("name", choices=LEARNED, help="name of the reward")
-    parser.add_argument("file", help="the published file, or owner/repository/file on the hub")
-    parser.add_argument("folder", type=Path, help="folder to write; other files in it stay")
+    parser.add_argument(
+        "file", type=place_flag, help="the published file, or owner/repository/file on the hub"
+    )
+    parser.add_argument("folder", type=path_flag, help="folder to write; other files in it stay")
     parser.add_argument("--sha256", help="sha256 of the file; none = the pinned one, or it is only logged")
     return parser.parse_args()
 

@@ -8,13 +8,13 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.text import guard_output, redact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,12 +40,16 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a LoRA and prove the export by loading it back.")
-    parser.add_argument("--model", required=True, help="base pipeline: folder, asset: path or hub id")
+    parser.add_argument(
+        "--model", type=place_flag, required=True, help="base pipeline: folder, asset: path or hub id"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
-    parser.add_argument("--lora_path", type=Path, required=True, help="folder or safetensors file")
+    parser.add_argument("--lora_path", type=path_flag, required=True, help="folder or safetensors file")
     parser.add_argument("--format", choices=FORMS, required=True, help="what to write")
-    parser.add_argument("--output", type=Path, required=True, help="file or folder to write; must not exist")
+    parser.add_argument(
+        "--output", type=path_flag, required=True, help="file or folder to write; must not exist"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA; 1 = as trained")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of a merged pipeline, to load it with"

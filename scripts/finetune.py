@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.estimate import describe
 from am_diffusers.run.build import build
-from am_diffusers.run.folder import STOPPED_FILE, FolderInUseError, make_accelerator
+from am_diffusers.run.folder import make_accelerator
+from am_diffusers.run.leftovers import ERROR_FILE, STOPPED_FILE, FolderError, leave_note
 from am_diffusers.run.plan import Plan, make_plan
 from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.processes import is_secondhand
@@ -57,19 +58,16 @@ def tune(plan: Plan, accelerator: Accelerator) -> None:
     except Interrupted as interrupted:
         accelerator.print(f"\n{interrupted}: run the same command again to resume")
         if accelerator.is_main_process:
-            (folder / STOPPED_FILE).write_text(f"{interrupted}\n", "utf-8")
+            leave_note(folder, STOPPED_FILE, f"{interrupted}\n")
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
-    except FolderInUseError as error:  # nothing is written: the folder belongs to another run
+    except FolderError as error:  # nothing is written: the folder belongs to somebody else
         sys.exit(redact(f"error: {error}"))
     except Exception as error:
         if is_secondhand(error):
             sys.exit(redact(f"error: {error}"))
         details = redact(traceback.format_exc())
-        try:
-            (folder / "error.txt").write_text(details, "utf-8")
-        except OSError:  # the disk may be what is wrong
-            sys.exit(redact(f"{details}\nerror: {error}"))
-        sys.exit(redact(f"error: {error}\n(details: {folder / 'error.txt'})"))
+        note = leave_note(folder, ERROR_FILE, details)
+        sys.exit(redact(f"error: {error}\n(details: {note})" if note else f"{details}\nerror: {error}"))
     accelerator.print(redact(f"\nfinished: LoRA, metrics and images are in {folder.resolve()}"))
     for line in evaluation.headline() if evaluation else []:
         accelerator.print(line)

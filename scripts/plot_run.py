@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from am_diffusers.evaluation.panel import draw_panel
+from am_diffusers.system.paths import path_flag
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output_dir", type=Path, help="output folder of scripts/finetune.py")
+    parser.add_argument("output_dir", type=path_flag, help="output folder of scripts/finetune.py")
     try:
         print(draw_panel(parser.parse_args().output_dir))
     except ValueError as error:

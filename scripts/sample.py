@@ -15,6 +15,7 @@ from diffusers.utils import make_image_grid
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
+from am_diffusers.system.paths import path_flag, place_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,15 +51,21 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Render prompts with a pipeline and an optional LoRA.")
-    parser.add_argument("--model", required=True, help="pipeline: folder, asset: path or hub id")
+    parser.add_argument(
+        "--model", type=place_flag, required=True, help="pipeline: folder, asset: path or hub id"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
-    parser.add_argument("--lora", type=Path, help="folder or safetensors file of a LoRA; none = the base")
+    parser.add_argument(
+        "--lora", type=path_flag, help="folder or safetensors file of a LoRA; none = the base"
+    )
     parser.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA; 0 = the base")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", help="one or more prompts")
-    source.add_argument("--prompt_file", help="txt, json, jsonl, csv, tsv or parquet (column prompt)")
-    parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder of the PNGs")
+    source.add_argument(
+        "--prompt_file", type=place_flag, help="txt, json, jsonl, csv, tsv or parquet (column prompt)"
+    )
+    parser.add_argument("--output", type=path_flag, default=Path("pictures"), help="folder of the PNGs")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image; then seed + 1")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")

@@ -5,6 +5,7 @@ Ranges of the methods' flags, shared and own, are checked where these are define
 
 import dataclasses
 import json
+from pathlib import Path
 
 from am_diffusers.config import (
     CheckpointConfig,
@@ -13,6 +14,7 @@ from am_diffusers.config import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    PromptConfig,
     RunConfig,
 )
 from am_diffusers.config.optimizer import MicroBatch
@@ -32,6 +34,7 @@ def check_values(config: Config) -> None:
     checks = [
         *_run(config.run),
         *_model(config.model),
+        *_prompts(config.prompts),
         *_method(config.method),
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
@@ -96,7 +99,9 @@ def _default(field: "dataclasses.Field[object]") -> object:
 
 
 def _run(c: RunConfig) -> list[Check]:
+    output, logs = Path(c.output_dir).resolve(), (Path(c.output_dir) / c.logging_dir).resolve()
     return [
+        (logs.is_relative_to(output), "logging_dir", "a folder inside output_dir"),
         (c.push_to_hub or c.hub_model_id is None, "hub_model_id", "null without --push_to_hub"),
         (c.push_to_hub or not c.hub_private_repo, "hub_private_repo", "false without --push_to_hub"),
     ]
@@ -109,6 +114,10 @@ def _model(c: ModelConfig) -> list[Check]:
         (c.rank > 0, "rank", "positive"),
         (c.lora_alpha > 0, "lora_alpha", "positive"),
     ]
+
+
+def _prompts(c: PromptConfig) -> list[Check]:
+    return [(_is_count(c.max_train_prompts), "max_train_prompts", "at least 1 or null")]
 
 
 def _method(c: MethodConfig) -> list[Check]:
@@ -135,7 +144,11 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
 
 
 def _is_size(value: MicroBatch | None) -> bool:
-    return value is None or value == "auto" or value >= 1
+    return value == "auto" or _is_count(value)
+
+
+def _is_count(value: int | None) -> bool:
+    return value is None or value >= 1
 
 
 def _evaluation(c: EvaluationConfig) -> list[Check]:
@@ -143,7 +156,8 @@ def _evaluation(c: EvaluationConfig) -> list[Check]:
         (c.num_validation_prompts >= 1, "num_validation_prompts", "at least 1"),
         (c.num_validation_images >= 1, "num_validation_images", "at least 1"),
         (c.validation_steps >= 1, "validation_steps", "at least 1"),
-        ((c.early_stopping_patience or 1) >= 1, "early_stopping_patience", "at least 1 or null"),
+        (_is_count(c.early_stopping_patience), "early_stopping_patience", "at least 1 or null"),
+        (_is_count(c.max_eval_prompts), "max_eval_prompts", "at least 1 or null"),
         (c.certificate_images == 0 or c.certificate_images >= 8, "certificate_images", "at least 8, or 0"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
         (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
@@ -154,7 +168,7 @@ def _evaluation(c: EvaluationConfig) -> list[Check]:
 def _checkpoint(c: CheckpointConfig) -> list[Check]:
     return [
         (c.checkpointing_steps >= 1, "checkpointing_steps", "at least 1"),
-        ((c.checkpoints_total_limit or 1) >= 1, "checkpoints_total_limit", "at least 1 or null"),
+        (_is_count(c.checkpoints_total_limit), "checkpoints_total_limit", "at least 1 or null"),
         (c.resume_from_checkpoint, "resume_from_checkpoint", "latest or the path of a checkpoint"),
     ]
 

@@ -17,9 +17,20 @@ from am_diffusers.config import Config, RewardConfig, section_types
 from am_diffusers.config.checks import check_belonging, check_values
 from am_diffusers.methods import METHODS
 from am_diffusers.system.files import read_utf8
+from am_diffusers.system.paths import expand
 from am_diffusers.system.text import nearest, redact_values
 
 REWARD_LISTS = ("rewards", "eval_rewards")
+PATHS = (
+    "output_dir",
+    "logging_dir",
+    "pretrained_model_name_or_path",
+    "train_prompts",
+    "eval_prompts",
+    "frontier",
+    "resume_from_checkpoint",
+)
+"""Flags that are paths or may be: their homes are expanded; of rewards, `model` is."""
 
 # Flags of the Diffusers training scripts and of accelerate, and what does the same here.
 TRAINING_IMAGES = "no training images are used: rewards score what the model generates for train_prompts"
@@ -86,10 +97,11 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     """
     parser = _parser(program)
     try:
-        parsed = parser.instantiate(parser.parse_args(_replace_rewards(_spell_out_switches(argv))))
+        words = _replace_rewards(_spell_out_switches(_expand_config_files(argv)))
+        parsed = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
         raise ValueError(_explain(str(error))) from error
-    sections = _make_sections(vars(parsed))
+    sections = _make_sections(_expand_paths(vars(parsed)))
     own = {name: sections.pop(name) for name in METHODS}
     config = Config(own=own, **sections)
     check_values(config)
@@ -149,6 +161,40 @@ def _make_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     if errors:
         raise ValueError("\n".join(dict.fromkeys(errors)))
     return sections
+
+
+def _expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all flags with expanded paths; raise the errors of all together."""
+    expanded, errors = dict(values), list[str]()
+
+    def of(name: str, path: str | None) -> str | None:
+        try:
+            return None if path is None else expand(path)
+        except ValueError as error:
+            errors.append(f"--{name} {error}")
+            return path
+
+    for name in PATHS:
+        expanded[name] = of(name, values[name])
+    for name in REWARD_LISTS:
+        if values[name] is not None:
+            expanded[name] = [dataclasses.replace(each, model=of(name, each.model)) for each in values[name]]
+    if errors:
+        raise ValueError("\n".join(errors))
+    return expanded
+
+
+def _expand_config_files(argv: Sequence[str]) -> list[str]:
+    """Expand the paths of the config files."""
+    words: list[str] = []
+    for before, token in zip(["", *argv], argv, strict=False):
+        flag = "--config=" if token.startswith("--config=") else ""
+        is_path = bool(flag) or before == "--config"
+        try:
+            words.append(flag + expand(token.removeprefix(flag)) if is_path else token)
+        except ValueError as error:
+            raise ValueError(f"--config {error}") from error
+    return words
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:

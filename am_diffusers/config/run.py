@@ -10,10 +10,13 @@ class RunConfig:
 
     Attributes:
         output_dir: folder of everything the run writes; created if needed. A run that left checkpoints in
-            it is resumed; the results of a run without checkpoints are replaced.
+            it is resumed. Without checkpoints, a folder with a finished run or with files that would be
+            replaced and aren't a run's is refused.
+        overwrite_output_dir: replace such results and files, when the training begins and the new ones
+            stand; checkpoints are resumed all the same.
         seed: seed of all randomness of the run.
         report_to: tracker beside metrics.jsonl, which is always written.
-        logging_dir: folder of the tracker's files, inside output_dir.
+        logging_dir: folder of the tracker's files, inside output_dir: each run has its own.
         allow_tf32: let CUDA multiply float32 matrices in TF32.
         push_to_hub: upload LoRA, model card, images and settings to the Hugging Face hub after the run; the
             token of `hf auth login` or HF_TOKEN is checked before the run.
@@ -25,6 +28,7 @@ class RunConfig:
     """
 
     output_dir: str
+    overwrite_output_dir: bool = False
     seed: int = 0
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     logging_dir: str = "logs"

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from am_diffusers.models.base import Model
-from am_diffusers.models.lora import lora_layers, scaled_weights
+from am_diffusers.models.lora import LORA_FILE, lora_layers, scaled_weights
+from am_diffusers.models.origin import SPEC, read_about, to_bytes
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.proof import Proof, compare, random_point
+from am_diffusers.system.files import open_to_umask, write_whole
 
 # Relative to the LoRA's effect, in float32: rounding of one forward pass. A merged half-precision file also
 # rounds every weight to 8 (bfloat16) or 11 (float16) bits.
@@ -99,7 +101,7 @@ def _tuned(base: Pretrained, options: ExportOptions) -> Model:
 
 
 def _write_diffusers(base: Pretrained, options: ExportOptions, file: Path) -> Tensor:
-    _tuned(base, options).save_lora(file.parent).rename(file)
+    _tuned(base, options).save_lora(file.parent, _about(options)).rename(file)
     model = _base(base)
     model.pipeline().load_lora_weights(str(file.parent), weight_name=file.name)
     return _velocity(model)
@@ -118,10 +120,18 @@ def _write_comfyui(base: Pretrained, options: ExportOptions, file: Path) -> Tens
         state[f"{key}.lora_down.weight"] = down.cpu().contiguous()
         state[f"{key}.lora_up.weight"] = up.cpu().contiguous()
         state[f"{key}.alpha"] = torch.tensor(float(len(down)))  # the scaling is in `up`
-    save_file(state, file, metadata={"format": "pt"})
+    about = _about(options)
+    if about:
+        about[f"{SPEC}implementation"] = "comfyui"
+    content = to_bytes(state, {"format": "pt"} | about)
+    write_whole(file, lambda part: part.write_bytes(content))
     model = _base(base)
     _apply_comfyui(model, load_file(file))
     return _velocity(model)
+
+
+def _about(options: ExportOptions) -> dict[str, str]:
+    return read_about(options.lora_path / LORA_FILE if options.lora_path.is_dir() else options.lora_path)
 
 
 @torch.no_grad()
@@ -142,6 +152,7 @@ def _write_merged(base: Pretrained, options: ExportOptions, folder: Path) -> Ten
     pipe = base.load(options.dtype)
     pipe.register_modules(**{name: merged})
     pipe.save_pretrained(folder)
+    open_to_umask(folder)
     written = Pretrained(str(folder))
     loaded = written.load(options.dtype)
     getattr(loaded, name).float()

@@ -54,6 +54,7 @@ class Family:
         prompt_shapes: (config, max_sequence_length) to the shape of each part of `Encoded` that is there.
         tokenizers: (max_sequence_length) to each tokenizer's folder and limit by its name; None = its own.
         call: (guidance_scale, max_sequence_length) to arguments of the pipeline's call that mean the same.
+        architecture: (config) to the model's name in the ModelSpec of safetensors files, without `/lora`.
         comfyui: ComfyUI's name for a LoRA on a module of the network; None if it may be read otherwise.
     """
 
@@ -71,4 +72,5 @@ class Family:
     prompt_shapes: Callable[[Config, int], dict[str, Shape]]
     tokenizers: Callable[[int], dict[str, tuple[str, int | None]]]
     call: Callable[[float, int], dict[str, float]]
+    architecture: Callable[[Config], str]
     comfyui: Callable[[str], str | None]

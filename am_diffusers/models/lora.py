@@ -4,14 +4,16 @@ The effective weight is `W + scaling * B A` with `scaling = lora_alpha / rank` (
 Files are in the format of a pipeline's `load_lora_weights`.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -21,6 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from am_diffusers.models.family import Family
+from am_diffusers.models.origin import to_bytes
+from am_diffusers.system.files import write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -105,12 +109,18 @@ class TunedNetwork:
         """Return the LoRA weights by name, float32, in a fixed order."""
         return {name: p for name, p in self.network.named_parameters() if ".lora_" in name}
 
-    def save_lora(self, folder: str | Path) -> Path:
+    def save_lora(self, folder: str | Path, about: Mapping[str, str] | None = None) -> Path:
         """Write `folder/pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`.
 
         Loaders of Diffusers take lora_alpha = rank when a file has no metadata, so the scaling is multiplied
         into B and the metadata says lora_alpha = rank: the same strength with and without metadata.
-        The file's path is returned.
+
+        Args:
+            folder: made if needed.
+            about: further metadata of the file, such as the run it comes from.
+
+        Returns:
+            The file's path.
         """
         network, prefix = self.network, self.family.network
         layers = lora_layers(network)
@@ -120,10 +130,13 @@ class TunedNetwork:
             state[key] = state[key] * layers[key.split(".lora_B.")[0]].scaling[ADAPTER]
         metadata = network.peft_config[ADAPTER].to_dict() | {"use_rslora": False}
         metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"]}
-        written = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        content = {f"{prefix}_lora_layers": written, f"{prefix}_lora_adapter_metadata": metadata}
-        self.family.pipeline.save_lora_weights(folder, **content)
-        return Path(folder) / LORA_FILE
+        written = {f"{prefix}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+        adapter = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+        text = json.dumps(adapter, indent=2, sort_keys=True)
+        content = to_bytes(written, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text} | dict(about or {}))
+        file = Path(folder) / LORA_FILE
+        write_whole(file, lambda part: part.write_bytes(content))
+        return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
         """Load a LoRA file in the Diffusers format into a network without one; weights become float32.

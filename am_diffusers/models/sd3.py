@@ -90,6 +90,14 @@ def _prompt_shapes(config: Config, max_sequence_length: int) -> dict[str, Shape]
     }
 
 
+def _architecture(config: Config) -> str:
+    """Return the name as trainers of SD3 LoRAs write it; the released models differ in depth and `attn2`."""
+    transformer = config("transformer")
+    size = {24: "medium", 38: "large"}.get(transformer["num_layers"])
+    newer = bool(transformer.get("dual_attention_layers")) or size == "large"
+    return "-".join(["stable-diffusion", "3.5" if newer else "3", *([size] if size else [])])
+
+
 def _comfyui(module: str) -> str | None:
     """Return the OneTrainer name, which ComfyUI maps for SD3."""
     return f"lora_transformer_{module.replace('.', '_')}" if _COMFYUI_MODULE.fullmatch(module) else None
@@ -110,5 +118,6 @@ SD3 = Family(
     prompt_shapes=_prompt_shapes,
     tokenizers=lambda length: {"CLIP": ("tokenizer", None), "T5": ("tokenizer_3", length)},
     call=lambda guidance, length: {"max_sequence_length": length, "guidance_scale": guidance},
+    architecture=_architecture,
     comfyui=_comfyui,
 )

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from am_diffusers.rewards.base import FixedReward, check_images, check_prompts
 from am_diffusers.rewards.imagenet_class import ImageNetClass, load_classifier, official_pixels, pooled
 from am_diffusers.rewards.parts.packaged import EFFICIENTNET_LITE0
-from am_diffusers.system.files import ASSETS
+from am_diffusers.system.files import ASSETS, write_whole
 from am_diffusers.system.text import suggest
 
 FILE = ASSETS / "world/judge.safetensors"
@@ -66,7 +66,8 @@ class Heads:
         """Write a safetensors file."""
         tensors = {"mean": self.mean, "std": self.std} | self.weights
         metadata = {"names": json.dumps(self.names)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(file, lambda part: save_file(kept, part, metadata))
 
     @classmethod
     def load(cls, file: Path) -> "Heads":

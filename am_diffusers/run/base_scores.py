@@ -12,6 +12,7 @@ from am_diffusers.evaluation.panel import CERTIFICATE_FILE
 from am_diffusers.evaluation.scores import is_about, load_scores, save_scores, score_images
 from am_diffusers.rewards import Reward, RewardScale
 from am_diffusers.system.processes import Processes
+from am_diffusers.training.checkpoint_folder import Checkpoints
 from am_diffusers.velocity import VelocityField
 
 DIVERGENCE, FRONTIER, CERTIFICATE = "base_rewards.json", "frontier.json", CERTIFICATE_FILE
@@ -32,7 +33,7 @@ def base_scores(
 
     Args:
         config: flags of the run.
-        name: name of the file in the output folder; a fresh start removed that of an earlier run.
+        name: name of the file in the output folder; a fresh start replaces that of an earlier run.
         sampler: makes the images.
         base: field before fine-tuning, with its guidance.
         rewards: scores to take.
@@ -46,8 +47,10 @@ def base_scores(
     file = Path(config.run.output_dir) / name
 
     def stored() -> dict[str, Tensor] | None:
-        # Validation prompts are free to change; what a target was chosen by isn't.
-        if not file.exists() or (name == CERTIFICATE and not is_about(file, prompts)):
+        # Without a checkpoint the file is of an earlier run. Validation prompts are free to change; what a
+        # target was chosen by isn't.
+        fresh = not Checkpoints(file.parent).list()
+        if fresh or not file.exists() or (name == CERTIFICATE and not is_about(file, prompts)):
             return None
         return load_scores(file, prompts)
 

@@ -10,15 +10,17 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_diffusers.models.base import Model
+from am_diffusers.models.origin import weights_sha256
 from am_diffusers.run.certificate import make_certifier, with_scale
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.run.execution import Run
-from am_diffusers.run.folder import EMA_FOLDER, open_folder
+from am_diffusers.run.folder import begin, claim, open_folder
+from am_diffusers.run.leftovers import EMA_FOLDER
 from am_diffusers.run.load import encoder, load_model, load_rewards, weighted
 from am_diffusers.run.micro_batches import find_micro_batches
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import make_checkpoints, outdated, settings_of
-from am_diffusers.run.sharing import hub_target, make_sharing
+from am_diffusers.run.sharing import about_lora, hub_target, make_sharing
 from am_diffusers.run.surroundings import make_method
 from am_diffusers.run.training import make_log, make_state, make_trainer, raw_rewards
 from am_diffusers.system.processes import Processes
@@ -46,16 +48,13 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     config = plan.config
     processes = Processes(accelerator, stop, lockstep=config.model.shard_weights)
     processes.on_main(lambda: warn(plan))
+    checkpoints = make_checkpoints(config)
+    processes.on_main(lambda: claim(config, checkpoints))
     target = processes.from_main(lambda: hub_target(config))
-    folder, checkpoints = Path(config.run.output_dir), make_checkpoints(config)
-    lock, found, trackers = open_folder(plan, checkpoints, processes)
+    lock, found, trackers, stale = open_folder(plan, checkpoints, processes)
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
-    with processes.together():
-        # The model first: once its text encoders are freed there is room for the rewards.
-        model = load_model(plan, accelerator.device)
-    model.before_pass = processes.poll
-    if config.model.shard_weights:
-        model.shard(init_device_mesh(accelerator.device.type, (processes.number,)))
+    # The model first: once its text encoders are freed there is room for the rewards.
+    model, base_sha256 = place_model(plan, processes)
     with processes.together():
         trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
@@ -65,7 +64,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     method = make_method(plan, model, reward, processes)
     reward.drain()  # scores of the base images that normalised a divergence belong to no iteration
     state = make_state(config.optimizer, model.lora_parameters())
-    save_lora = lora_writer(model, state)
+    save_lora = lora_writer(model, state, partial(about_lora, plan, model.family, base_sha256))
     saver = Saver(checkpoints, processes, state, method, settings, save_lora, config.checkpoint.on_full_disk)
     if found is not None:
         saver.restore(found, outdated=outdated(found, saver.settings))
@@ -78,6 +77,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         more=partial(raw_rewards, reward, processes),
         forget=reward.drain,
     )
+    processes.on_main(lambda: begin(plan.config, stale or {}, state.progress))
     log = make_log(config, trackers, start=state.iteration)
     return Run(
         trainer=make_trainer(plan, method, state, hooks=hooks, processes=processes, log=log),
@@ -86,9 +86,21 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
         held_out=make_held_out(plan, scorer, roles, certify) if plan.eval_prompts else None,
         share=make_sharing(plan, processes, target, model.family),
         processes=processes,
-        folder=folder,
+        folder=checkpoints.folder,
         lock=lock,
     )
+
+
+def place_model(plan: Plan, processes: Processes) -> tuple[Model, str]:
+    """Load the model, spread over the processes if asked for; return it and the hash of its base weights."""
+    device = processes.accelerator.device
+    with processes.together():
+        model = load_model(plan, device)
+    model.before_pass = processes.poll
+    base_sha256 = weights_sha256(model.network)
+    if plan.config.model.shard_weights:
+        model.shard(init_device_mesh(device.type, (processes.number,)))
+    return model, base_sha256
 
 
 def warn(plan: Plan) -> None:
@@ -97,14 +109,19 @@ def warn(plan: Plan) -> None:
         logger.warning("%s", text)
 
 
-def lora_writer(model: Model, state: TrainState) -> Callable[[Path], list[Path]]:
-    """Return a function that writes the LoRA into a folder, and its running mean into `ema` there."""
+def lora_writer(
+    model: Model, state: TrainState, about: Callable[[int], dict[str, str]]
+) -> Callable[[Path], list[Path]]:
+    """Return a function that writes the LoRA into a folder, and its running mean into `ema` there.
+
+    `about` tells of the run after a number of iterations, for the files' metadata.
+    """
 
     def write(folder: Path) -> list[Path]:
-        files = [model.save_lora(folder)]
+        files = [model.save_lora(folder, about(state.iteration))]
         if state.ema is not None:
             with state.ema_weights():
-                files.append(model.save_lora(folder / EMA_FOLDER))
+                files.append(model.save_lora(folder / EMA_FOLDER, about(state.iteration)))
         return files
 
     return write

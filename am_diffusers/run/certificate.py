@@ -20,7 +20,6 @@ from am_diffusers.run.base_scores import (
     trained_scales,
 )
 from am_diffusers.run.fields import with_guidance
-from am_diffusers.run.folder import write_config
 from am_diffusers.run.load import encoder, make_sampler
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
@@ -46,7 +45,7 @@ def chain_sampler(config: Config, model: Model, purpose: str) -> Sampler:
 def with_scale(
     plan: Plan, model: Model, trained: list[Reward], held_out: list[Reward], processes: Processes
 ) -> Plan:
-    """Return the plan with the number that reward_scale auto stands for, and write it into config.yaml.
+    """Return the plan with the number that reward_scale auto stands for.
 
     Raises:
         ValueError: if the base images can't tell so large a KL; says up to which they can.
@@ -75,9 +74,7 @@ def with_scale(
         ) from error
     processes.accelerator.print("\n".join(frontier_table(frontier, list(trained_scales(config)))))
     processes.accelerator.print(f"reward_scale {scale:.4g} for target_kl {shared.target_kl:g}")
-    resolved = replace(config, shared=replace(shared, reward_scale=scale, target_kl=None))
-    processes.on_main(lambda: write_config(resolved))
-    return replace(plan, config=resolved)
+    return replace(plan, config=replace(config, shared=replace(shared, reward_scale=scale, target_kl=None)))
 
 
 def make_certifier(

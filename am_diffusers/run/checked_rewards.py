@@ -44,6 +44,10 @@ def resolve_reward(reward: RewardConfig) -> RewardConfig:
         ValueError: unknown name (with the nearest known one), numbers that make no sense, or no such file.
     """
     RewardScale(reward.weight, reward.mean, reward.std)  # checks its numbers
+    if reward.batch_size is not None and reward.batch_size < 1:
+        raise ValueError(
+            f"rewards: {reward.name}: batch_size must be at least 1 or null, got {reward.batch_size}"
+        )
     kind = REWARDS.get(reward.name)
     if kind is None:
         raise ValueError(f"rewards: unknown reward {suggest(reward.name, REWARDS)}")

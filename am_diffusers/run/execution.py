@@ -9,7 +9,9 @@ import torch
 from filelock import BaseFileLock
 
 from am_diffusers.evaluation.held_out import Evaluation, HeldOut
-from am_diffusers.system.files import write_json
+from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.run.leftovers import remove_about_lora
+from am_diffusers.system.files import sha256, write_json
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trainer import Trainer
 
@@ -66,7 +68,10 @@ class Run:
 
     def _export(self) -> None:
         state = self.trainer.state
+        earlier = _digest(self.folder / LORA_FILE)
         plain, *averaged = self.save_lora(self.folder)
+        if _digest(plain) != earlier:
+            remove_about_lora(self.folder, averaged=bool(averaged))
         if self.processes.lockstep:  # the comparison takes a pass of the model, which all would have to make
             logger.warning("%s is written; with sharded weights it isn't loaded back to verify it", plain)
             return
@@ -87,3 +92,7 @@ class Run:
         document = evaluation.to_dict()
         self.processes.on_main(lambda: write_json(self.folder / "evaluation.json", document))
         return evaluation
+
+
+def _digest(file: Path) -> str | None:
+    return sha256(file) if file.exists() else None

@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from accelerate import Accelerator
@@ -11,8 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import to_yaml
-from am_diffusers.models.lora import LORA_FILE
-from am_diffusers.run.base_scores import CERTIFICATE, DIVERGENCE, FRONTIER
+from am_diffusers.run import leftovers
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import resume_point
 from am_diffusers.system.files import keep_lines, write_text
@@ -25,15 +25,11 @@ from am_diffusers.training.trackers import PROJECT, Trackers, start_trackers
 LOCK_FILE = ".lock"
 
 
-class FolderInUseError(ValueError):
-    """Error: another run writes to the folder."""
-
-
 def lock_folder(folder: Path) -> FileLock:
     """Take the lock of an output folder; the system releases it when the process ends, however it ends.
 
     Raises:
-        FolderInUseError: another run has it; names its process.
+        FolderError: another run has it; names its process.
     """
     lock = FileLock(folder / LOCK_FILE)
     owner = folder / (LOCK_FILE + ".owner")
@@ -41,15 +37,11 @@ def lock_folder(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout as error:
         who = owner.read_text("utf-8").strip() if owner.exists() else "unknown"
-        raise FolderInUseError(
+        raise leftovers.FolderError(
             f"{folder} is in use by another run ({who}): wait for it, stop it, or choose another --output_dir"
         ) from error
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
     return lock
-
-
-EMA_FOLDER = "ema"
-STOPPED_FILE = "stopped"
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -73,15 +65,41 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_folder(
-    plan: Plan, checkpoints: Checkpoints, processes: Processes
-) -> tuple[BaseFileLock | None, Path | None, Trackers]:
+class Opened(NamedTuple):
+    """An output folder that a run has taken.
+
+    Attributes:
+        lock: lock of the folder, on the main process.
+        found: checkpoint to resume from; None = a fresh start.
+        trackers: trackers that continue there.
+        stale: results of an earlier run that are to go when the training begins, on the main process.
+    """
+
+    lock: BaseFileLock | None
+    found: Path | None
+    trackers: Trackers
+    stale: dict[Path, leftovers.State] | None
+
+
+def claim(config: Config, checkpoints: Checkpoints) -> None:
+    """Check that the run may write to its output folder, see `claim_folder`; for the main process."""
+    leftovers.claim_folder(
+        checkpoints.folder,
+        _events(config),
+        overwrite=config.run.overwrite_output_dir,
+        resumable=bool(checkpoints.list()),
+    )
+
+
+def open_folder(plan: Plan, checkpoints: Checkpoints, processes: Processes) -> Opened:
     """Take the output folder: its lock, the checkpoint to resume from, and trackers that continue there."""
-    config, folder = plan.config, Path(plan.config.run.output_dir)
+    config, folder = plan.config, checkpoints.folder
     lock = processes.on_main(lambda: lock_folder(folder))
     found = resume_point(plan, checkpoints, processes)
     done = Progress() if found is None else load_progress(found)
-    processes.on_main(lambda: start_folder(config, folder, done))
+    stale = processes.on_main(
+        lambda: {} if checkpoints.list() else leftovers.find_stale(folder, _events(config))
+    )
     with processes.together(stoppable=False):
         trackers = start_trackers(
             processes.accelerator,
@@ -91,26 +109,23 @@ def open_folder(
             resume_iteration=done.iteration,
             validated=done.validated == done.iteration,
         )
-    return lock, found, trackers
+    return Opened(lock, found, trackers, stale)
 
 
-def start_folder(config: Config, folder: Path, done: Progress) -> None:
-    """Write the resolved config; remove results of an earlier run, or from after its checkpoint."""
-    logs = folder / config.run.logging_dir / PROJECT
-    results = [folder / name for name in ("evaluation.json", "error.txt", STOPPED_FILE, "README.md")]
-    if not config.optimizer.use_ema:
-        results.append(folder / EMA_FOLDER / LORA_FILE)
-    if done.iteration == 0:
-        results += [folder / name for name in (DIVERGENCE, FRONTIER, CERTIFICATE, "validation.jsonl")]
-        results += [folder / "samples/panel.png"]
-        results += [*(folder / "samples").glob("iteration-*.png"), *logs.glob("events.out.tfevents*")]
-    for path in results:
-        path.unlink(missing_ok=True)
-    if done.iteration > 0:
+def begin(config: Config, stale: dict[Path, leftovers.State], done: Progress) -> None:
+    """Write the resolved config and remove results of an earlier run, or from after the checkpoint.
+
+    To be called on the main process when nothing but the training is ahead: a run that can't begin loses
+    nothing.
+    """
+    folder = Path(config.run.output_dir)
+    leftovers.mark(folder)
+    leftovers.remove_notes(folder)
+    leftovers.remove_stale(stale)
+    if (folder / "validation.jsonl").exists():
         keep_lines(folder / "validation.jsonl", done.validated + 1)
-    write_config(config)
+    write_text(folder / "config.yaml", to_yaml(config))
 
 
-def write_config(config: Config) -> None:
-    """Write the resolved config into the output folder."""
-    write_text(Path(config.run.output_dir) / "config.yaml", to_yaml(config))
+def _events(config: Config) -> Path:
+    return Path(config.run.output_dir) / config.run.logging_dir / PROJECT

@@ -140,7 +140,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     check_tracker(config.run.report_to)
     config = resolve(config)
     check_method(config)
-    stored_frontier(config)
+    if config.evaluation.frontier is not None:
+        stored_frontier(config)
     counted = count(config)
     check_optimizer(config.optimizer.optimizer, config.optimizer.learning_rate)
     if config.run.gpu is not None:

@@ -16,9 +16,12 @@ from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.held_out import Evaluation
 from am_diffusers.methods import METHODS
 from am_diffusers.models.family import Family
+from am_diffusers.models.origin import Origin, TrainedReward, model_spec
+from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.run.card import CardFacts, Loading, write_card
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.processes import Processes
+from am_diffusers.system.text import redact
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +146,30 @@ def make_sharing(
             processes.accelerator.print(f"uploaded to {address}")
 
     return share
+
+
+def about_lora(plan: Plan, family: Family, base_sha256: str, iteration: int) -> dict[str, str]:
+    """Return what a LoRA file says of its run after so many iterations, as metadata."""
+    config = plan.config
+    model = config.model
+    source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
+    origin = Origin(
+        base_model=redact(model.pretrained_model_name_or_path),
+        base_model_sha256=base_sha256,
+        method=config.method.method,
+        rewards=[TrainedReward(r.name, r.weight, r.mean, r.std) for r in config.method.rewards],
+        divergence=config.shared.divergence,
+        reward_scale=config.shared.scale,
+        seed=config.run.seed,
+        iteration=iteration,
+    )
+    spec = model_spec(
+        architecture=family.architecture(source.config_of),
+        title=redact(Path(config.run.output_dir).resolve().name),
+        description=f"LoRA by {METHODS[config.method.method].title}: {origin.summary()}",
+        resolution=model.resolution,
+    )
+    return origin.metadata() | spec
 
 
 def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFacts:

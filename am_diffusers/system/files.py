@@ -42,7 +42,10 @@ def write_whole(file: Path, write: Callable[[Path], object], *, replace: bool = 
     part = file.with_name(f".{file.name}.{uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # writers with a temporary file of their own leave it private
         if replace:
             os.replace(part, file)
         else:
@@ -62,6 +65,17 @@ def write_whole(file: Path, write: Callable[[Path], object], *, replace: bool = 
         if isinstance(error, OSError):
             raise StorageError(f"{file}: cannot be written: {error}") from error
         raise
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give each file in a folder the mode that the umask leaves: some writers' files are private."""
+    probe = folder / f".{uuid4().hex}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -152,7 +166,12 @@ def sha256(file: Path) -> str:
 
 def sha256_of_text(text: str) -> str:
     """Return the hexadecimal sha256 of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_of_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def sha256_of_bytes(content: bytes) -> str:
+    """Return the hexadecimal sha256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def digest(values: object) -> str:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from am_diffusers.methods import Method
 from am_diffusers.methods.parts.kept import PartShare
+from am_diffusers.system.files import StorageError
 from am_diffusers.system.processes import PeerError, Processes
 from am_diffusers.training.checkpoint_folder import CheckpointError, Checkpoints, DiskFullError
 from am_diffusers.training.state import Progress, TrainState
@@ -108,7 +109,7 @@ class Saver:
                 self.save_lora(folder)
             if local is not None:
                 save_state(folder, local_name(self.processes.index, self.processes.number), local)
-        except (OSError, SafetensorError) as error:  # the latter when safetensors meets a full disk
+        except (OSError, SafetensorError, StorageError) as error:  # safetensors has its own for a full disk
             where = "" if folder.exists() else f"; do all processes see the same folder? {folder} is missing"
             raise DiskFullError(
                 f"{self.checkpoints.folder}: cannot write a checkpoint ({error}){where}: free some space or "

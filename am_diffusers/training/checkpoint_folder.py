@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from am_diffusers.system.files import is_hidden, sha256
+from am_diffusers.system.files import is_hidden, open_to_umask, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ def iteration_of(path: Path) -> int:
 
 def seal(folder: Path, iteration: int) -> None:
     """Flush the files of `folder` to the disk and write their manifest."""
+    open_to_umask(folder)
     files = {}
     for path in _own_files(folder):
         _flush(path)

@@ -113,6 +113,7 @@ def _training_lists(options: Options, configs: Mapping[str, dict[str, Any]]) -> 
             config.get("max_train_prompts"),
         )
         for config in configs.values()
+        if "train_prompts" in config
     ]
     return list(dict.fromkeys(found))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from am_diffusers.rewards import REWARDS
+from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.text import nearest
 
 
@@ -80,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="base: Diffusers folder, asset: path or hub id"
+        "--pretrained_model_name_or_path",
+        type=place_flag,
+        required=True,
+        help="base: Diffusers folder, asset: path or hub id",
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--variant", help="weight file variant of the model, e.g. fp16")
@@ -90,6 +94,7 @@ def _model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora_path",
         nargs="+",
+        type=place_flag,
         default=[],
         metavar="[NAME=]PATH",
         help="one or more LoRAs: file, or folder of a run or checkpoint; none = the base alone is evaluated",
@@ -130,6 +135,7 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
 def _prompt_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompts",
+        type=place_flag,
         required=True,
         help="txt, json, jsonl, csv, tsv or parquet file, data set folder, asset: path, hub id, or a preset: "
         "DrawBench, PartiPrompts, HPDv2, Pick-a-Pic, GenEval, ImageReward, tiny; NAME=FILE is your own copy",
@@ -142,6 +148,7 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_prompts", type=positive, help="number of prompts to use, the first ones")
     group.add_argument(
         "--train_prompts",
+        type=place_flag,
         help="training list to look for leaks in; default: the list of the LoRA's run, if known",
     )
 
@@ -150,6 +157,7 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rewards",
         nargs="+",
+        type=place_flag,
         required=True,
         metavar="NAME[=MODEL]",
         help=f"{', '.join(REWARDS)}; MODEL: folder, file, asset: path or hub id; default: what the model's "
@@ -158,18 +166,21 @@ def _measure_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--features",
         nargs="*",
+        type=place_flag,
         metavar="NAME[=MODEL]",
         help="image features for diversity and Frechet distances: dinov2, clip, efficientnet, dreamsim, or a "
         "reward with image features; default: the last such reward",
     )
     group.add_argument(
-        "--reference_pictures", type=Path, help="folder of images to take Frechet distances to as well"
+        "--reference_pictures", type=path_flag, help="folder of images to take Frechet distances to as well"
     )
     group.add_argument("--lpips", action="store_true", help="measure each image's change (package lpips)")
 
 
 def _output_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", type=Path, required=True, help="folder of everything that is written")
+    group.add_argument(
+        "--output_dir", type=path_flag, required=True, help="folder of everything that is written"
+    )
     group.add_argument(
         "--shard", type=shard, default=(0, 1), metavar="I/N", help="this machine's share, counted from 0"
     )

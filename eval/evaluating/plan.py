@@ -23,7 +23,7 @@ from evaluating.runs import trained_rewards
 from evaluating.store import CHUNK
 
 DECLARATION = "am_diffusers.json"
-NAME = re.compile(r"[\w.-]+")
+NAME, OTHER = re.compile(r"[\w.-]+"), re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,15 @@ def lora_file(text: str) -> tuple[str | None, Path]:
 
 
 def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
-    """Return given names, else the last folder that tells one LoRA from the others."""
+    """Return given names, else the last folder that tells one LoRA from the others.
+
+    A name becomes a folder and a link: other characters than those of `NAME` are `-` in it.
+    """
     names = []
     for name, file in files:
-        parts = [part for part in file.resolve().parts[:-1] if NAME.fullmatch(part)]
         stem = [] if file.name == LORA_FILE else [file.stem]
-        names.append([name] if name else [*parts, *stem])
+        parts = [OTHER.sub("-", part).strip("-") for part in (*file.resolve().parts[:-1], *stem)]
+        names.append([name] if name else [part for part in parts if part])
     for depth in range(1, 1 + max((len(parts) for parts in names), default=0)):
         short = ["_".join(parts[-depth:]) for parts in names]
         if len(set(short)) == len(short) and BASE not in short:

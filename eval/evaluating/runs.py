@@ -2,30 +2,34 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from am_diffusers.models.origin import Origin, read_origin
 from am_diffusers.rewards import RewardScale
 from evaluating.candidates import Candidate
 from evaluating.summary.tilt import Target
 
 
 def run_config(lora: Path) -> dict[str, Any]:
-    """Read the config of the run that a LoRA file came from; {} if there is no such config near it.
+    """Read the config of the run that a LoRA file came from, or what the LoRA says of it; {} = unknown.
 
-    It is beside the LoRA, or one folder up if that is a checkpoint or an average. Only a file that reads as
-    one of this package counts: other tools write a config.yaml too.
+    The config is beside the LoRA, or one folder up if that is a checkpoint or an average. Only a file that
+    reads as one of this package counts, as other tools write a config.yaml too, and one that agrees with the
+    LoRA: another run may have been started in its folder.
     """
+    origin = read_origin(lora)
     for folder in lora.resolve().parents[:2]:
         try:
             found = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if _is_ours(found):
+        if _is_ours(found) and (origin is None or _agrees(found, origin)):
             return found
-    return {}
+    return {} if origin is None else _told(origin)
 
 
 def _is_ours(config: object) -> bool:
@@ -36,6 +40,27 @@ def _is_ours(config: object) -> bool:
         all(isinstance(config.get(name), str) for name in texts)
         and isinstance(rewards, list)
         and all(isinstance(reward, dict) and isinstance(reward.get("name"), str) for reward in rewards)
+    )
+
+
+def _told(origin: Origin) -> dict[str, Any]:
+    """Return what a LoRA says of its run under the names that a config has."""
+    named = ("method", "divergence", "reward_scale", "seed")
+    rewards = [asdict(reward) for reward in origin.rewards]
+    own = {"pretrained_model_name_or_path": origin.base_model, "rewards": rewards}
+    return own | {name: getattr(origin, name) for name in named}
+
+
+def _agrees(config: Mapping[str, Any], origin: Origin) -> bool:
+    told, rewards = _told(origin), config["rewards"]
+    same = [
+        all(reward.get(name) == value for name, value in each.items())
+        for reward, each in zip(rewards, told.pop("rewards"), strict=False)
+    ]
+    return (
+        len(same) == len(rewards) == len(origin.rewards)
+        and all(same)
+        and all(config.get(name) == value for name, value in told.items())
     )
 
 

@@ -20,6 +20,7 @@ from pretrain.world import Labels, World
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.files import asset_path
+from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.text import nearest
 
 SPRITES = "asset:world/sprites.parquet"
@@ -80,8 +81,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", required=True, help="text file of captions, or an asset: path")
-    parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder")
+    parser.add_argument(
+        "--prompts", type=place_flag, required=True, help="text file of captions, or an asset: path"
+    )
+    parser.add_argument("--output_dir", type=path_flag, required=True, help="new or empty folder")
     parser.add_argument("--num_images_per_prompt", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -28,6 +28,8 @@ from pretrain.transformer import train_transformer
 from pretrain.vae import train_vae
 from pretrain.world import World
 
+from am_diffusers.system.paths import path_flag
+
 LARGER = 8  # a card's batches
 
 Stage = Callable[[World, Loop], object]
@@ -70,7 +72,7 @@ def parse() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("stages", nargs="+", choices=["sprites", *STAGES])
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/world"))
+    parser.add_argument("--work_dir", type=path_flag, default=Path("outputs/world"))
     parser.add_argument("--steps", type=int, help="steps or batches instead of the published number")
     parser.add_argument("--threads", type=int, default=1, help="bfloat16 is fastest on one on most CPUs")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")

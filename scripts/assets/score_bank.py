@@ -18,6 +18,7 @@ from am_diffusers.evaluation.pairs import official
 from am_diffusers.evaluation.scores import score_images
 from am_diffusers.run.load import load_model, load_rewards, make_sampler
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.paths import path_flag
 from am_diffusers.system.processes import Processes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sd3.yaml"
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=path_flag, required=True, help="JSON file to write")
     parser.add_argument("--images_per_prompt", type=int, default=12)
     args = parser.parse_args()
     config = parse_config(["--config", str(CONFIG), "--eval_inference_steps", str(STEPS)])

@@ -30,6 +30,8 @@ from parity.compare import compare
 from parity.ours import score
 from parity.report import table
 
+from am_diffusers.system.paths import path_flag
+
 ORIGINALS = Path(__file__).parent / "parity" / "originals.py"
 VERSIONS = ("torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow")
 
@@ -70,12 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", type=Path, required=True, help="Python of the packages' environment")
+    parser.add_argument("--python", type=path_flag, required=True, help="Python of the packages' environment")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=REWARDS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON file; its table goes into rewards.md beside it")
+    parser.add_argument(
+        "--output", type=path_flag, help="JSON file; its table goes into rewards.md beside it"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # without leaving gigabytes behind

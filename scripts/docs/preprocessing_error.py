@@ -28,6 +28,7 @@ from am_diffusers.rewards.parts.preprocess import bicubic
 from am_diffusers.run.load import load_model, make_sampler
 from am_diffusers.run.plan import make_plan
 from am_diffusers.system.files import asset_path
+from am_diffusers.system.paths import path_flag
 
 ROOT = Path(__file__).parents[2]
 TARGETS: dict[Mode, float] = {"rounded": 0.02, "differentiable": 0.05}
@@ -137,7 +138,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file; its table goes into rewards.md beside it")
+    parser.add_argument(
+        "--output", type=path_flag, help="JSON file; its table goes into rewards.md beside it"
+    )
     args = parser.parse_args()
     images, prompts = decoded(args.seed)
     sizes = enlarged(images)

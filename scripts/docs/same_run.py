@@ -21,6 +21,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from am_diffusers.system.paths import path_flag
+
 DEMO = "demo"
 LORA = "pytorch_lora_weights.safetensors"
 TIMES = ("seconds", "second")  # parts of the names of values that differ from run to run
@@ -36,9 +38,11 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("before", type=Path, help="checkout whose results are the reference")
-    parser.add_argument("after", type=Path, help="checkout that must give the same")
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/same_run"), help="folder of the runs")
+    parser.add_argument("before", type=path_flag, help="checkout whose results are the reference")
+    parser.add_argument("after", type=path_flag, help="checkout that must give the same")
+    parser.add_argument(
+        "--work_dir", type=path_flag, default=Path("outputs/same_run"), help="folder of the runs"
+    )
     parser.add_argument("--cases", nargs="*", help="demo, or names in configs/methods; default: all of them")
     parser.add_argument("--iterations", type=int, default=20, help="iterations of the demo; methods run 4")
     return parser.parse_args()

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.base import Model
 from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.origin import Origin, TrainedReward, to_bytes
 from am_diffusers.rewards import RewardScale
 from am_diffusers.system.processes import Processes
 from evaluate_runs import write_lora
@@ -182,6 +184,18 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
         ask(lora_path=runs[:1], lora_scale=[1, 1])
     with pytest.raises(ValueError, match="a name has letters"):
         lora_file(f"a b={runs[0]}")
+
+
+@pytest.mark.parametrize("text", ["my run", "run #2", "50%", "a&b"])
+def test_folders_with_other_characters_name_a_lora_too(ask, tmp_path, text):
+    for folder in (text, "other"):
+        (tmp_path / "loras" / folder).mkdir(parents=True)
+        (tmp_path / "loras" / folder / LORA_FILE).touch()
+    (tmp_path / "loras" / f"{text}.safetensors").touch()
+    runs = [str(tmp_path / "loras" / name) for name in (text, "other", f"{text}.safetensors")]
+    name = {"my run": "my-run", "run #2": "run-2", "50%": "50", "a&b": "a-b"}[text]
+    assert [c.name for c in ask(lora_path=runs[:2]).candidates] == ["base", name, "other"]
+    assert [c.name for c in ask(lora_path=runs[2:]).candidates] == ["base", name]
 
 
 def test_lora_without_effect_is_refused_before_any_picture(ask, folder, tmp_path):
@@ -397,6 +411,34 @@ def test_a_run_names_what_it_aimed_at(ask, run_of):
 )
 def test_a_run_that_aimed_at_no_tilt_or_does_not_say_at_which_has_no_target(ask, run_of, changes):
     assert targets(ask(lora_path=run_of(**changes)).candidates) == {}
+
+
+def test_a_config_of_another_run_is_not_that_of_a_lora_which_names_its_own(ask, run_of, tmp_path):
+    """Seed 1's LoRA beside the config of seed 2: what the LoRA says counts, and it needs no config."""
+    origin = Origin(
+        base_model="tiny",
+        base_model_sha256="0" * 64,
+        method="adjoint_matching",
+        rewards=[TrainedReward("pickscore", 0.5, 21.0, 2.0)],
+        divergence="kl",
+        reward_scale=3.0,
+        seed=1,
+        iteration=2,
+    )
+    own, target = (
+        {"method": "adjoint_matching", "seed": 1},
+        Target(3.0, {"pickscore": RewardScale(0.5, 21, 2)}),
+    )
+    lora = Path(run_of(**own, reward_scale=5.0)) / LORA_FILE
+    lora.write_bytes(to_bytes(load_file(lora), origin.metadata()))
+    assert run_config(lora)["reward_scale"] == 3.0
+    assert "train_prompts" not in run_config(lora)
+    assert targets(ask(lora_path=str(lora)).candidates) == {"run": target}
+    make_notes(ask(lora_path=str(lora)))
+    run_of(**(own | {"seed": 2}))
+    assert "train_prompts" not in run_config(lora)
+    run_of(**own)
+    assert run_config(lora)["train_prompts"] == "nowhere.txt"
 
 
 def test_notes_tell_what_the_comparison_with_the_tilt_holds_for(ask, run_of):

@@ -231,6 +231,7 @@ BAD_INPUT = {
     "asset": ({"train_prompts": "asset:gone.txt"}, [], "asset:gone.txt: no such asset"),
     "useless model": ({"rewards": [{"name": "brightness", "model": "x"}]}, [], "brightness has no weights"),
     "same reward": ({"rewards": [{"name": "hpsv2", "model": "a/b/c"}]}, [], "must differ in name"),
+    "batch size": ({"rewards": [{"name": "pickscore", "batch_size": 0}]}, [], "at least 1 or null, got 0"),
     "no prompts": ({"train_prompts": "empty.txt"}, [], "empty.txt: no prompt in it"),
     "binary prompts": ({"train_prompts": "binary.txt"}, [], "binary.txt: cannot be read"),
     "column": ({"train_prompts": "other.csv"}, [], "no column 'prompt'; it has 'text'"),

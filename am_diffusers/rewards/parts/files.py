@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from am_diffusers.system.files import sha256
+from am_diffusers.system.files import sha256, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def state_dict_of(content: Any, file: Path, remedy: str) -> dict[str, Tensor]:
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors by name as a safetensors file, in a folder that is made if it doesn't exist."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    write_whole(file, lambda part: save_file(tensors, part, {"format": "pt"}))
 
 
 def check_keys(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -48,6 +48,7 @@ def train(flags: Mapping[str, Flag], seed: int, marks: Sequence[Mark], folder: P
         ValueError: from the config, or from an iteration.
     """
     own = {"output_dir": str(folder), "seed": seed, "max_train_steps": NO_END, "report_to": "none"}
+    own["overwrite_output_dir"] = True
     own["certificate_images"] = 0  # nothing is validated
     config = parse_config(command_line({**flags, **own}))
     accelerator = make_accelerator(config)
