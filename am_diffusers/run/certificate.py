@@ -1,7 +1,10 @@
 """The certificate of a run, and reward_scale auto: both from base images by the chain of training."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from am_diffusers.config import Config
 from am_diffusers.evaluation.certifier import Certifier
@@ -78,12 +81,26 @@ def with_scale(
 
 
 def make_certifier(
-    plan: Plan, model: Model, trained: list[Reward], held_out: list[Reward], processes: Processes
+    plan: Plan,
+    model: Model,
+    trained: list[Reward],
+    held_out: list[Reward],
+    processes: Processes,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> Certifier | None:
     """Make the certificate of a run on its validation prompts.
 
     None where there can't be one: without images, for a divergence other than kl, for a reward that tells no
     images apart.
+
+    Args:
+        plan: plan of the run.
+        model: model with its LoRA.
+        trained: trained rewards.
+        held_out: held-out rewards.
+        processes: share the work.
+        scores: scores (P, S) of the base's images by reward, where they are known; None = they are made.
     """
     config, number = plan.config, plan.config.evaluation.certificate_images
     if number == 0 or config.shared.divergence != "kl":
@@ -91,16 +108,17 @@ def make_certifier(
     sampler = chain_sampler(config, model, "certificate")
     rewards = [*trained, *map(official, held_out)]
     fields = with_guidance(config, model.policy, model.base)
-    scores = base_scores(
-        config,
-        CERTIFICATE,
-        sampler,
-        fields.base,
-        rewards,
-        prompts=plan.validation_prompts,
-        images_per_prompt=number,
-        processes=processes,
-    )
+    if scores is None:
+        scores = base_scores(
+            config,
+            CERTIFICATE,
+            sampler,
+            fields.base,
+            rewards,
+            prompts=plan.validation_prompts,
+            images_per_prompt=number,
+            processes=processes,
+        )
     try:
         frontier = Frontier.of(scores, trained_scales(config))
     except ValueError as error:

@@ -263,12 +263,12 @@ def test_logs_and_crashes_keep_secrets():
 def test_the_file_of_an_error_keeps_secrets(tiny_sd3_dir, tmp_path, monkeypatch):
     secret = "hf_" + "Pl4nt3d" * 5
 
-    def build(*_):
+    def fail(*_):
         raise ValueError(f"no file {secret}")
 
     write_rewards(tmp_path)
     config = tiny_config(tiny_sd3_dir, tmp_path)
-    monkeypatch.setattr("am_diffusers.run.build.build", build)
+    monkeypatch.setattr("am_diffusers.run.build.load_rewards", fail)
     monkeypatch.setattr(sys, "argv", [str(FINETUNE), "--config", str(config)])
     with pytest.raises(SystemExit, match=r"error: no file \*\*\*\n\(details: .*error.txt"):
         runpy.run_path(str(FINETUNE), run_name="__main__")

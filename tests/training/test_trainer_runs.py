@@ -231,13 +231,14 @@ def test_a_new_run_removes_the_results_of_an_earlier_one(tiny_sd3_dir, rewards_d
     samples, logs = tmp_path / "out/samples", tmp_path / "out/logs/am_diffusers"
     samples.mkdir(parents=True)
     logs.mkdir(parents=True)
-    own = [tmp_path / "out/evaluation.json", samples / "iteration-000900.png", logs / "events.out.tfevents.1"]
+    own = [samples / "iteration-000900.png", logs / "events.out.tfevents.1"]
     own += [tmp_path / "out/validation.jsonl", samples / "panel.png"]
     others = [tmp_path / "out/notes.txt", samples / "mine.png", logs / "mine"]
+    others.append(tmp_path / "out/evaluation.json")  # until the new LoRA stands
     for path in [*own, *others]:
         path.write_text("earlier")
-    make_run(tiny_sd3_dir, rewards_dir, tmp_path)
-    assert [path.exists() for path in [*own, *others]] == [False] * 5 + [True] * 3
+    make_run(tiny_sd3_dir, rewards_dir, tmp_path, overwrite_output_dir=True)
+    assert [path.exists() for path in [*own, *others]] == [False] * 4 + [True] * 4
 
 
 def test_a_reward_that_turns_nan_names_iteration_and_prompts(tiny_sd3_dir, rewards_dir, tmp_path):

@@ -66,7 +66,9 @@ def take_chains(study: Study, reached: Sequence[Reached], run: Path, scores: Pat
     accelerator = Accelerator()
     plan, processes = make_plan(certificate_config(study, scores), 1), Processes(accelerator)
     model, (trained, _) = load_model(plan, accelerator.device), load_rewards(plan, accelerator.device)
-    certifier = make_certifier(plan, model, trained, [], processes)
+    file = scores / CERTIFICATE
+    known = load_scores(file, plan.validation_prompts) if file.exists() else None
+    certifier = make_certifier(plan, model, trained, [], processes, scores=known)
     if certifier is None:
         raise ValueError("the trained reward is the same for all base images of a prompt: train another one")
     chains = []
