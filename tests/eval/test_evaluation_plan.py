@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.base import Model
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.models.origin import Origin, TrainedReward, to_bytes
 from am_diffusers.rewards import RewardScale
 from am_diffusers.system.processes import Processes
@@ -168,7 +168,7 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
         for name in ("checkpoint-000100", "."):
             file = tmp_path / run / name / LORA_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(b"")
+            shutil.copy(folder / "first" / LORA_FILE, file)
     runs = [str(tmp_path / run / "checkpoint-000100") for run in ("one", "two")]
     names = [candidate.name for candidate in ask(lora_path=runs).candidates]
     assert names == ["base", "one_checkpoint-000100", "two_checkpoint-000100"]
