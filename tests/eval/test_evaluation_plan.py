@@ -187,11 +187,10 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["my run", "run #2", "50%", "a&b"])
-def test_folders_with_other_characters_name_a_lora_too(ask, tmp_path, text):
-    for folder in (text, "other"):
-        (tmp_path / "loras" / folder).mkdir(parents=True)
-        (tmp_path / "loras" / folder / LORA_FILE).touch()
-    (tmp_path / "loras" / f"{text}.safetensors").touch()
+def test_folders_with_other_characters_name_a_lora_too(ask, folder, tmp_path, text):
+    for name in (text, "other"):
+        shutil.copytree(folder / "first", tmp_path / "loras" / name)
+    shutil.copy(folder / "first" / LORA_FILE, tmp_path / "loras" / f"{text}.safetensors")
     runs = [str(tmp_path / "loras" / name) for name in (text, "other", f"{text}.safetensors")]
     name = {"my run": "my-run", "run #2": "run-2", "50%": "50", "a&b": "a-b"}[text]
     assert [c.name for c in ask(lora_path=runs[:2]).candidates] == ["base", name, "other"]
