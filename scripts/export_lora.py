@@ -45,7 +45,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
-    parser.add_argument("--lora_path", type=path_flag, required=True, help="folder or safetensors file")
+    parser.add_argument(
+        "--lora_path", type=path_flag, required=True, help="LoRA: file or folder, also PEFT's"
+    )
     parser.add_argument("--format", choices=FORMS, required=True, help="what to write")
     parser.add_argument(
         "--output", type=path_flag, required=True, help="file or folder to write; must not exist"

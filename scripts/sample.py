@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.utils import make_image_grid
 
+from am_diffusers.models.base import Model, without_weights
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
@@ -56,9 +57,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
-    parser.add_argument(
-        "--lora", type=path_flag, help="folder or safetensors file of a LoRA; none = the base"
-    )
+    parser.add_argument("--lora", type=path_flag, help="LoRA: file or folder, also PEFT's; none = the base")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA; 0 = the base")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", help="one or more prompts")
@@ -79,14 +78,15 @@ def parse() -> argparse.Namespace:
 def load(source: Pretrained, options: argparse.Namespace) -> Any:
     """Load the pipeline with its LoRA, on the GPU if there is one."""
     source.family.latent_shape(source.config_of, options.resolution, options.resolution)
-    pipe = source.load(DTYPES[options.dtype])
     if options.lora is not None:
-        file = options.lora / "pytorch_lora_weights.safetensors" if options.lora.is_dir() else options.lora
-        if not file.is_file():
-            raise ValueError(f"--lora {options.lora}: no file {file}: pass a folder or a safetensors file")
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        pipe.set_adapters(pipe.get_active_adapters(), options.lora_scale)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        without_weights(source).load_lora(options.lora)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Model.from_pretrained(source, weight_dtype=DTYPES[options.dtype], device=device)
+    if options.lora is not None:
+        model.load_lora(options.lora, scale=options.lora_scale)
+    pipe = model.pipeline()
+    pipe.set_progress_bar_config(disable=None)
+    return pipe
 
 
 if __name__ == "__main__":

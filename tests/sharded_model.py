@@ -1,6 +1,7 @@
 """For `torch.distributed.run`: a sharded model against the whole one, equal weights, samples of their own."""
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,10 @@ from am_diffusers.system.leaving import leaving_at_once
 from pull_backs import vjp
 
 
-def make_model(path: str) -> Model:
+def make_model(path: str, in_base: Path | None = None) -> Model:
     model = Model.from_pretrained(Pretrained(path))
+    if in_base is not None:
+        model.fuse_lora(in_base)
     model.attach_lora(rank=4, lora_alpha=8, seed=0)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.lora_parameters().values():
@@ -25,7 +28,8 @@ def make_model(path: str) -> Model:
 def main() -> None:
     path, folder = sys.argv[1:]
     dist.init_process_group("gloo")
-    whole, sharded = make_model(path), make_model(path)
+    in_base = make_model(path).save_lora(f"{folder}/base{dist.get_rank()}")
+    whole, sharded = make_model(path, in_base), make_model(path, in_base)
     sharded.shard(init_device_mesh("cpu", (dist.get_world_size(),)))
     frozen = [p for p in sharded.network.parameters() if not p.requires_grad]
     kept = sum(p.to_local().numel() for p in frozen) / sum(p.numel() for p in frozen)
@@ -53,6 +57,7 @@ def main() -> None:
     ]
     ours, theirs = (load_file(file) for file in files)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert {len(value) for key, value in ours.items() if ".lora_A." in key} == {4 + 4}  # both LoRAs
     dist.destroy_process_group()
     print("equal")  # noqa: T201
 

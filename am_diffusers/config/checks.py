@@ -113,6 +113,7 @@ def _model(c: ModelConfig) -> list[Check]:
         (c.max_sequence_length > 0, "max_sequence_length", "a positive number of tokens"),
         (c.rank > 0, "rank", "positive"),
         (c.lora_alpha > 0, "lora_alpha", "positive"),
+        (c.init_lora or not c.init_lora_as_base, "init_lora_as_base", "false without --init_lora"),
     ]
 
 

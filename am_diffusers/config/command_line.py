@@ -25,6 +25,7 @@ PATHS = (
     "output_dir",
     "logging_dir",
     "pretrained_model_name_or_path",
+    "init_lora",
     "train_prompts",
     "eval_prompts",
     "frontier",

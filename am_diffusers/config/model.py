@@ -17,6 +17,11 @@ class ModelConfig:
         rank: LoRA rank, the inner dimension of each adapter.
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
         lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
+        init_lora: LoRA that training starts from: a file or folder of Diffusers, of PEFT or with kohya's
+            alphas. Base and reference stay the model without it. Its rank and layers must fit in rank and
+            lora_layers; what these have more starts as the identity. null = start from the model itself.
+        init_lora_as_base: make init_lora part of the frozen model; a fresh LoRA is trained, and the saved
+            file contains both.
         mixed_precision: dtype of the frozen transformer (no = float32); LoRA, states, adjoints, VAE and
             rewards stay float32. bf16 where the device has it: fp16 overflows where activations are large.
         gradient_checkpointing: recompute activations of transformer, VAE and reward towers in backward
@@ -36,6 +41,8 @@ class ModelConfig:
     rank: int = 32
     lora_alpha: int = 64
     lora_layers: list[str] | None = None
+    init_lora: str | None = None
+    init_lora_as_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     free_text_encoders: bool = True

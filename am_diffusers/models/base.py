@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from am_diffusers.models.adapters import adapters
 from am_diffusers.models.family import Family, Shape
-from am_diffusers.models.lora import TunedNetwork, adapters
+from am_diffusers.models.lora import TunedNetwork
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.schedulers import check_solver, make_solver
 from am_diffusers.models.text_encoders import PromptEncoder
@@ -157,6 +158,12 @@ class Model(TunedNetwork):
         for module in [*blocks, self.network]:
             trained = {p for p in module.parameters() if p.requires_grad}
             fully_shard(module, mesh=mesh, ignored_params=trained)
+
+
+def without_weights(source: Pretrained) -> TunedNetwork:
+    """Return the network of a model on the meta device: to try LoRA files on before weights are read."""
+    pipe, family = source.skeleton(torch.float32), source.family
+    return TunedNetwork(getattr(pipe, family.network), family)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from am_diffusers.models.base import Model
-from am_diffusers.models.lora import LORA_FILE, lora_layers, scaled_weights
+from am_diffusers.models.base import Model, without_weights
+from am_diffusers.models.lora_files import find_lora
 from am_diffusers.models.origin import SPEC, read_about, to_bytes
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.proof import Proof, compare, random_point
@@ -32,7 +32,7 @@ class ExportOptions:
     """A finished export.
 
     Attributes:
-        lora_path: the LoRA file, or a folder that holds `pytorch_lora_weights.safetensors`.
+        lora_path: a LoRA file of any form of `lora_files`, or a folder that holds one.
         scale: strength of the LoRA in the export; not 0.
         dtype: dtype of a merged pipeline's transformer and text encoders; LoRA files are float32.
     """
@@ -62,6 +62,7 @@ def export_lora(base: Pretrained, options: ExportOptions, target: Path, form: st
         raise ValueError(f"{target} must end in {suffix}")
     if options.scale == 0:
         raise ValueError("--scale 0 is the base model: choose the strength of the LoRA, 1 as trained")
+    without_weights(base).load_lora(options.lora_path)
     before, after = _outputs(base, options)
     compare(options.lora_path, before, after, after)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,14 +110,13 @@ def _write_diffusers(base: Pretrained, options: ExportOptions, file: Path) -> Te
 
 def _write_comfyui(base: Pretrained, options: ExportOptions, file: Path) -> Tensor:
     state: dict[str, Tensor] = {}
-    for name, layer in lora_layers(_tuned(base, options).network).items():
+    for name, (down, up) in _tuned(base, options).lora_change().items():
         key = base.family.comfyui(name)
         if key is None:
             raise ValueError(
                 f"ComfyUI may read a LoRA on {name} otherwise than Diffusers: use --format diffusers or "
                 "merged"
             )
-        down, up = scaled_weights(layer)
         state[f"{key}.lora_down.weight"] = down.cpu().contiguous()
         state[f"{key}.lora_up.weight"] = up.cpu().contiguous()
         state[f"{key}.alpha"] = torch.tensor(float(len(down)))  # the scaling is in `up`
@@ -131,7 +131,7 @@ def _write_comfyui(base: Pretrained, options: ExportOptions, file: Path) -> Tens
 
 
 def _about(options: ExportOptions) -> dict[str, str]:
-    return read_about(options.lora_path / LORA_FILE if options.lora_path.is_dir() else options.lora_path)
+    return read_about(find_lora(options.lora_path))
 
 
 @torch.no_grad()

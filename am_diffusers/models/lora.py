@@ -1,64 +1,29 @@
 """The control of the policy: a LoRA on linear layers of a network.
 
 The effective weight is `W + scaling * B A` with `scaling = lora_alpha / rank` (LoRA, arXiv 2106.09685).
-Files are in the format of a pipeline's `load_lora_weights`.
+Files are written in the format of a pipeline's `load_lora_weights` and read in any form of `lora_files`.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import pad
 
+from am_diffusers.models.adapters import ADAPTER, lora_layers, scaled_weights, weights_of
 from am_diffusers.models.family import Family
+from am_diffusers.models.lora_files import LORA_FILE, LoraWeights, read_lora
 from am_diffusers.models.origin import to_bytes
 from am_diffusers.system.files import write_whole
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER = "default"
-_KEY = re.compile(r"(?P<network>\w+)\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-
-
-@contextmanager
-def adapters(network: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Run with every adapter on or off; the previous state comes back on exit.
-
-    peft's own switch (`enable_adapters`) also flips `requires_grad` of the adapter weights, under the
-    feet of the optimizer and of DistributedDataParallel; this one flips only what the forward pass reads.
-    """
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = not enabled
-    try:
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-
-
-def lora_layers(network: torch.nn.Module) -> dict[str, LoraLayer]:
-    """Return the LoRA layers of a network by module name; none without a LoRA."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
-
-
-def scaled_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank) of a layer in float32, the scaling multiplied into B."""
-    (name,) = layer.active_adapters
-    a, b = (part[name].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
-    return a.detach().float(), b.detach().float() * layer.scaling[name]
 
 
 class TunedNetwork:
@@ -72,6 +37,7 @@ class TunedNetwork:
     def __init__(self, network: Any, family: Family) -> None:
         """Take over a network without a LoRA."""
         self.network, self.family = network, family
+        self._fused: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attach_lora(
         self, *, rank: int = 32, lora_alpha: int = 64, layers: Sequence[str] | None = None, seed: int = 0
@@ -99,21 +65,38 @@ class TunedNetwork:
         config = LoraConfig(
             r=rank, lora_alpha=lora_alpha, target_modules=list(layers), init_lora_weights="gaussian"
         )
-        devices = [self.network.device] if self.network.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            self.network.add_adapter(config, ADAPTER)
-        cast_training_params(self.network, torch.float32)
+        self._add(config, seed)
 
     def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the LoRA weights by name, float32, in a fixed order."""
         return {name: p for name, p in self.network.named_parameters() if ".lora_" in name}
 
+    def lora_change(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (rank, in) and B (out, rank) of each changed layer, float32, the strength in B.
+
+        A fused LoRA is part of them. All have one rank: loaders of old take alpha and rank of one layer for
+        all where a file has no metadata.
+        """
+        # Not `network.state_dict()`: on one process alone it would put sharded weights out of step.
+        change = dict(self._fused)
+        for name, layer in lora_layers(self.network).items():
+            a, b = scaled_weights(layer)
+            if name in change:
+                fused_a, fused_b = change[name]
+                a, b = torch.cat([fused_a, a]), torch.cat([fused_b, b], dim=1)
+            change[name] = a, b
+        rank = max(len(a) for a, _ in change.values())
+        return {
+            name: (pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a))))
+            for name, (a, b) in change.items()
+        }
+
     def save_lora(self, folder: str | Path, about: Mapping[str, str] | None = None) -> Path:
         """Write `folder/pytorch_lora_weights.safetensors` for the pipeline's `load_lora_weights`.
 
         Loaders of Diffusers take lora_alpha = rank when a file has no metadata, so the scaling is multiplied
-        into B and the metadata says lora_alpha = rank: the same strength with and without metadata.
+        into B and the metadata says lora_alpha = rank: the same strength with and without metadata. A fused
+        LoRA is in the file.
 
         Args:
             folder: made if needed.
@@ -122,16 +105,15 @@ class TunedNetwork:
         Returns:
             The file's path.
         """
-        network, prefix = self.network, self.family.network
-        layers = lora_layers(network)
-        # Not `network.state_dict()`: on one process alone it would put sharded weights out of step.
-        state = get_peft_model_state_dict(network, state_dict=self.lora_parameters(), adapter_name=ADAPTER)
-        for key in [key for key in state if ".lora_B." in key]:
-            state[key] = state[key] * layers[key.split(".lora_B.")[0]].scaling[ADAPTER]
-        metadata = network.peft_config[ADAPTER].to_dict() | {"use_rslora": False}
-        metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"]}
-        written = {f"{prefix}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-        adapter = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+        prefix, change = self.family.network, self.lora_change()
+        written = {
+            f"{prefix}.{name}.lora_{part}.weight": value.cpu().contiguous()
+            for name, weights in change.items()
+            for part, value in zip("AB", weights, strict=True)
+        }
+        rank = next(len(a) for a, _ in change.values())
+        metadata = LoraConfig(r=rank, lora_alpha=rank).to_dict() | {"target_modules": sorted(change)}
+        adapter = {f"{prefix}.{key}": value for key, value in metadata.items()}
         text = json.dumps(adapter, indent=2, sort_keys=True)
         content = to_bytes(written, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text} | dict(about or {}))
         file = Path(folder) / LORA_FILE
@@ -139,10 +121,10 @@ class TunedNetwork:
         return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
-        """Load a LoRA file in the Diffusers format into a network without one; weights become float32.
+        """Load a LoRA file of any form into a network without one, see `read_lora`; weights become float32.
 
         Args:
-            path: the file, or a folder that holds `pytorch_lora_weights.safetensors`.
+            path: the file, or a folder that holds one.
             scale: multiplies the change the LoRA makes; 0 gives the base.
 
         Raises:
@@ -150,23 +132,67 @@ class TunedNetwork:
                 base model, or a LoRA is attached already.
         """
         self._check_free()
-        file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-        if not file.is_file() or file.suffix != ".safetensors":
-            raise ValueError(f"no LoRA file {file}: pass a .safetensors file, or a folder with {LORA_FILE}")
-        try:
-            # Some pipelines return alphas between the two.
-            state, *_, metadata = self.family.pipeline.lora_state_dict(
-                str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
-            )
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read the LoRA file {file} ({error}): export it again") from error
-        modules = self._check_keys(state, file)
-        names = {"prefix": self.family.network, "adapter_name": ADAPTER}
-        self.network.load_lora_adapter(state, **names, metadata=metadata, low_cpu_mem_usage=False)
-        if set(lora_layers(self.network)) != modules:
-            raise ValueError(f"{file}: its metadata and its weights name different layers; export it again")
+        read = self._read(path)
+        ranks = {name: len(each.a) for name, each in read.items()}
+        alphas = {name: each.scaling * len(each.a) for name, each in read.items()}
+        rank, alpha = mode(ranks.values()), mode(alphas.values())
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # numbers of other files aren't whole
+            # Regular expressions: names alone would match endings of other layers' names.
+            target_modules="|".join(map(re.escape, read)),
+            rank_pattern={_exactly(name): each for name, each in ranks.items() if each != rank},
+            alpha_pattern={_exactly(name): each for name, each in alphas.items() if each != alpha},
+        )
+        self._add(config, seed=0)
+        for name, layer in lora_layers(self.network).items():
+            a, b = weights_of(layer)
+            a.data.copy_(read[name].a)
+            b.data.copy_(read[name].b)
         self.network.set_adapters(ADAPTER, scale)
-        cast_training_params(self.network, torch.float32)
+
+    def start_lora(self, path: str | Path) -> None:
+        """Let the attached LoRA start as that of a file; its further ranks and layers start as the identity.
+
+        The file's change is kept whatever its alpha; the attached LoRA's alpha stays.
+
+        Raises:
+            ValueError: as `load_lora`, or if the file's ranks or layers are more than what is attached.
+        """
+        self._check_attached()
+        read, layers = self._read(path), lora_layers(self.network)
+        if not set(read) <= set(layers):
+            endings = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in (*layers, *read)})
+            raise ValueError(
+                f"{path}: its LoRA is on layers that this one isn't on, such as "
+                f"{min(set(read) - set(layers))}: set --lora_layers '{json.dumps(endings)}'"
+            )
+        largest = max(len(each.a) for each in read.values())
+        for name, each in read.items():
+            a, b = weights_of(layers[name])
+            if largest > len(a):
+                raise ValueError(
+                    f"{path}: its LoRA has rank {largest}, this one {len(a)}: set --rank {largest} or more"
+                )
+            a.data[: len(each.a)] = each.a.to(a)
+            b.data[:, : len(each.a)] = (each.scaling / layers[name].scaling[ADAPTER] * each.b).to(b)
+
+    @torch.no_grad()
+    def fuse_lora(self, path: str | Path) -> None:
+        """Add the change of a LoRA file to the frozen weights: base and policy have it, and `save_lora` too.
+
+        Weights in half precision round the change to their 8 (bfloat16) or 11 (float16) bits.
+
+        Raises:
+            ValueError: as `load_lora`.
+        """
+        self._check_free()
+        linear = self._linear()
+        for name, each in self._read(path).items():
+            weight = linear[name].weight
+            a, b = each.a.to(weight.device), (each.scaling * each.b).to(weight.device)
+            weight.copy_(weight.float() + b @ a)
+            self._fused[name] = a, b
 
     def set_lora_scale(self, scale: float) -> None:
         """Change the strength of the LoRA: the same as loading it with this `scale`."""
@@ -180,9 +206,24 @@ class TunedNetwork:
         self._check_attached()
         self.network.unload_lora()
 
+    def _add(self, config: LoraConfig, seed: int) -> None:
+        """Add a float32 LoRA drawn from `seed`."""
+        devices = [self.network.device] if self.network.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            self.network.add_adapter(config, ADAPTER)
+        cast_training_params(self.network, torch.float32)
+
+    def _read(self, path: str | Path) -> dict[str, LoraWeights]:
+        return read_lora(path, self.family, self._linear())
+
     def _linear(self) -> dict[str, torch.nn.Linear]:
-        modules = self.network.named_modules()
-        return {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
+        """Return the linear layers by name, without those of a LoRA."""
+        return {
+            name.removesuffix(".base_layer"): module
+            for name, module in self.network.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+        }
 
     def _check_attached(self) -> None:
         if not lora_layers(self.network):
@@ -192,25 +233,7 @@ class TunedNetwork:
         if lora_layers(self.network):
             raise ValueError("this model has a LoRA already: unload it, or start from a freshly loaded model")
 
-    def _check_keys(self, state: dict[str, Tensor], file: Path) -> set[str]:
-        """Return the names of the modules a LoRA file changes; every key must fit a linear layer."""
-        linear, network = self._linear(), self.family.network
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            match = _KEY.fullmatch(key)
-            if match is None or match["network"] != network or match["module"] not in linear:
-                raise ValueError(
-                    f"{file}: no place for key {key!r} here, expected {network}.<layer>.lora_A.weight; "
-                    f"export the LoRA with {self.family.pipeline.__name__}.save_lora_weights"
-                )
-            parts.setdefault(match["module"], {})[match["part"]] = value
-        for name, part in parts.items():
-            expected = (linear[name].out_features, linear[name].in_features)
-            if set(part) != {"A", "B"}:
-                raise ValueError(f"{file}: {name} lacks lora_A or lora_B: export it again")
-            if (part["B"].shape[0], part["A"].shape[1]) != expected:
-                raise ValueError(
-                    f"{file}: {name} is {part['B'].shape[0]} x {part['A'].shape[1]}, this base model has "
-                    f"{expected[0]} x {expected[1]}: load it with the base model it was trained on"
-                )
-        return set(parts)
+
+def _exactly(name: str) -> str:
+    """Return a pattern of peft that matches this name alone."""
+    return f"^{re.escape(name)}"

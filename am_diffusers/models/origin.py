@@ -46,6 +46,9 @@ class Origin:
         seed: seed of the run.
         iteration: optimizer steps taken.
         version: version of this package.
+        init_lora: the LoRA that was put into the base model and that this one contains, as the run was told;
+            None = none.
+        init_lora_sha256: SHA-256 of its file, or of its two files for a PEFT folder.
     """
 
     base_model: str
@@ -57,10 +60,13 @@ class Origin:
     seed: int
     iteration: int
     version: str = version("am_diffusers")
+    init_lora: str | None = None
+    init_lora_sha256: Sequence[str] | None = None
 
     def metadata(self) -> dict[str, str]:
         """Return it as metadata of a safetensors file."""
-        return {f"{OWN}{k}": v if isinstance(v, str) else json.dumps(v) for k, v in asdict(self).items()}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {f"{OWN}{k}": v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
 
     def summary(self) -> str:
         """Say in a few words what the run was."""
@@ -76,6 +82,8 @@ def read_origin(file: Path) -> Origin | None:
         for name in ("reward_scale", "seed", "iteration"):
             found[name] = json.loads(found[name])
         found["rewards"] = [TrainedReward(**reward) for reward in json.loads(found["rewards"])]
+        if "init_lora_sha256" in found:
+            found["init_lora_sha256"] = json.loads(found["init_lora_sha256"])
         return Origin(**found)
     except (KeyError, TypeError, ValueError):
         return None

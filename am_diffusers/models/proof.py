@@ -1,5 +1,6 @@
 """A written LoRA held against the model it came from, at a fixed point."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 
 from am_diffusers.models.base import Model
-from am_diffusers.models.lora import lora_layers, scaled_weights
 from am_diffusers.velocity import Conditioning
 
 Point = tuple[Tensor, Tensor, Conditioning]
@@ -77,7 +77,8 @@ def verify_lora(model: Model, file: Path, point: Point) -> Proof:
     before = fresh.base(*point)
     fresh.pipeline().load_lora_weights(str(file.parent), weight_name=file.name)
     proof = compare(file, before, model.policy(*point), fresh.policy(*point))
-    exact, weights = model.weight_dtype == torch.float32, _weight_error(model.network, fresh.network)
+    exact = model.weight_dtype == torch.float32
+    weights = _weight_error(model.lora_change(), fresh.lora_change())
     error = proof.error * proof.effect
     if not (weights <= (1e-5 if exact else 2e-2) and error <= (1e-4 if exact else 5e-2)):
         raise ValueError(
@@ -91,13 +92,15 @@ def _effect(before: Tensor, after: Tensor) -> float:
     return ((after - before).abs().max() / before.abs().max()).item()
 
 
-def _weight_error(trained: torch.nn.Module, reloaded: torch.nn.Module) -> float:
-    """Return the largest relative difference between the scaled A and B of two networks with one LoRA."""
-    worst, others = 0.0, lora_layers(reloaded)
-    for name, layer in lora_layers(trained).items():
-        if name not in others:
+def _weight_error(
+    trained: Mapping[str, tuple[Tensor, Tensor]], reloaded: Mapping[str, tuple[Tensor, Tensor]]
+) -> float:
+    """Return the largest relative difference between the scaled A and B of two LoRAs."""
+    worst = 0.0
+    for name, weights in trained.items():
+        if name not in reloaded:
             return float("inf")
-        for ours, theirs in zip(scaled_weights(layer), scaled_weights(others[name]), strict=True):
+        for ours, theirs in zip(weights, reloaded[name], strict=True):
             difference = (ours - theirs.to(ours)).norm() / ours.norm().clamp_min(1e-30)
             worst = max(worst, difference.item())
     return worst

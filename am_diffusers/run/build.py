@@ -15,8 +15,9 @@ from am_diffusers.run.certificate import make_certifier, with_scale
 from am_diffusers.run.evaluation import make_held_out, make_scorer, make_validation, make_verifier
 from am_diffusers.run.execution import Run
 from am_diffusers.run.folder import begin, claim, open_folder
+from am_diffusers.run.init_lora import attach_lora, init_lora_hashes, start_lora
 from am_diffusers.run.leftovers import EMA_FOLDER
-from am_diffusers.run.load import encoder, load_model, load_rewards, weighted
+from am_diffusers.run.load import encoder, load_base, load_rewards, weighted
 from am_diffusers.run.micro_batches import find_micro_batches
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import make_checkpoints, outdated, settings_of
@@ -54,7 +55,7 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     lock, found, trackers, stale = open_folder(plan, checkpoints, processes)
     torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     # The model first: once its text encoders are freed there is room for the rewards.
-    model, base_sha256 = place_model(plan, processes)
+    model, base_sha256 = place_model(plan, processes, fresh=found is None)
     with processes.together():
         trained, held_out = load_rewards(plan, accelerator.device)
     plan = find_micro_batches(plan, model, trained, processes)
@@ -64,7 +65,8 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     method = make_method(plan, model, reward, processes)
     reward.drain()  # scores of the base images that normalised a divergence belong to no iteration
     state = make_state(config.optimizer, model.lora_parameters())
-    save_lora = lora_writer(model, state, partial(about_lora, plan, model.family, base_sha256))
+    about = partial(about_lora, plan, model.family, base_sha256, init_lora_hashes(config))
+    save_lora = lora_writer(model, state, about)
     saver = Saver(checkpoints, processes, state, method, settings, save_lora, config.checkpoint.on_full_disk)
     if found is not None:
         saver.restore(found, outdated=outdated(found, saver.settings))
@@ -91,13 +93,25 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     )
 
 
-def place_model(plan: Plan, processes: Processes) -> tuple[Model, str]:
-    """Load the model, spread over the processes if asked for; return it and the hash of its base weights."""
+def place_model(plan: Plan, processes: Processes, *, fresh: bool) -> tuple[Model, str]:
+    """Load the model with the run's LoRA, spread over the processes if asked for.
+
+    Args:
+        plan: the run.
+        processes: processes of the run.
+        fresh: the LoRA starts as `--init_lora` says; False if a checkpoint's weights follow.
+
+    Returns:
+        The model, and the hash of its base weights, without a LoRA that was put into them.
+    """
     device = processes.accelerator.device
     with processes.together():
-        model = load_model(plan, device)
+        model = load_base(plan, device)
+        base_sha256 = weights_sha256(model.network)
+        attach_lora(model, plan.config)
+        if fresh:
+            start_lora(model, plan.config)
     model.before_pass = processes.poll
-    base_sha256 = weights_sha256(model.network)
     if plan.config.model.shard_weights:
         model.shard(init_device_mesh(device.type, (processes.number,)))
     return model, base_sha256

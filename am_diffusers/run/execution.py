@@ -9,7 +9,7 @@ import torch
 from filelock import BaseFileLock
 
 from am_diffusers.evaluation.held_out import Evaluation, HeldOut
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.run.leftovers import remove_about_lora
 from am_diffusers.system.files import sha256, write_json
 from am_diffusers.system.processes import Processes

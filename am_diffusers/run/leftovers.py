@@ -6,7 +6,7 @@ the new ones stand, whichever comes later, so that a run that can't begin loses 
 
 from pathlib import Path
 
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.models.origin import read_origin
 from am_diffusers.run.base_scores import CERTIFICATE, DIVERGENCE, FRONTIER
 from am_diffusers.system.files import write_text

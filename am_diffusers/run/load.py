@@ -21,6 +21,7 @@ from am_diffusers.rewards import (
 )
 from am_diffusers.rollout import TableSolver
 from am_diffusers.run.fields import micro_batch
+from am_diffusers.run.init_lora import attach_lora, start_lora
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import asset_path
 from am_diffusers.transitions import ode_euler
@@ -67,7 +68,15 @@ def load_rewards(plan: Plan, device: torch.device) -> tuple[list[Reward], list[R
 
 
 def load_model(plan: Plan, device: torch.device) -> Model:
-    """Load the model with a fresh LoRA; encode all prompts of the run if the text encoders are freed."""
+    """Load the model as `load_base` does, with the run's LoRA as it starts."""
+    model = load_base(plan, device)
+    attach_lora(model, plan.config)
+    start_lora(model, plan.config)
+    return model
+
+
+def load_base(plan: Plan, device: torch.device) -> Model:
+    """Load the model without a LoRA; encode all prompts of the run if the text encoders are freed."""
     config = plan.config
     options = config.model
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -78,12 +87,6 @@ def load_model(plan: Plan, device: torch.device) -> Model:
         for start in range(0, len(texts), ENCODE_CHUNK):
             encoder(config, model, guidance)(texts[start : start + ENCODE_CHUNK])
         model.free_text_encoders()
-    model.attach_lora(
-        rank=options.rank,
-        lora_alpha=options.lora_alpha,
-        layers=options.lora_layers,
-        seed=config.run.seed,
-    )
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

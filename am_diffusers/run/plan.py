@@ -17,6 +17,7 @@ from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.run.base_scores import stored_frontier, trained_scales
 from am_diffusers.run.checked_rewards import check_method, resolve
 from am_diffusers.run.counting import count, described_latents
+from am_diffusers.run.init_lora import check_init_lora
 from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.training.optimizers import check_optimizer
@@ -150,6 +151,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
         counted.method.check_size(counted.rows, described_latents(source, model.resolution))
+        check_init_lora(config, source)
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
             raise

@@ -9,6 +9,7 @@ from typing import Any
 from am_diffusers.config import CheckpointConfig, Config, EvaluationConfig, RunConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.settings import GRADIENT
+from am_diffusers.run.init_lora import init_lora_hashes
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.files import digest
 from am_diffusers.system.processes import Processes
@@ -36,6 +37,8 @@ GOAL = {
     "pretrained_model_name_or_path",
     "revision",
     "variant",
+    "init_lora",
+    "init_lora_as_base",
     "resolution",
     "max_sequence_length",
     "rewards",
@@ -82,6 +85,10 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     steady = flat["lr_scheduler"].startswith("constant") and flat["row_weights"] != "ramp"
     if steady and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
+    if flat["init_lora"] is None:
+        free = free | {"init_lora", "init_lora_as_base"}
+    elif flat["init_lora_as_base"]:  # each start reads it anew: it must be the same, wherever it is
+        flat["init_lora"] = init_lora_hashes(plan.config)
     rewards = [{k: v for k, v in r.items() if k not in FREE_OF_A_REWARD} for r in flat["rewards"]]
     decisive = {name: value for name, value in flat.items() if name not in free}
     decisive |= {"rewards": rewards, PROMPTS: digest(plan.train_prompts)}

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,8 +148,18 @@ def make_sharing(
     return share
 
 
-def about_lora(plan: Plan, family: Family, base_sha256: str, iteration: int) -> dict[str, str]:
-    """Return what a LoRA file says of its run after so many iterations, as metadata."""
+def about_lora(
+    plan: Plan, family: Family, base_sha256: str, init_lora_sha256: Sequence[str] | None, iteration: int
+) -> dict[str, str]:
+    """Return what a LoRA file says of its run after so many iterations, as metadata.
+
+    Args:
+        plan: the run.
+        family: family of its base model.
+        base_sha256: `weights_sha256` of the base model.
+        init_lora_sha256: `init_lora_hashes` of the run.
+        iteration: optimizer steps taken.
+    """
     config = plan.config
     model = config.model
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
@@ -162,6 +172,8 @@ def about_lora(plan: Plan, family: Family, base_sha256: str, iteration: int) -> 
         reward_scale=config.shared.scale,
         seed=config.run.seed,
         iteration=iteration,
+        init_lora=redact(model.init_lora) if model.init_lora and model.init_lora_as_base else None,
+        init_lora_sha256=init_lora_sha256,
     )
     spec = model_spec(
         architecture=family.architecture(source.config_of),
@@ -186,13 +198,22 @@ def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFact
         rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in config.method.rewards],
         method=method.title,
         paper=method.paper,
-        law=f"{size}{method.law(config.shared, config.settings)}.",
+        law=f"{size}{method.law(config.shared, config.settings)}.{_start(config)}",
         source=config.prompts.train_prompts,
         prompts=plan.train_prompts,
         settings=to_yaml(config),
         resolution=config.model.resolution,
         loading=_loading(plan, family, str(folder) if target is None else target.repo_id),
     )
+
+
+def _start(config: Config) -> str:
+    """Return a sentence on the LoRA that the run started from; empty without one."""
+    if config.model.init_lora is None:
+        return ""
+    if config.model.init_lora_as_base:
+        return " The LoRA `init_lora` was part of the base; this file contains it: load it alone."
+    return " Training started from the LoRA `init_lora`."
 
 
 def _loading(plan: Plan, family: Family, load_from: str) -> Loading:

@@ -29,6 +29,7 @@ def make_notes(plan: Plan) -> tuple[str, ...]:
     lines = report_prompts(plan.prompts, counters).lines()
     configs = run_configs(plan.candidates)
     lines += _other_bases(configs, plan.options.pretrained_model_name_or_path)
+    lines += _fused(configs)
     lines += _tilts(plan, configs)
     for training in _training_lists(plan.options, configs):
         lines += _leaks(plan, training)
@@ -64,6 +65,16 @@ def _other_bases(configs: Mapping[str, dict[str, Any]], base: str) -> list[str]:
         if Path(asset_path(own)).name != Path(asset_path(base)).name:
             lines.append(f"{name} was trained on {own} and is evaluated on {base}: is that the same model?")
     return lines
+
+
+def _fused(configs: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Name LoRAs that contain the one their run had in its base."""
+    return [
+        f"{name} contains the LoRA {config.get('init_lora')} that was in the base of its run: it is compared "
+        "with the model without both, not with the tilt that the run aimed at"
+        for name, config in configs.items()
+        if config.get("init_lora_as_base")
+    ]
 
 
 def _tilts(plan: Plan, configs: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.base import without_weights
+from am_diffusers.models.lora_files import LORA_FILE, PEFT_FILE, find_lora
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.schedulers import check_solver
 from am_diffusers.prompts.sets import PromptSet, load_prompts
@@ -68,6 +69,8 @@ def make_plan(options: Options) -> Plan:
     source.family.latent_shape(source.config_of, side, side)
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
     candidates = make_candidates(options)
+    for lora in {each.lora: None for each in candidates if each.lora is not None}:
+        without_weights(source).load_lora(lora)
     rewards = choose_rewards(options.rewards, declared.get("rewards", {}))
     features = choose_features(
         options.features, rewards, declared.get("rewards", {}), trained_rewards(candidates)
@@ -154,10 +157,7 @@ def lora_file(text: str) -> tuple[str | None, Path]:
         name, path = "", text
     if name and not NAME.fullmatch(name):
         raise ValueError(f"--lora_path {text}: a name has letters, digits, '.', '_' and '-' only")
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise ValueError(f"--lora_path {path}: no LoRA file {file}: pass a .safetensors file, or its folder")
-    return name or None, file
+    return name or None, find_lora(path)
 
 
 def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
@@ -167,7 +167,7 @@ def _names(files: Sequence[tuple[str | None, Path]]) -> list[str]:
     """
     names = []
     for name, file in files:
-        stem = [] if file.name == LORA_FILE else [file.stem]
+        stem = [] if file.name in (LORA_FILE, PEFT_FILE) else [file.stem]
         parts = [OTHER.sub("-", part).strip("-") for part in (*file.resolve().parts[:-1], *stem)]
         names.append([name] if name else [part for part in parts if part])
     for depth in range(1, 1 + max((len(parts) for parts in names), default=0)):

@@ -48,6 +48,8 @@ def _told(origin: Origin) -> dict[str, Any]:
     named = ("method", "divergence", "reward_scale", "seed")
     rewards = [asdict(reward) for reward in origin.rewards]
     own = {"pretrained_model_name_or_path": origin.base_model, "rewards": rewards}
+    if origin.init_lora is not None:
+        own |= {"init_lora": origin.init_lora, "init_lora_as_base": True}
     return own | {name: getattr(origin, name) for name in named}
 
 
@@ -58,7 +60,8 @@ def _agrees(config: Mapping[str, Any], origin: Origin) -> bool:
         for reward, each in zip(rewards, told.pop("rewards"), strict=False)
     ]
     return (
-        len(same) == len(rewards) == len(origin.rewards)
+        bool(config.get("init_lora_as_base")) == (origin.init_lora is not None)
+        and len(same) == len(rewards) == len(origin.rewards)
         and all(same)
         and all(config.get(name) == value for name, value in told.items())
     )
@@ -85,8 +88,8 @@ def targets(candidates: Sequence[Candidate]) -> dict[str, Target]:
 
 
 def _target(config: Mapping[str, Any]) -> Target | None:
-    """Read what a run aimed at; None for another divergence, or a file that lacks or spoils a number."""
-    if config.get("divergence") != "kl":
+    """Read what a run aimed at; None for another divergence or base, or where a number lacks or is spoilt."""
+    if config.get("divergence") != "kl" or config.get("init_lora_as_base"):
         return None
     try:
         scale = float(config["reward_scale"])

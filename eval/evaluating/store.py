@@ -26,6 +26,7 @@ from torch import Tensor
 
 from am_diffusers.evaluation.grids import to_pil
 from am_diffusers.evaluation.images import PURPOSE, ImageId, image_ids
+from am_diffusers.models.lora_files import sources_of
 from am_diffusers.noise import generator_for
 from am_diffusers.system.files import sha256, write_json, write_whole
 from am_diffusers.transitions import TRANSITIONS
@@ -75,7 +76,7 @@ class Store:
         """Raise ValueError if its LoRA isn't the one that its images here were made with."""
         made_from = {
             "name": candidate.name,
-            "lora_sha256": None if candidate.lora is None else self._sha(candidate.lora),
+            "lora_sha256": None if candidate.lora is None else self._sha_of_lora(candidate.lora),
             "lora_scale": candidate.lora_scale,
             "num_inference_steps": candidate.num_inference_steps,
             "guidance_scale": candidate.guidance_scale,
@@ -167,6 +168,10 @@ class Store:
         if not all(file.exists() for file in files):
             return None
         return {file.name: self._sha(file) for file in files}
+
+    def _sha_of_lora(self, lora: Path) -> str:
+        """Return the SHA-256 of a LoRA file, with that of PEFT's configuration beside it."""
+        return "+".join(self._sha(file) for file in sources_of(lora))
 
     def _sha(self, file: Path) -> str:
         """Return the SHA-256 of a file, read once unless it changes: every measure asks for it again."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
+from am_diffusers.models.adapters import adapters
 from am_diffusers.models.base import Model
-from am_diffusers.models.lora import adapters
 from am_diffusers.rewards import Reward
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import encoder, latent_spec, load_model, load_reward, weighted

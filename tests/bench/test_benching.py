@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.methods import METHODS
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.run.base_scores import CERTIFICATE
 from am_diffusers.training.trainer import IterationError, Trainer
 from bench_records import put, record, study

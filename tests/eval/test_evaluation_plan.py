@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from am_diffusers.models.base import Model
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.models.origin import Origin, TrainedReward, to_bytes
 from am_diffusers.rewards import RewardScale
 from am_diffusers.system.processes import Processes
@@ -168,7 +168,7 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
         for name in ("checkpoint-000100", "."):
             file = tmp_path / run / name / LORA_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(b"")
+            shutil.copy(folder / "first" / LORA_FILE, file)
     runs = [str(tmp_path / run / "checkpoint-000100") for run in ("one", "two")]
     names = [candidate.name for candidate in ask(lora_path=runs).candidates]
     assert names == ["base", "one_checkpoint-000100", "two_checkpoint-000100"]
@@ -187,11 +187,10 @@ def test_loras_are_named_by_what_tells_them_apart(ask, folder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["my run", "run #2", "50%", "a&b"])
-def test_folders_with_other_characters_name_a_lora_too(ask, tmp_path, text):
-    for folder in (text, "other"):
-        (tmp_path / "loras" / folder).mkdir(parents=True)
-        (tmp_path / "loras" / folder / LORA_FILE).touch()
-    (tmp_path / "loras" / f"{text}.safetensors").touch()
+def test_folders_with_other_characters_name_a_lora_too(ask, folder, tmp_path, text):
+    for name in (text, "other"):
+        shutil.copytree(folder / "first", tmp_path / "loras" / name)
+    shutil.copy(folder / "first" / LORA_FILE, tmp_path / "loras" / f"{text}.safetensors")
     runs = [str(tmp_path / "loras" / name) for name in (text, "other", f"{text}.safetensors")]
     name = {"my run": "my-run", "run #2": "run-2", "50%": "50", "a&b": "a-b"}[text]
     assert [c.name for c in ask(lora_path=runs[:2]).candidates] == ["base", name, "other"]

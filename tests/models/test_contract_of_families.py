@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_diffusers.models import FAMILIES, lora
+from am_diffusers.models import FAMILIES
+from am_diffusers.models.adapters import adapters, lora_layers
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.rollout import sample
@@ -238,13 +239,13 @@ def test_base_call_records_no_graph(model: Model) -> None:
 
 def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: Model) -> None:
     strong_lora(model)
-    layers = lora.lora_layers(model.network).values()
+    layers = lora_layers(model.network).values()
     frozen, *others = model.lora_parameters().values()
     frozen.requires_grad_(False)
-    with lora.adapters(model.network, enabled=False):
+    with adapters(model.network, enabled=False):
         assert all(layer.disable_adapters for layer in layers)
         assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
-        with contextlib.suppress(KeyError), lora.adapters(model.network, enabled=True):
+        with contextlib.suppress(KeyError), adapters(model.network, enabled=True):
             assert not any(layer.disable_adapters for layer in layers)
             raise KeyError
         assert all(layer.disable_adapters for layer in layers)

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from am_diffusers.models import export, lora
+from am_diffusers.models import export
+from am_diffusers.models.adapters import ADAPTER, lora_layers
 from am_diffusers.models.base import Model
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
@@ -245,8 +246,8 @@ def test_an_export_that_fails_its_proof_leaves_nothing(
 
     def weaker(base: Pretrained, options: ExportOptions) -> Model:
         model = right(base, options)
-        for layer in lora.lora_layers(model.network).values():
-            layer.lora_B[lora.ADAPTER].weight.data *= 0.99
+        for layer in lora_layers(model.network).values():
+            layer.lora_B[ADAPTER].weight.data *= 0.99
         return model
 
     before = export._outputs(Pretrained(str(folder / "base")), ExportOptions(folder / "lora"))

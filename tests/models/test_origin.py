@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 from safetensors import safe_open
@@ -78,6 +79,15 @@ def test_an_export_keeps_what_its_lora_says(tiny_sd3_dir, tmp_path):
         assert load_file(target)
     with safe_open(tmp_path / "diffusers.safetensors", "pt") as opened:
         assert "lora_adapter_metadata" in opened.metadata()
+
+
+def test_a_lora_names_the_one_that_it_contains(tmp_path):
+    contains = replace(ORIGIN, init_lora="~/first", init_lora_sha256=["1" * 64, "2" * 64])
+    for origin in (contains, ORIGIN):
+        (tmp_path / "a.safetensors").write_bytes(to_bytes({"a": torch.zeros(1)}, origin.metadata()))
+        assert read_origin(tmp_path / "a.safetensors") == origin
+    assert {"am_diffusers.init_lora", "am_diffusers.init_lora_sha256"}.isdisjoint(ORIGIN.metadata())
+    assert contains.metadata()["am_diffusers.init_lora"] == "~/first"
 
 
 def test_other_files_name_no_run(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from am_diffusers.models import lora
+from am_diffusers.models.adapters import lora_layers
 from am_diffusers.models.base import Model
 from am_diffusers.models.sd3 import SD3
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
@@ -42,7 +42,7 @@ def transformer(request: pytest.FixtureRequest) -> SD3Transformer2DModel:
 
 def released_model(transformer: SD3Transformer2DModel, *, t5: bool) -> Model:
     """The transformer with text encoders of the released widths (two layers) and a small VAE."""
-    if lora.lora_layers(transformer):
+    if lora_layers(transformer):
         transformer.unload_lora()
     text_encoder_3, tokenizer_3 = tiny_t5(4096) if t5 else (None, None)
     return Model(
@@ -109,11 +109,11 @@ def test_two_iterations_of_adjoint_matching(transformer: SD3Transformer2DModel, 
 def test_lora_on_the_second_attention_is_a_choice(transformer: SD3Transformer2DModel) -> None:
     model = released_model(transformer, t5=False)
     model.attach_lora(rank=2)
-    assert not any(".attn2." in name for name in lora.lora_layers(transformer))
+    assert not any(".attn2." in name for name in lora_layers(transformer))
     transformer.unload_lora()
     if transformer.config["dual_attention_layers"]:
         model.attach_lora(rank=2, layers=("attn2.to_q",))
-        assert len(lora.lora_layers(transformer)) == 2
+        assert len(lora_layers(transformer)) == 2
     else:
         with pytest.raises(ValueError, match=r"no linear layer ends in 'attn2.to_q'"):
             model.attach_lora(rank=2, layers=("attn2.to_q",))

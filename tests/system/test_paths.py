@@ -40,6 +40,7 @@ def config_of(folder, *flags, **changes):
 PLACES = {
     "output_dir": lambda c: c.run.output_dir,
     "pretrained_model_name_or_path": lambda c: c.model.pretrained_model_name_or_path,
+    "init_lora": lambda c: c.model.init_lora,
     "train_prompts": lambda c: c.prompts.train_prompts,
     "eval_prompts": lambda c: c.evaluation.eval_prompts,
     "frontier": lambda c: c.evaluation.frontier,

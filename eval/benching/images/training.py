@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from am_diffusers.config.command_line import parse_config
-from am_diffusers.models.lora import LORA_FILE
+from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.run.build import build
 from am_diffusers.run.counting import count
 from am_diffusers.run.folder import make_accelerator

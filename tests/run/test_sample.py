@@ -1,0 +1,54 @@
+"""`scripts/sample.py` with LoRAs of every form, and with files that it must refuse."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune_runs import FINETUNE
+from lora_forms import FORMS, bad_files, write_forms
+
+SCRIPT = FINETUNE.parent / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def forms(tiny_sd3_dir, tmp_path_factory):
+    return write_forms(tiny_sd3_dir, tmp_path_factory.mktemp("forms"))
+
+
+@pytest.fixture
+def sample(tiny_sd3_dir, tmp_path, monkeypatch):
+    """A function from flags to the pixels of one image."""
+
+    def sample(*more):
+        sizes = ["--resolution", 64, "--max_sequence_length", 8, "--num_inference_steps", 2]
+        flags = ["--model", tiny_sd3_dir, "--prompts", "a fox", "--output", tmp_path / "out", *sizes, *more]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return np.asarray(Image.open(tmp_path / "out/0000-seed0.png")).astype(int)
+
+    return sample
+
+
+def test_every_form_renders_what_this_program_writes(sample, forms):
+    base, expected = sample(), sample("--lora", forms["own"])
+    assert np.abs(expected - base).max() > 10
+    for form in FORMS:
+        assert np.abs(sample("--lora", forms[form]) - expected).max() <= 1, form
+    half = [sample("--lora", forms[form], "--lora_scale", 0.5) for form in ("own", "kohya")]
+    assert np.abs(half[1] - half[0]).max() <= 1
+    assert np.abs(half[0] - expected).max() > 2
+
+
+def test_bad_files_end_in_one_line(sample, forms, tmp_path):
+    for name, (file, message) in bad_files(forms["own"], tmp_path).items():
+        with pytest.raises(SystemExit) as error:
+            sample("--lora", file)
+        line = str(error.value)
+        assert line.startswith("error: "), name
+        assert str(file) in line, name
+        assert message in line, name
+        assert "\n" not in line, name
+    assert not (tmp_path / "out").exists()
