@@ -21,6 +21,7 @@ from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.ranges import Check
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
+from am_diffusers.system.ranges import GUIDANCE, SEED
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
@@ -101,6 +102,7 @@ def _default(field: "dataclasses.Field[object]") -> object:
 def _run(c: RunConfig) -> list[Check]:
     output, logs = Path(c.output_dir).resolve(), (Path(c.output_dir) / c.logging_dir).resolve()
     return [
+        (SEED.holds(c.seed), "seed", SEED.rule),
         (logs.is_relative_to(output), "logging_dir", "a folder inside output_dir"),
         (c.push_to_hub or c.hub_model_id is None, "hub_model_id", "null without --push_to_hub"),
         (c.push_to_hub or not c.hub_private_repo, "hub_private_repo", "false without --push_to_hub"),
@@ -162,6 +164,7 @@ def _evaluation(c: EvaluationConfig) -> list[Check]:
         (c.certificate_images == 0 or c.certificate_images >= 8, "certificate_images", "at least 8, or 0"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
         (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
+        (GUIDANCE.holds(c.eval_guidance_scale), "eval_guidance_scale", GUIDANCE.rule),
         (c.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
     ]
 

@@ -146,6 +146,10 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--max_train_prompts", "0"], "--max_train_prompts must be at least 1 or null, got 0"),
         (["--max_eval_prompts", "0"], "--max_eval_prompts must be at least 1 or null, got 0"),
         (["--rollout_micro_batch_size", "0"], "--rollout_micro_batch_size must be at least 1, auto or null"),
+        (["--eval_guidance_scale", "0"], "--eval_guidance_scale must be at least 1 .*, got 0.0"),
+        (["--rollout_guidance_scale", "0.5"], "--rollout_guidance_scale must be at least 1 .*, got 0.5"),
+        (["--seed", "18446744073709551617"], "--seed must be a whole number from 0 to 2.*, got 18446"),
+        (["--seed=-1"], "--seed must be a whole number from 0"),
         (["--logging_dir", "../tb"], r"--logging_dir must be a folder inside output_dir, got \.\./tb"),
         (["--logging_dir", "/tmp/tb"], "--logging_dir must be a folder inside output_dir, got /tmp/tb"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
@@ -163,9 +167,10 @@ def test_bad_values_are_named_on_one_screen(minimal, extra, message):
     [
         (["--buffer_size", "40"], "--buffer_size must be a multiple of train_batch_size"),
         (["--adjoint", "full"], "--adjoint must be lean with a buffer"),
+        (["--max_sequence_length", "600"], "max_sequence_length is 600, expected 1 to 512"),
     ],
 )
-def test_flags_that_only_the_method_can_judge_are_refused_by_the_plan(minimal, extra, message):
+def test_flags_that_only_method_or_model_can_judge_are_refused_by_the_plan(minimal, extra, message):
     config = parse_config([*minimal, "--method", BUFFERED, *extra])
     with pytest.raises(ValueError, match=message) as caught:
         make_plan(config, 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from am_diffusers.methods.parts.ranges import Check, require
+from am_diffusers.system.ranges import GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SharedSettings:
             exactly alone), or ramp (all rows, those beyond a running quantile, from .9 to all in the first
             60 % of the run: the fixed point is right from there on). Not together with a mask.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
-        rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off.
+        rollout_guidance_scale: classifier-free guidance of the training rollout, at least 1; 1.0 = off.
         guidance_mode: where it acts: rollout (in the rollout alone: ungrounded, the tilted law is that of no
             sampler, found to work best in practice), none (needs scale 1: grounded), or everywhere (in the
             base's adjoint and the regression too: grounded on the guided base, adjoints grow with the scale).
@@ -139,6 +140,11 @@ class SharedSettings:
                 "adjoint",
                 "lean with guidance in the rollout alone: the full adjoint differentiates that rollout "
                 "(--guidance_mode everywhere or none)",
+            ),
+            (
+                GUIDANCE.holds(self.rollout_guidance_scale),
+                "rollout_guidance_scale",
+                GUIDANCE.rule,
             ),
             (
                 not guided or self.guidance_mode != "none",
