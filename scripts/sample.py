@@ -17,7 +17,7 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.paths import path_flag, place_flag
-from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED
+from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED, STEPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=SEED.read, default=0, help="seed of a prompt's first image; then seed + 1"
     )
-    parser.add_argument("--num_inference_steps", type=COUNT.read, default=28, help="denoising steps")
+    parser.add_argument("--num_inference_steps", type=STEPS.read, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=GUIDANCE.read, default=1.0, help="guidance; 1.0 = off")
     parser.add_argument("--resolution", type=COUNT.read, default=512, help="side of the images in pixels")
     parser.add_argument(

@@ -37,6 +37,7 @@ class Range(NamedTuple):
 
 
 COUNT = Range(int, "a whole number of at least 1", lambda number: 1 <= number <= LARGEST)
+STEPS = Range(int, "a whole number from 1 to 1000", lambda number: 1 <= number <= 1000)
 SEED = Range(int, "a whole number from 0 to 2**63 - 1", lambda number: 0 <= number <= LARGEST)
 NUMBER = Range(float, "a finite number", math.isfinite)
 POSITIVE = Range(float, "a finite number above 0", lambda number: 0 < number < math.inf)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from am_diffusers.rewards import REWARDS
 from am_diffusers.system.paths import path_flag, place_flag
-from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED
+from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED, STEPS
 from am_diffusers.system.text import nearest
 
 
@@ -109,7 +109,7 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num_inference_steps",
         nargs="+",
-        type=COUNT.read,
+        type=STEPS.read,
         default=[28],
         help="denoising steps, each is tried",
     )

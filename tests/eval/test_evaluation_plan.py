@@ -116,7 +116,7 @@ def test_bad_input_is_named_with_its_remedy(ask, folder, tmp_path, changes, mess
     [
         ("--num_images_per_prompt", "0", "must be a whole number of at least 1, got '0'"),
         ("--max_prompts", "0", "must be a whole number of at least 1, got '0'"),
-        ("--num_inference_steps", "0", "must be a whole number of at least 1, got '0'"),
+        ("--num_inference_steps", "0", "must be a whole number from 1 to 1000, got '0'"),
         ("--guidance_scale", "0.5", "must be at least 1 (1 = no guidance"),
         ("--lora_scale", "nan", "must be a finite number above 0, got 'nan'"),
         ("--seed", "18446744073709551617", "must be a whole number from 0 to 2**63 - 1, got '1844"),

@@ -58,7 +58,7 @@ def test_bad_files_end_in_one_line(sample, forms, tmp_path):
     ("flag", "value", "message"),
     [
         ("--num_images", "0", "must be a whole number of at least 1, got '0'"),
-        ("--num_inference_steps", "0", "must be a whole number of at least 1, got '0'"),
+        ("--num_inference_steps", "0", "must be a whole number from 1 to 1000, got '0'"),
         ("--resolution", "0", "must be a whole number of at least 1, got '0'"),
         ("--lora_scale", "nan", "must be a finite number, got 'nan'"),
         ("--guidance_scale", "0", "must be at least 1 (1 = no guidance"),

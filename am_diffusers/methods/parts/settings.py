@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from am_diffusers.methods.parts.ranges import Check, require
-from am_diffusers.system.ranges import GUIDANCE
+from am_diffusers.system.ranges import GUIDANCE, STEPS
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SharedSettings:
     """The rollout, the targets, the reward's gradient. The defaults aim at base * exp(reward_scale * reward).
 
     Attributes:
-        num_inference_steps: denoising steps K of a training rollout, at least 2.
+        num_inference_steps: denoising steps K of a training rollout, from 2 to 1000.
         transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
         pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
         adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
@@ -114,9 +114,9 @@ class SharedSettings:
         guided = self.rollout_guidance_scale != 1
         return [
             (
-                self.num_inference_steps >= 2,
+                self.num_inference_steps >= 2 and STEPS.holds(self.num_inference_steps),
                 "num_inference_steps",
-                "at least 2: the last one is deterministic",
+                "from 2 to 1000: the last one is deterministic",
             ),
             (self.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
             (
@@ -181,7 +181,7 @@ class SharedSettings:
                 "late_step_odds",
                 "1 unless some steps are drawn: with a number of loss_steps, by last_and_random",
             ),
-            (self.tail_samples >= 1, "tail_samples", "at least 1"),
+            (1 <= self.tail_samples <= 1000, "tail_samples", "from 1 to 1000"),
             (
                 0 <= self.ode_tail <= max(0, self.num_inference_steps - 2),
                 "ode_tail",
