@@ -163,8 +163,8 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
     flag = ""
     for token, after in zip(argv, following, strict=True):
         if token.startswith("--"):
-            flag, _, value = token.partition("=")
-            before = f"{flag}=" if value else flag
+            flag, equals, value = token.partition("=")
+            before = flag + equals
         else:
             before, value = "", token
         kind = kinds.get(flag.removeprefix("--"))

@@ -130,7 +130,7 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
         (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
         (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
-        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
+        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be from 1 to 1000, got 0"),
         (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
         (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
