@@ -35,6 +35,7 @@ from am_diffusers.system.files import write_text
 from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.paths import path_flag
 from am_diffusers.system.processes import Processes
+from am_diffusers.system.ranges import COUNT
 
 
 def main() -> None:
@@ -42,8 +43,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=path_flag, required=True, help="YAML file to write")
-    parser.add_argument("--num_prompts", type=int, default=32, help="number of training prompts to use")
-    parser.add_argument("--images_per_prompt", type=int, default=64, help="at least 8, to tell the frontier")
+    parser.add_argument(
+        "--num_prompts", type=COUNT.read, default=32, help="number of training prompts to use"
+    )
+    parser.add_argument(
+        "--images_per_prompt", type=COUNT.read, default=64, help="at least 8, to tell the frontier"
+    )
     options, rest = parser.parse_known_args()
     try:
         calibrate(rest, options.output, options.num_prompts, options.images_per_prompt)
@@ -53,8 +58,8 @@ def main() -> None:
 
 def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt: int) -> None:
     """Score base images; write the calibrated rewards and the scores, print the frontier."""
-    if num_prompts < 1 or images_per_prompt < 8:
-        raise ValueError("--num_prompts must be at least 1 and --images_per_prompt at least 8")
+    if images_per_prompt < 8:
+        raise ValueError(f"--images_per_prompt must be at least 8, got {images_per_prompt}")
     config = parse_config(argv, program="calibrate_rewards.py")
     accelerator = make_accelerator(config)
     plan = make_plan(config, accelerator.num_processes)

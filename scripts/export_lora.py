@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.system.paths import path_flag, place_flag
+from am_diffusers.system.ranges import NUMBER
 from am_diffusers.system.text import guard_output, redact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=path_flag, required=True, help="file or folder to write; must not exist"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA; 1 = as trained")
+    parser.add_argument("--scale", type=NUMBER.read, default=1.0, help="strength of the LoRA; 1 = as trained")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of a merged pipeline, to load it with"
     )

@@ -17,6 +17,7 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.paths import path_flag, place_flag
+from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED, STEPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,25 +59,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--variant", help="weight file variant, e.g. fp16")
     parser.add_argument("--lora", type=path_flag, help="LoRA: file or folder, also PEFT's; none = the base")
-    parser.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA; 0 = the base")
+    parser.add_argument(
+        "--lora_scale", type=NUMBER.read, default=1.0, help="strength of the LoRA; 0 = the base"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", help="one or more prompts")
     source.add_argument(
         "--prompt_file", type=place_flag, help="txt, json, jsonl, csv, tsv or parquet (column prompt)"
     )
     parser.add_argument("--output", type=path_flag, default=Path("pictures"), help="folder of the PNGs")
-    parser.add_argument("--num_images", type=int, default=1, help="images per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first image; then seed + 1")
-    parser.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="guidance; 1.0 = off")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the images in pixels")
-    parser.add_argument("--max_sequence_length", type=int, default=256, help="T5 tokens, as in training")
+    parser.add_argument("--num_images", type=COUNT.read, default=1, help="images per prompt")
+    parser.add_argument(
+        "--seed", type=SEED.read, default=0, help="seed of a prompt's first image; then seed + 1"
+    )
+    parser.add_argument("--num_inference_steps", type=STEPS.read, default=28, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=GUIDANCE.read, default=1.0, help="guidance; 1.0 = off")
+    parser.add_argument("--resolution", type=COUNT.read, default=512, help="side of the images in pixels")
+    parser.add_argument(
+        "--max_sequence_length", type=COUNT.read, default=256, help="T5 tokens, as in training"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     return parser.parse_args()
 
 
 def load(source: Pretrained, options: argparse.Namespace) -> Any:
     """Load the pipeline with its LoRA, on the GPU if there is one."""
+    source.family.check_length(options.max_sequence_length)
     source.family.latent_shape(source.config_of, options.resolution, options.resolution)
     if options.lora is not None:
         without_weights(source).load_lora(options.lora)

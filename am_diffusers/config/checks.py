@@ -21,6 +21,7 @@ from am_diffusers.config.optimizer import MicroBatch
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.ranges import Check
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
+from am_diffusers.system.ranges import GUIDANCE, SEED, STEPS
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
@@ -101,6 +102,7 @@ def _default(field: "dataclasses.Field[object]") -> object:
 def _run(c: RunConfig) -> list[Check]:
     output, logs = Path(c.output_dir).resolve(), (Path(c.output_dir) / c.logging_dir).resolve()
     return [
+        (SEED.holds(c.seed), "seed", SEED.rule),
         (logs.is_relative_to(output), "logging_dir", "a folder inside output_dir"),
         (c.push_to_hub or c.hub_model_id is None, "hub_model_id", "null without --push_to_hub"),
         (c.push_to_hub or not c.hub_private_repo, "hub_private_repo", "false without --push_to_hub"),
@@ -135,6 +137,11 @@ def _optimizer(c: OptimizerConfig) -> list[Check]:
             "lr_warmup_steps",
             "0 with lr_scheduler constant (constant_with_warmup has a warm-up)",
         ),
+        (c.lr_warmup_steps >= 0, "lr_warmup_steps", "0 or positive"),
+        (0 <= c.adam_beta1 < 1, "adam_beta1", "in [0, 1)"),
+        (0 <= c.adam_beta2 < 1, "adam_beta2", "in [0, 1)"),
+        (c.adam_epsilon > 0, "adam_epsilon", "positive"),
+        (c.adam_weight_decay >= 0, "adam_weight_decay", "0 or positive"),
         (c.max_grad_norm > 0, "max_grad_norm", "positive"),
         (0 < c.ema_decay < 1, "ema_decay", "in (0, 1)"),
         (c.max_skipped_iterations >= 0, "max_skipped_iterations", "0 or positive"),
@@ -161,7 +168,8 @@ def _evaluation(c: EvaluationConfig) -> list[Check]:
         (_is_count(c.max_eval_prompts), "max_eval_prompts", "at least 1 or null"),
         (c.certificate_images == 0 or c.certificate_images >= 8, "certificate_images", "at least 8, or 0"),
         (c.eval_images_per_prompt >= 2, "eval_images_per_prompt", "at least 2, for diversity"),
-        (c.eval_inference_steps >= 1, "eval_inference_steps", "at least 1"),
+        (STEPS.holds(c.eval_inference_steps), "eval_inference_steps", STEPS.rule),
+        (GUIDANCE.holds(c.eval_guidance_scale), "eval_guidance_scale", GUIDANCE.rule),
         (c.eval_batch_size >= 1, "eval_batch_size", "at least 1"),
     ]
 

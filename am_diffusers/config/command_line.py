@@ -4,23 +4,27 @@ All sections of `config.Config` share one flat name space, so that flags read as
 """
 
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
-from am_diffusers.config import Config, RewardConfig, section_types
+from am_diffusers.config import Config, section_types
 from am_diffusers.config.checks import check_belonging, check_values
+from am_diffusers.config.hints import explain
+from am_diffusers.config.values import as_meant, check_kinds, field_types, spell_out_number
 from am_diffusers.methods import METHODS
 from am_diffusers.system.files import read_utf8
 from am_diffusers.system.paths import expand
-from am_diffusers.system.text import nearest, redact_values
+from am_diffusers.system.text import redact_values
 
 REWARD_LISTS = ("rewards", "eval_rewards")
+MODE = "flags"
+"""Jsonargparse's name of how values are read: YAML, as the flags mean it."""
+
 PATHS = (
     "output_dir",
     "logging_dir",
@@ -33,55 +37,12 @@ PATHS = (
 )
 """Flags that are paths or may be: their homes are expanded; of rewards, `model` is."""
 
-# Flags of the Diffusers training scripts and of accelerate, and what does the same here.
-TRAINING_IMAGES = "no training images are used: rewards score what the model generates for train_prompts"
-TOKEN = "log in once with `hf auth login` or set HF_TOKEN: command lines end up in logs"
-BEFORE_THE_SCRIPT = (
-    "it belongs to accelerate, before the script: accelerate launch --{name} ... scripts/finetune.py"
-)
-HINTS = {
-    "instance_data_dir": TRAINING_IMAGES,
-    "instance_prompt": TRAINING_IMAGES,
-    "class_data_dir": TRAINING_IMAGES,
-    "class_prompt": TRAINING_IMAGES,
-    "with_prior_preservation": TRAINING_IMAGES,
-    "prior_loss_weight": TRAINING_IMAGES,
-    "num_class_images": TRAINING_IMAGES,
-    "train_data_dir": TRAINING_IMAGES,
-    "image_column": TRAINING_IMAGES,
-    "center_crop": TRAINING_IMAGES,
-    "random_flip": TRAINING_IMAGES,
-    "dataloader_num_workers": TRAINING_IMAGES,
-    "token": TOKEN,
-    "hub_token": TOKEN,
-    "use_auth_token": TOKEN,
-    "num_processes": BEFORE_THE_SCRIPT,
-    "num_machines": BEFORE_THE_SCRIPT,
-    "machine_rank": BEFORE_THE_SCRIPT,
-    "main_process_ip": BEFORE_THE_SCRIPT,
-    "main_process_port": BEFORE_THE_SCRIPT,
-    "multi_gpu": BEFORE_THE_SCRIPT,
-    "gpu_ids": BEFORE_THE_SCRIPT,
-    "config_file": BEFORE_THE_SCRIPT,
-    "gradient_accumulation_steps": "train_batch_size is the total of an iteration, accumulated for you: "
-    "for less memory lower loss_micro_batch_size",
-    "num_train_epochs": "set max_train_steps; --dry_run says how many epochs that is",
-    "dataset_name": "train_prompts takes a hub data set, train_prompts_column names its column",
-    "caption_column": "train_prompts_column names the column of the prompts",
-    "validation_prompt": """validation_prompts takes a list: --validation_prompts '["a fox", "an owl"]'""",
-    "validation_epochs": "validation_steps counts iterations",
-    "sample_batch_size": "eval_batch_size sets how many images are sampled at a time",
-    "scale_lr": "learning_rate is used as it is, train_batch_size being the total",
-    "use_8bit_adam": "--optimizer adamw8bit",
-    "train_text_encoder": "the text encoders stay frozen: the LoRA is on the transformer",
-    "text_encoder_lr": "the text encoders stay frozen; learning_rate is for the transformer",
-    "lora_blocks": "lora_layers names layers, in all blocks at once",
-    "guidance_scale": "rollout_guidance_scale is for training, eval_guidance_scale for validation",
-    "weighting_scheme": "the method weighs its own loss; transitions and loss_steps choose its steps",
-    "cache_dir": "set HF_HOME to move the cache of models and data sets",
-    "local_rank": "accelerate sets it: accelerate launch scripts/finetune.py",
-    "enable_xformers_memory_efficient_attention": "attention is PyTorch's own, fast and small without a flag",
-}
+
+def _load_yaml(text: str) -> Any:
+    return as_meant(get_loader("yaml")(text))
+
+
+set_loader(MODE, _load_yaml, (yaml.YAMLError,))
 
 
 def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config:
@@ -98,10 +59,11 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
     """
     parser = _parser(program)
     try:
-        words = _replace_rewards(_spell_out_switches(_expand_config_files(argv)))
+        words = _replace_rewards(_spell_out(_expand_config_files(argv)))
         parsed = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise ValueError(_explain(str(error))) from error
+        raise ValueError(explain(str(error))) from error
+    check_kinds(vars(parsed))
     sections = _make_sections(_expand_paths(vars(parsed)))
     own = {name: sections.pop(name) for name in METHODS}
     config = Config(own=own, **sections)
@@ -111,13 +73,6 @@ def parse_config(argv: Sequence[str], *, program: str = "finetune.py") -> Config
         sys.stdout.write(to_yaml(config))
         sys.exit()
     return config
-
-
-def field_types() -> dict[str, Any]:
-    """Return the type of every flag by name, in the order of the flags."""
-    return {
-        name: kind for section in section_types().values() for name, kind in get_type_hints(section).items()
-    }
 
 
 def to_yaml(config: Config) -> str:
@@ -137,6 +92,7 @@ def _parser(program: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,  # jsonargparse's own would print values that are refused
+        parser_mode=MODE,
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below; may be repeated.")
     parser.add_argument(
@@ -198,14 +154,25 @@ def _expand_config_files(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """Spell out bare boolean flags, as in the Diffusers scripts: `--dry_run` means `--dry_run=true`."""
-    following = [*argv, "--"][1:]
-    switches = {f"--{name}" for name, annotation in field_types().items() if annotation is bool}
-    return [
-        f"{token}=true" if token in switches and after.startswith("--") else token
-        for token, after in zip(argv, following, strict=True)
-    ]
+def _spell_out(argv: Sequence[str]) -> list[str]:
+    """Spell out bare boolean flags, as in the Diffusers scripts, and whole numbers with an exponent.
+
+    `--dry_run` means `--dry_run=true`, `--max_train_steps 1e3` is 1000.
+    """
+    following, words, kinds = [*argv, "--"][1:], list[str](), field_types()
+    flag = ""
+    for token, after in zip(argv, following, strict=True):
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            before = flag + equals
+        else:
+            before, value = "", token
+        kind = kinds.get(flag.removeprefix("--"))
+        if kind is bool and token == flag and after.startswith("--"):
+            words.append(f"{token}=true")
+        else:
+            words.append(f"{before}{spell_out_number(kind, value)}")
+    return words
 
 
 def _replace_rewards(argv: Sequence[str]) -> list[str]:
@@ -229,20 +196,15 @@ def _lists_set_by(flag: str, value: str) -> list[str]:
         return [name for name in REWARD_LISTS if flag == f"--{name}"]
     try:
         keys = yaml.safe_load(read_utf8(Path(value)))
-    except (OSError, yaml.YAMLError):
+    except OSError:
         return []  # the parser says what is wrong with it
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(
+            f"--config {value}, line {line}: {error.problem}: quote text that means something else in YAML"
+        ) from error
     except ValueError as error:
         raise ValueError(f"--config {value}: {error}") from error
-    return [name for name in REWARD_LISTS if isinstance(keys, dict) and name in keys]
-
-
-def _explain(message: str) -> str:
-    """Return jsonargparse's message, with the nearest known key for an unknown one."""
-    unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", message)
-    if unknown is None:
-        return message
-    name = unknown[1] or unknown[2]
-    if name in HINTS:
-        return f"there is no '{name}' here: {HINTS[name].format(name=name)}"
-    known = [*field_types(), "config", *(f.name for f in dataclasses.fields(RewardConfig))]
-    return f"unknown key '{name}': did you mean '{nearest(name, known)}'? (all keys: --help)"
+    if not isinstance(keys, dict):
+        raise ValueError(f"--config {value}: expected lines `flag: value`")
+    return [name for name in REWARD_LISTS if name in keys]

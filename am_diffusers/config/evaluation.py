@@ -33,8 +33,8 @@ class EvaluationConfig:
         eval_images_per_prompt: images per prompt for base and tuned each, at least 2 for diversity.
         eval_rewards: held-out rewards; null = pickscore when hpsv2 is trained, hpsv2 otherwise.
         eval_inference_steps: denoising steps of the ODE sampler in validation and evaluation.
-        eval_guidance_scale: classifier-free guidance of base and tuned in validation and evaluation;
-            1.0 = off.
+        eval_guidance_scale: classifier-free guidance of base and tuned in validation and evaluation,
+            at least 1; 1.0 = off.
         eval_batch_size: images sampled, decoded and scored at a time on each process.
     """
 

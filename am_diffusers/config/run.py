@@ -14,7 +14,7 @@ class RunConfig:
             replaced and aren't a run's is refused.
         overwrite_output_dir: replace such results and files, when the training begins and the new ones
             stand; checkpoints are resumed all the same.
-        seed: seed of all randomness of the run.
+        seed: seed of all randomness of the run, from 0 to 2**63 - 1.
         report_to: tracker beside metrics.jsonl, which is always written.
         logging_dir: folder of the tracker's files, inside output_dir: each run has its own.
         allow_tf32: let CUDA multiply float32 matrices in TF32.

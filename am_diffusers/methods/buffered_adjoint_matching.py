@@ -60,7 +60,7 @@ class BufferSettings:
             self,
             [
                 (self.buffer_size >= 1, "buffer_size", "at least 1"),
-                (self.buffer_refresh >= 1, "buffer_refresh", "at least 1"),
+                (1 <= self.buffer_refresh <= 1000, "buffer_refresh", "from 1 to 1000"),
                 (self.buffer_max_gb > 0, "buffer_max_gb", "positive"),
             ],
         )

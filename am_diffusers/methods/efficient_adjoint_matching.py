@@ -66,8 +66,8 @@ class EfficientSettings:
         require(
             self,
             [
-                (self.eam_ode_steps >= 1, "eam_ode_steps", "at least 1"),
-                (self.eam_rows >= 1, "eam_rows", "at least 1"),
+                (1 <= self.eam_ode_steps <= 1000, "eam_ode_steps", "from 1 to 1000"),
+                (1 <= self.eam_rows <= 1000, "eam_rows", "from 1 to 1000"),
                 (self.eam_c > 0, "eam_c", "positive"),
                 (0 < self.eam_sigma < 1, "eam_sigma", "in (0, 1)"),
                 (self.eam_max_weight > 0, "eam_max_weight", "positive"),

@@ -65,7 +65,7 @@ class FlowGRPOSettings(AdvantageSettings):
         require(
             self,
             [
-                (self.grpo_passes >= 1, "grpo_passes", "at least 1"),
+                (1 <= self.grpo_passes <= 1000, "grpo_passes", "from 1 to 1000"),
                 (0 < self.grpo_clip_range < 1, "grpo_clip_range", "in (0, 1)"),
                 (self.grpo_kl_weight >= 0, "grpo_kl_weight", "0 or positive"),
             ],

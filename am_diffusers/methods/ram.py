@@ -47,7 +47,7 @@ class RAMSettings(AdvantageSettings, EndPointSettings):
     ram_noises: int = 4
 
     def __post_init__(self) -> None:
-        require(self, [(self.ram_noises >= 1, "ram_noises", "at least 1")])
+        require(self, [(1 <= self.ram_noises <= 1000, "ram_noises", "from 1 to 1000")])
 
 
 class Scored(NamedTuple):

@@ -59,7 +59,7 @@ class RewardWeightedSettings(EndPointSettings):
         require(
             self,
             [
-                (self.rwm_noises >= 1, "rwm_noises", "at least 1"),
+                (1 <= self.rwm_noises <= 1000, "rwm_noises", "from 1 to 1000"),
                 (0 <= self.rwm_sigma_min < 1, "rwm_sigma_min", "in [0, 1)"),
                 (self.rwm_max_weight > 0, "rwm_max_weight", "positive"),
             ],

@@ -42,8 +42,7 @@ class Family:
         lora_layers: endings of the names of the linear layers that get a LoRA by default.
         velocity: function of (network, x, sigma, cond), `x` (B, ...) in the dtype of the weights, `sigma`
             (B,); a ValueError if `cond` lacks what the network is conditioned on.
-        encode: (pipe, texts, max_sequence_length) to what is kept of each text; a ValueError if the pipeline
-            cannot take prompts of that length.
+        encode: (pipe, texts, max_sequence_length) to what is kept of each text.
         decode: (vae, latents) to images (B, 3, H, W) in [-1, 1], or frames (B, 3, F, H, W); not clamped.
         sigmas: (scheduler, num_steps, shape, stochastic) to noise levels (num_steps + 1,), float64, 1 to 0,
             for latents of a shape: of a stochastic table, or the pipeline's own. The scheduler is left as is.
@@ -52,6 +51,7 @@ class Family:
         multiple: (config) to the number of pixels that height and width are multiples of.
         resolution: (config) to the side in pixels of the square images that the model was made for.
         prompt_shapes: (config, max_sequence_length) to the shape of each part of `Encoded` that is there.
+        longest_prompt: largest max_sequence_length that the pipeline takes, in tokens.
         tokenizers: (max_sequence_length) to each tokenizer's folder and limit by its name; None = its own.
         call: (guidance_scale, max_sequence_length) to arguments of the pipeline's call that mean the same.
         architecture: (config) to the model's name in the ModelSpec of safetensors files, without `/lora`.
@@ -70,7 +70,15 @@ class Family:
     multiple: Callable[[Config], int]
     resolution: Callable[[Config], int]
     prompt_shapes: Callable[[Config, int], dict[str, Shape]]
+    longest_prompt: int
     tokenizers: Callable[[int], dict[str, tuple[str, int | None]]]
     call: Callable[[float, int], dict[str, float]]
     architecture: Callable[[Config], str]
     comfyui: Callable[[str], str | None]
+
+    def check_length(self, max_sequence_length: int) -> None:
+        """Raise a ValueError unless the pipeline takes prompts of this number of tokens."""
+        if not 1 <= max_sequence_length <= self.longest_prompt:
+            raise ValueError(
+                f"max_sequence_length is {max_sequence_length}, expected 1 to {self.longest_prompt}"
+            )

@@ -42,14 +42,15 @@ def static_sigmas(scheduler: Any, num_steps: int, shape: Shape, stochastic: bool
     return scheduler.sigmas.double()
 
 
-def check_solver(name: str, num_steps: int = 1) -> None:
-    """Raise a ValueError unless a solver is known and makes a step; it lists those that fit."""
+def check_solver(name: str, num_steps: int) -> None:
+    """Raise a ValueError unless a solver is known and makes so few steps; it lists those that fit."""
     if name not in TRANSITIONS and name not in SCHEDULERS:
         kind = "isn't fit for flow models" if hasattr(diffusers, name) else "is unknown"
         fit = ", ".join([*TRANSITIONS, *SCHEDULERS])
         raise ValueError(f"the sampler {name!r} {kind}: expected one of {fit}")
-    if num_steps < 1:
-        raise ValueError(f"expected at least 1 sampling step, got {num_steps}")
+    least = 1 if name in SCHEDULERS or name == "ode_euler" else 2  # the last step of an SDE is deterministic
+    if num_steps < least:
+        raise ValueError(f"number of steps of the sampler {name}: expected at least {least}, got {num_steps}")
 
 
 def make_solver(own: Any, name: str, num_steps: int) -> Solver:

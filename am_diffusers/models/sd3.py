@@ -38,8 +38,6 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, cond: Conditioning) ->
 
 def _encode(pipe: Any, texts: list[str], max_sequence_length: int) -> list[Encoded]:
     """Encode by CLIP, CLIP and T5; a pipeline without T5 has zeros as its `max_sequence_length` tokens."""
-    if not 1 <= max_sequence_length <= 512:
-        raise ValueError(f"max_sequence_length is {max_sequence_length}, expected 1 to 512")
     embeddings, _, pooled, _ = pipe.encode_prompt(
         prompt=texts,
         prompt_2=texts,
@@ -116,6 +114,7 @@ SD3 = Family(
     multiple=_multiple,
     resolution=_resolution,
     prompt_shapes=_prompt_shapes,
+    longest_prompt=512,
     tokenizers=lambda length: {"CLIP": ("tokenizer", None), "T5": ("tokenizer_3", length)},
     call=lambda guidance, length: {"max_sequence_length": length, "guidance_scale": guidance},
     architecture=_architecture,

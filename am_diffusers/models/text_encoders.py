@@ -32,8 +32,10 @@ class PromptEncoder:
             batch_size: texts encoded at a time.
 
         Raises:
-            ValueError: if a text was not encoded before the text encoders were freed.
+            ValueError: if the pipeline doesn't take prompts of that length, or a text was not encoded before
+                the text encoders were freed.
         """
+        self._family.check_length(max_sequence_length)
         texts = [*prompts] if negative_prompt is None else [*prompts, negative_prompt]
         self._learn(texts, max_sequence_length, batch_size)
         device = getattr(self._pipe, self._family.network).device

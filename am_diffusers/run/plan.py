@@ -150,6 +150,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     model = config.model
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
+        source.family.check_length(model.max_sequence_length)
         counted.method.check_size(counted.rows, described_latents(source, model.resolution))
         check_init_lora(config, source)
     except MissingModelError:

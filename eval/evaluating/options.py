@@ -8,6 +8,7 @@ from pathlib import Path
 
 from am_diffusers.rewards import REWARDS
 from am_diffusers.system.paths import path_flag, place_flag
+from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED, STEPS
 from am_diffusers.system.text import nearest
 
 
@@ -100,18 +101,22 @@ def _model_flags(group: argparse._ArgumentGroup) -> None:
         help="one or more LoRAs: file, or folder of a run or checkpoint; none = the base alone is evaluated",
     )
     group.add_argument(
-        "--lora_scale", nargs="+", type=positive_float, default=[1.0], help="strengths tried of each LoRA"
+        "--lora_scale", nargs="+", type=POSITIVE.read, default=[1.0], help="strengths tried of each LoRA"
     )
 
 
 def _sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--num_inference_steps", nargs="+", type=positive, default=[28], help="denoising steps, each is tried"
+        "--num_inference_steps",
+        nargs="+",
+        type=STEPS.read,
+        default=[28],
+        help="denoising steps, each is tried",
     )
     group.add_argument(
         "--guidance_scale",
         nargs="+",
-        type=positive_float,
+        type=GUIDANCE.read,
         default=[1.0],
         help="classifier-free guidance, each is tried; 1.0 = off",
     )
@@ -121,15 +126,15 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="ode_euler; memoryless_local_linear, memoryless_euler or ancestral: the SDE of training, which "
         "gives the path KL too; or a scheduler class of Diffusers, e.g. FlowMatchHeunDiscreteScheduler",
     )
-    group.add_argument("--resolution", type=positive, help="side in pixels; default: the model's own")
+    group.add_argument("--resolution", type=COUNT.read, help="side in pixels; default: the model's own")
     group.add_argument(
         "--max_sequence_length",
-        type=positive,
+        type=COUNT.read,
         help="T5 tokens, as in training; default: what the model's folder declares, else 256",
     )
-    group.add_argument("--seed", type=int, default=0, help="all noise is a function of it")
-    group.add_argument("--num_images_per_prompt", type=positive, default=4, help="images per prompt")
-    group.add_argument("--batch_size", type=positive, default=16, help="images at a time, at most 16")
+    group.add_argument("--seed", type=SEED.read, default=0, help="all noise is a function of it")
+    group.add_argument("--num_images_per_prompt", type=COUNT.read, default=4, help="images per prompt")
+    group.add_argument("--batch_size", type=COUNT.read, default=16, help="images at a time, at most 16")
 
 
 def _prompt_flags(group: argparse._ArgumentGroup) -> None:
@@ -145,7 +150,7 @@ def _prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--category_columns", nargs="*", help="columns to break results down by; default: the usual names"
     )
     group.add_argument("--prompts_split", help="split of a data set")
-    group.add_argument("--max_prompts", type=positive, help="number of prompts to use, the first ones")
+    group.add_argument("--max_prompts", type=COUNT.read, help="number of prompts to use, the first ones")
     group.add_argument(
         "--train_prompts",
         type=place_flag,
@@ -192,24 +197,8 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:
         help="write the images also in the folders of these judges",
     )
     group.add_argument(
-        "--report_prompts", type=positive, default=100, help="number of prompts with images in the report"
+        "--report_prompts", type=COUNT.read, default=100, help="number of prompts with images in the report"
     )
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
 
 
 def shard(text: str) -> tuple[int, int]:

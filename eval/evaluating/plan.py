@@ -62,12 +62,14 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(
             f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
-    check_solver(options.sampler)
+    for steps in options.num_inference_steps:
+        check_solver(options.sampler, steps)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
     declared = declaration(source.path)
     side = options.resolution or source.family.resolution(source.config_of)
     source.family.latent_shape(source.config_of, side, side)
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
+    source.family.check_length(length)
     candidates = make_candidates(options)
     for lora in {each.lora: None for each in candidates if each.lora is not None}:
         without_weights(source).load_lora(lora)

@@ -77,6 +77,11 @@ def do(plan):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"max_sequence_length": 600}, r"max_sequence_length is 600, expected 1 to 512"),
+        (
+            {"num_inference_steps": [2, 1], "sampler": "memoryless_euler"},
+            "steps of the sampler memoryless_euler: expected at least 2, got 1",
+        ),
         ({"prompts": "nowhere.txt"}, r"nowhere\.txt: no such file"),
         ({"prompts": "DrawBenc"}, "DrawBench"),
         ({"prompts_column": "text", "prompts": "CSV"}, "no column 'text'; it has 'prompt'"),
@@ -106,24 +111,22 @@ def test_bad_input_is_named_with_its_remedy(ask, folder, tmp_path, changes, mess
     assert len(str(caught.value).splitlines()) < 4
 
 
-@pytest.mark.parametrize("flag", ["--num_images_per_prompt", "--max_prompts", "--num_inference_steps"])
-def test_zero_pictures_are_refused(capsys, flag):
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--num_images_per_prompt", "0", "must be a whole number of at least 1, got '0'"),
+        ("--max_prompts", "0", "must be a whole number of at least 1, got '0'"),
+        ("--num_inference_steps", "0", "must be a whole number from 1 to 1000, got '0'"),
+        ("--guidance_scale", "0.5", "must be at least 1 (1 = no guidance"),
+        ("--lora_scale", "nan", "must be a finite number above 0, got 'nan'"),
+        ("--seed", "18446744073709551617", "must be a whole number from 0 to 2**63 - 1, got '1844"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(capsys, flag, value, message):
+    needed = ["--pretrained_model_name_or_path", "x", "--prompts", "y", "--rewards", "z", "--output_dir", "o"]
     with pytest.raises(SystemExit):
-        parse(
-            [
-                "--pretrained_model_name_or_path",
-                "x",
-                "--prompts",
-                "y",
-                "--rewards",
-                "z",
-                "--output_dir",
-                "o",
-                flag,
-                "0",
-            ]
-        )
-    assert "expected at least 1, got 0" in capsys.readouterr().err
+        parse([*needed, flag, value])
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b"])

@@ -183,7 +183,7 @@ def test_the_rows_say_what_they_are():
 def test_wrong_settings_tables_and_groups(monkeypatch):
     assert FlowGRPO.compares_samples
     for wrong, match in (
-        ({"grpo_passes": 0}, "--grpo_passes must be at least 1, got 0"),
+        ({"grpo_passes": 0}, "--grpo_passes must be from 1 to 1000, got 0"),
         ({"grpo_clip_range": 1.0}, r"--grpo_clip_range must be in \(0, 1\), got 1.0"),
         ({"grpo_kl_weight": -1.0}, "--grpo_kl_weight must be 0 or positive, got -1.0"),
         ({"advantages": "raw"}, "--advantages must be centred or normalised, got raw"),

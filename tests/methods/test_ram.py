@@ -206,7 +206,7 @@ def test_what_is_logged():
 
 def test_wrong_settings_and_groups():
     assert RAM.compares_samples
-    with pytest.raises(ValueError, match="--ram_noises must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--ram_noises must be from 1 to 1000, got 0"):
         make(ram_noises=0)
     with pytest.raises(ValueError, match="--advantages must be centred or normalised, got raw"):
         make(advantages="raw")

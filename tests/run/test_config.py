@@ -7,7 +7,9 @@ import pytest
 from diffusers.optimization import SchedulerType
 
 from am_diffusers.config import Config, LrSchedule, RewardConfig, section_types
-from am_diffusers.config.command_line import HINTS, field_types, parse_config, to_yaml
+from am_diffusers.config.command_line import parse_config, to_yaml
+from am_diffusers.config.hints import HINTS
+from am_diffusers.config.values import field_types
 from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
 from am_diffusers.run.plan import make_plan
@@ -128,13 +130,13 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--step_selection", "pps"], "--step_selection must be left out with loss_steps all"),
         (["--guidance_mode", "none", "--rollout_guidance_scale", "3"], "must be 1 with guidance_mode none"),
         (["--guidance_mode", "everywhere"], "--rollout_guidance_scale must be other than 1"),
-        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be at least 1, got 0"),
+        (["--method", BUFFERED, "--buffer_refresh", "0"], "--buffer_refresh must be from 1 to 1000, got 0"),
         (["--buffer_size", "32"], "--buffer_size is for buffered_adjoint_matching, not for adjoint_matching"),
         (["--num_inference_step=5"], "'num_inference_step': did you mean 'num_inference_steps'"),
         (['--rewards+={"name": "hpsv2", "wieght": 2}'], "'wieght': did you mean 'weight'"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--pairing", "up"], "pairing"),
-        (["--num_inference_steps", "1"], "--num_inference_steps must be at least 2"),
+        (["--num_inference_steps", "1"], "--num_inference_steps must be from 2 to 1000"),
         (["--mask_quantile", "0"], r"--mask_quantile must be in \(0, 1\)"),
         (["--rewards", "[]"], "--rewards must be a list with at least one reward, got"),
         (["--loss_steps", "20"], "--loss_steps must be 'all' or from 1"),
@@ -146,6 +148,18 @@ def test_boolean_flags_may_stand_alone(minimal, switch):
         (["--max_train_prompts", "0"], "--max_train_prompts must be at least 1 or null, got 0"),
         (["--max_eval_prompts", "0"], "--max_eval_prompts must be at least 1 or null, got 0"),
         (["--rollout_micro_batch_size", "0"], "--rollout_micro_batch_size must be at least 1, auto or null"),
+        (["--adam_beta1=-1"], r"--adam_beta1 must be in \[0, 1\), got -1.0"),
+        (["--adam_beta2", "1"], r"--adam_beta2 must be in \[0, 1\), got 1.0"),
+        (["--adam_epsilon", "0"], "--adam_epsilon must be positive, got 0.0"),
+        (["--adam_weight_decay=-1"], "--adam_weight_decay must be 0 or positive, got -1.0"),
+        (["--lr_scheduler", "linear", "--lr_warmup_steps=-1"], "--lr_warmup_steps must be 0 or positive"),
+        (["--num_inference_steps", "1e18"], "--num_inference_steps must be from 2 to 1000"),
+        (["--eval_inference_steps", "1e18"], "--eval_inference_steps must be a whole number from 1 to 1000"),
+        (["--tail_samples", "1e18"], "--tail_samples must be from 1 to 1000"),
+        (["--eval_guidance_scale", "0"], "--eval_guidance_scale must be at least 1 .*, got 0.0"),
+        (["--rollout_guidance_scale", "0.5"], "--rollout_guidance_scale must be at least 1 .*, got 0.5"),
+        (["--seed", "18446744073709551617"], r"--seed must be .*2\*\*63 - 1.*, got 18446"),
+        (["--seed=-1"], "--seed must be a whole number from 0"),
         (["--logging_dir", "../tb"], r"--logging_dir must be a folder inside output_dir, got \.\./tb"),
         (["--logging_dir", "/tmp/tb"], "--logging_dir must be a folder inside output_dir, got /tmp/tb"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
@@ -163,9 +177,10 @@ def test_bad_values_are_named_on_one_screen(minimal, extra, message):
     [
         (["--buffer_size", "40"], "--buffer_size must be a multiple of train_batch_size"),
         (["--adjoint", "full"], "--adjoint must be lean with a buffer"),
+        (["--max_sequence_length", "600"], "max_sequence_length is 600, expected 1 to 512"),
     ],
 )
-def test_flags_that_only_the_method_can_judge_are_refused_by_the_plan(minimal, extra, message):
+def test_flags_that_only_method_or_model_can_judge_are_refused_by_the_plan(minimal, extra, message):
     config = parse_config([*minimal, "--method", BUFFERED, *extra])
     with pytest.raises(ValueError, match=message) as caught:
         make_plan(config, 1)

@@ -52,3 +52,27 @@ def test_bad_files_end_in_one_line(sample, forms, tmp_path):
         assert message in line, name
         assert "\n" not in line, name
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--num_images", "0", "must be a whole number of at least 1, got '0'"),
+        ("--num_inference_steps", "0", "must be a whole number from 1 to 1000, got '0'"),
+        ("--resolution", "0", "must be a whole number of at least 1, got '0'"),
+        ("--lora_scale", "nan", "must be a finite number, got 'nan'"),
+        ("--guidance_scale", "0", "must be at least 1 (1 = no guidance"),
+        ("--seed", "18446744073709551617", "must be a whole number from 0 to 2**63 - 1, got '1844"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(sample, capsys, tmp_path, flag, value, message):
+    with pytest.raises(SystemExit):
+        sample(flag, value)
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_the_pipeline_takes_are_refused(sample, tmp_path):
+    with pytest.raises(SystemExit, match="error: max_sequence_length is 600, expected 1 to 512"):
+        sample("--max_sequence_length", 600)
+    assert not (tmp_path / "out").exists()

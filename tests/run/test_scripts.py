@@ -224,7 +224,7 @@ BAD_INPUT = {
     "no model": ({"pretrained_model_name_or_path": "/nowhere/model"}, [], "cannot load the model /nowhere"),
     "hub model": ({"pretrained_model_name_or_path": "owner/model"}, [], "hf download owner/model"),
     "size": ({"resolution": 60}, [], "60 is not a multiple of 8 pixels: use 56 or 64"),
-    "steps": ({"num_inference_steps": 1}, [], "--num_inference_steps must be at least 2"),
+    "steps": ({"num_inference_steps": 1}, [], "--num_inference_steps must be from 2 to 1000"),
     "gradient": ({"rewards": [{"name": "jpeg_size"}]}, [], "jpeg_size is not differentiable"),
     "reward": ({"rewards": [{"name": "pickscor"}]}, [], "'pickscor': did you mean 'pickscore'"),
     "weights": ({"rewards": [{"name": "pickscore", "model": "./gone"}]}, [], "pickscore: no such file"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from am_diffusers.methods.parts.ranges import Check, require
+from am_diffusers.system.ranges import GUIDANCE, STEPS
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class SharedSettings:
     """The rollout, the targets, the reward's gradient. The defaults aim at base * exp(reward_scale * reward).
 
     Attributes:
-        num_inference_steps: denoising steps K of a training rollout, at least 2.
+        num_inference_steps: denoising steps K of a training rollout, from 2 to 1000.
         transitions: stochastic table of the rollout (see `am_diffusers.transitions`).
         pairing: which adjoint belongs to a step (MATH: right is the optimum of the discrete chain).
         adjoint: lean (base Jacobian only) or full (with the policy's Jacobian; for study, costs more).
@@ -48,7 +49,7 @@ class SharedSettings:
             exactly alone), or ramp (all rows, those beyond a running quantile, from .9 to all in the first
             60 % of the run: the fixed point is right from there on). Not together with a mask.
         sigma_jitter: share in [0, 0.5) of a step by which interior sigmas move at random each iteration.
-        rollout_guidance_scale: classifier-free guidance of the training rollout; 1.0 = off.
+        rollout_guidance_scale: classifier-free guidance of the training rollout, at least 1; 1.0 = off.
         guidance_mode: where it acts: rollout (in the rollout alone: ungrounded, the tilted law is that of no
             sampler, found to work best in practice), none (needs scale 1: grounded), or everywhere (in the
             base's adjoint and the regression too: grounded on the guided base, adjoints grow with the scale).
@@ -113,9 +114,9 @@ class SharedSettings:
         guided = self.rollout_guidance_scale != 1
         return [
             (
-                self.num_inference_steps >= 2,
+                self.num_inference_steps >= 2 and STEPS.holds(self.num_inference_steps),
                 "num_inference_steps",
-                "at least 2: the last one is deterministic",
+                "from 2 to 1000: the last one is deterministic",
             ),
             (self.samples_per_prompt >= 1, "samples_per_prompt", "at least 1"),
             (
@@ -139,6 +140,11 @@ class SharedSettings:
                 "adjoint",
                 "lean with guidance in the rollout alone: the full adjoint differentiates that rollout "
                 "(--guidance_mode everywhere or none)",
+            ),
+            (
+                GUIDANCE.holds(self.rollout_guidance_scale),
+                "rollout_guidance_scale",
+                GUIDANCE.rule,
             ),
             (
                 not guided or self.guidance_mode != "none",
@@ -175,7 +181,7 @@ class SharedSettings:
                 "late_step_odds",
                 "1 unless some steps are drawn: with a number of loss_steps, by last_and_random",
             ),
-            (self.tail_samples >= 1, "tail_samples", "at least 1"),
+            (1 <= self.tail_samples <= 1000, "tail_samples", "from 1 to 1000"),
             (
                 0 <= self.ode_tail <= max(0, self.num_inference_steps - 2),
                 "ode_tail",
