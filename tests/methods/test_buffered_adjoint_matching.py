@@ -233,8 +233,8 @@ def test_a_buffer_of_other_samples_is_refused_with_the_remedy():
         method.load_local_state_dicts([method.local_state_dict()], PartShare(0, 4, 1))
     with pytest.raises(ValueError, match="full adjoints depend on the policy"):
         buffered(adjoint="full")
-    for wrong in ("buffer_size", "buffer_refresh"):
-        with pytest.raises(ValueError, match=f"--{wrong} must be at least 1, got 0"):
+    for wrong, rule in (("buffer_size", "at least 1"), ("buffer_refresh", "from 1 to 1000")):
+        with pytest.raises(ValueError, match=f"--{wrong} must be {rule}, got 0"):
             buffered(**{wrong: 0})
     for size in (3, 15):
         with pytest.raises(

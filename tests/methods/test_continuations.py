@@ -110,8 +110,9 @@ def test_the_first_continuation_is_the_rollouts_and_the_others_take_its_last_noi
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="--tail_samples must be at least 1, got 0"):
-        make(tail_samples=0)
+    for wrong in (0, 1001):
+        with pytest.raises(ValueError, match=f"--tail_samples must be from 1 to 1000, got {wrong}"):
+            make(tail_samples=wrong)
 
 
 # -------------------------------------------------------------------------------------------- ODE tail

@@ -104,7 +104,8 @@ def test_the_effective_share_of_the_images_is_logged():
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("rwm_noises", 0, "at least 1"),
+        ("rwm_noises", 0, "from 1 to 1000"),
+        ("rwm_noises", 1001, "from 1 to 1000"),
         ("rwm_sigma_min", 1.0, r"in \[0, 1\)"),
         ("rwm_sigma_min", -0.1, r"in \[0, 1\)"),
         ("rwm_max_weight", 0.0, "positive"),
