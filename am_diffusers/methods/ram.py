@@ -24,15 +24,14 @@ from torch import Tensor
 
 from am_diffusers.methods.parts import laws
 from am_diffusers.methods.parts.advantages import Advantages, few_for_normalised, reward_values
+from am_diffusers.methods.parts.end_points import EndPointSettings, draw_images
 from am_diffusers.methods.parts.matching_method import MatchingMethod
-from am_diffusers.methods.parts.own_settings import AdvantageSettings, EndPointSettings
+from am_diffusers.methods.parts.own_settings import AdvantageSettings
 from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import means
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import SharedSettings
-from am_diffusers.rollout import sample
 from am_diffusers.system.failures import phase
-from am_diffusers.transitions import Transitions
 from am_diffusers.velocity import Conditioning, interpolate
 
 
@@ -87,11 +86,7 @@ class RAM(MatchingMethod[Scored]):
         Raises:
             ValueError: if the samples of a group don't share a prompt.
         """
-        table = self.around.table(self.own.rollout_sampler, self.shared.num_inference_steps)
-        chunks = [rows.tolist() for rows in torch.arange(len(cond)).split(self.sizes.rollout or len(cond))]
-        clean = torch.cat(
-            [self._images(table, cond.index(ids), [generators[i] for i in ids]) for ids in chunks]
-        )
+        clean = draw_images(self, self.around.rollout or self.policy, cond, generators)
         rewards = reward_values(self.around.reward, clean, cond.prompts, batch_size=self.sizes.reward)
         compare = Advantages(self.shared.scale, self.shared.samples_per_prompt, self.own.advantages)
         return Scored(clean, rewards, compare(rewards, cond.prompts))
@@ -120,11 +115,3 @@ class RAM(MatchingMethod[Scored]):
         """Return numbers to log: of advantages their spread, as their mean is 0."""
         spread = columns.pop("advantage").std(correction=0).item()
         return means(columns) | {"advantage_std": spread}, ()
-
-    def _images(
-        self, table: Transitions, cond: Conditioning, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Return clean latents of the current policy, (B, ...)."""
-        noise, field = self.latents.draw(generators), self.around.rollout or self.policy
-        with phase("rollout", len(cond)):
-            return sample(field, table, cond, noise, lambda _: self.latents.draw(generators))

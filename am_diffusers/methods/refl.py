@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from am_diffusers.methods.base import Collected
-from am_diffusers.methods.parts.own_settings import EndPointSettings
+from am_diffusers.methods.parts.end_points import EndPointSettings
 from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.settings import SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings

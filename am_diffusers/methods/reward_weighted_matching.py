@@ -29,13 +29,12 @@ from torch import Tensor
 
 from am_diffusers.methods.parts import laws, linear_base
 from am_diffusers.methods.parts.advantages import group_weights, reward_values
+from am_diffusers.methods.parts.end_points import EndPointSettings, draw_images
 from am_diffusers.methods.parts.matching_method import MatchingMethod
-from am_diffusers.methods.parts.own_settings import EndPointSettings
 from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import means
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import SharedSettings
-from am_diffusers.rollout import sample
 from am_diffusers.system.failures import phase
 from am_diffusers.velocity import Conditioning, interpolate
 
@@ -99,22 +98,7 @@ class RewardWeightedMatching(MatchingMethod[Weighed]):
         Raises:
             ValueError: if the samples of a group don't share a prompt.
         """
-        table = self.around.table(self.own.rollout_sampler, self.shared.num_inference_steps)
-        images = []
-        for rows in torch.arange(len(cond)).split(self.sizes.rollout or len(cond)):
-            some = [generators[int(i)] for i in rows]
-            noise = self.latents.draw(some)
-            with phase("rollout", len(some)):
-                images.append(
-                    sample(
-                        self.base,
-                        table,
-                        cond.index(rows.tolist()),
-                        noise,
-                        lambda _, some=some: self.latents.draw(some),
-                    )
-                )
-        clean = torch.cat(images)
+        clean = draw_images(self, self.base, cond, generators)
         rewards = reward_values(self.around.reward, clean, cond.prompts, batch_size=self.sizes.reward)
         weights = group_weights(self.shared.scale * rewards, cond.prompts, self.shared.samples_per_prompt)
         return Weighed(clean, rewards, weights)

@@ -5,20 +5,6 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class EndPointSettings:
-    """Methods that train on clean images, whatever sampler made them.
-
-    Attributes:
-        rollout_sampler: how images are made in training, in num_inference_steps steps: by
-            the model's own ODE, or a stochastic table (see `am_diffusers.transitions`).
-    """
-
-    rollout_sampler: Literal["ode_euler", "memoryless_local_linear", "memoryless_euler", "ancestral"] = (
-        "ode_euler"
-    )
-
-
-@dataclass(frozen=True)
 class AdvantageSettings:
     """Methods that compare the rewards of a prompt's samples.
 

@@ -1,8 +1,8 @@
 """Flags that several methods read.
 
 A method's own flags are the fields of its `Settings`, in its file; those that a few methods have in common
-are in own_settings.py. A flag of the rollout, the targets or the reward's gradient is a field of
-`SharedSettings`, and `Method.reads` says which methods read it.
+are in own_settings.py and end_points.py. A flag of the rollout, the targets or the reward's gradient is a
+field of `SharedSettings`, and `Method.reads` says which methods read it.
 """
 
 from dataclasses import dataclass, fields
