@@ -10,7 +10,6 @@ from typing import Any
 from am_diffusers.models.base import without_weights
 from am_diffusers.models.lora_files import LORA_FILE, PEFT_FILE, find_lora
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.models.schedulers import check_solver
 from am_diffusers.prompts.sets import PromptSet, load_prompts
 from am_diffusers.system.files import digest
 from evaluating.candidates import BASE, Candidate
@@ -62,12 +61,12 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(
             f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
-    for steps in options.num_inference_steps:
-        check_solver(options.sampler, steps)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
     declared = declaration(source.path)
     side = options.resolution or source.family.resolution(source.config_of)
-    source.family.latent_shape(source.config_of, side, side)
+    shape, levels = source.family.latent_shape(source.config_of, side, side), source.levels()
+    for steps in options.num_inference_steps:
+        levels.solver(options.sampler, steps, shape)
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
     source.family.check_length(length)
     candidates = make_candidates(options)
