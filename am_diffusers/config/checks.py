@@ -40,6 +40,7 @@ def check_values(config: Config) -> None:
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
+        *_guidance(config),
         *_certificate(config),
         *_sharding(config),
         *_auto(config),
@@ -187,6 +188,12 @@ def _auto(c: Config) -> list[Check]:
     tried = method is None or method.finds_sizes
     rule = f"a number: auto does not know the passes of {c.method.method}"
     return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
+
+
+def _guidance(c: Config) -> list[Check]:
+    guided = max(c.shared.rollout_guidance_scale, c.evaluation.eval_guidance_scale) > 1
+    rule = "empty without guidance: --rollout_guidance_scale or --eval_guidance_scale above 1"
+    return [(guided or not c.model.negative_prompt, "negative_prompt", rule)]
 
 
 def _certificate(c: Config) -> list[Check]:

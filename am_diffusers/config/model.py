@@ -14,6 +14,8 @@ class ModelConfig:
         variant: weight file variant of the model, e.g. fp16; null = none.
         resolution: side of the square images in training and evaluation, in pixels.
         max_sequence_length: length of the T5 part of the prompt, in tokens; the same everywhere.
+        negative_prompt: text that classifier-free guidance leads away from, in the guided rollout, validation
+            and evaluation alike; needs guidance.
         rank: LoRA rank, the inner dimension of each adapter.
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
         lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
@@ -38,6 +40,7 @@ class ModelConfig:
     variant: str | None = None
     resolution: int = 512
     max_sequence_length: int = 256
+    negative_prompt: str = ""
     rank: int = 32
     lora_alpha: int = 64
     lora_layers: list[str] | None = None

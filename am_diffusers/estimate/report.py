@@ -161,8 +161,9 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
 
 
 def _num_texts(plan: Plan) -> int:
-    """Count the prompts that are kept encoded, the empty negative one included."""
-    return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, ""})
+    """Count the prompts that are kept encoded, the negative one included."""
+    negative = plan.config.model.negative_prompt
+    return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, negative})
 
 
 def _num_images(plan: Plan) -> float:

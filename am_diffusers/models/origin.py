@@ -46,6 +46,7 @@ class Origin:
         seed: seed of the run.
         iteration: optimizer steps taken.
         version: version of this package.
+        negative_prompt: text that the guidance of the rollout led away from; None without guidance.
         init_lora: the LoRA that was put into the base model and that this one contains, as the run was told;
             None = none.
         init_lora_sha256: SHA-256 of its file, or of its two files for a PEFT folder.
@@ -60,6 +61,7 @@ class Origin:
     seed: int
     iteration: int
     version: str = version("am_diffusers")
+    negative_prompt: str | None = None
     init_lora: str | None = None
     init_lora_sha256: Sequence[str] | None = None
 

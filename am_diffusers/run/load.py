@@ -93,11 +93,11 @@ def load_base(plan: Plan, device: torch.device) -> Model:
 
 
 def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
-    """Return a function from prompts to conditioning, with the empty negative prompt if guidance needs it."""
+    """Return a function from prompts to conditioning, with the negative prompt if guidance needs it."""
     return partial(
         model.encode_prompts,
         max_sequence_length=config.model.max_sequence_length,
-        negative_prompt=None if guidance_scale == 1 else "",
+        negative_prompt=None if guidance_scale == 1 else config.model.negative_prompt,
     )
 
 

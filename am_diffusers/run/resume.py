@@ -41,6 +41,7 @@ GOAL = {
     "init_lora_as_base",
     "resolution",
     "max_sequence_length",
+    "negative_prompt",
     "rewards",
     "reward_scale",
     "target_kl",
@@ -85,6 +86,8 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     steady = flat["lr_scheduler"].startswith("constant") and flat["row_weights"] != "ramp"
     if steady and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
+    if flat["rollout_guidance_scale"] == 1:  # then evaluation alone reads it
+        free = free | {"negative_prompt"}
     if flat["init_lora"] is None:
         free = free | {"init_lora", "init_lora_as_base"}
     elif flat["init_lora_as_base"]:  # each start reads it anew: it must be the same, wherever it is

@@ -172,6 +172,7 @@ def about_lora(
         reward_scale=config.shared.scale,
         seed=config.run.seed,
         iteration=iteration,
+        negative_prompt=redact(model.negative_prompt) if config.shared.rollout_guidance_scale > 1 else None,
         init_lora=redact(model.init_lora) if model.init_lora and model.init_lora_as_base else None,
         init_lora_sha256=init_lora_sha256,
     )
@@ -219,6 +220,8 @@ def _start(config: Config) -> str:
 def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
     model, evaluation = plan.config.model, plan.config.evaluation
     options = {"revision": model.revision, "variant": model.variant}
+    guided = evaluation.eval_guidance_scale > 1 and model.negative_prompt
+    negative = {"negative_prompt": model.negative_prompt} if guided else {}
     source = {name: json.dumps(value) for name, value in options.items() if value is not None}
     if model.mixed_precision != "no":
         source["torch_dtype"] = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[model.mixed_precision]
@@ -235,5 +238,6 @@ def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
             "width": model.resolution,
             "num_inference_steps": evaluation.eval_inference_steps,
             **family.call(evaluation.eval_guidance_scale, model.max_sequence_length),
+            **negative,
         },
     )

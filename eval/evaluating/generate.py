@@ -145,7 +145,7 @@ class Generator:
         return partial(
             self.model.encode_prompts,
             max_sequence_length=self.plan.max_sequence_length,
-            negative_prompt=None if guidance_scale == 1 else "",
+            negative_prompt=None if guidance_scale == 1 else self.plan.options.negative_prompt,
         )
 
 
@@ -161,7 +161,7 @@ def load_model(plan: Plan, batches: Batches, device: torch.device) -> Model:
         model.encode_prompts(
             texts[group * ENCODE_GROUP : (group + 1) * ENCODE_GROUP],
             max_sequence_length=plan.max_sequence_length,
-            negative_prompt="",
+            negative_prompt=plan.options.negative_prompt,
             batch_size=ENCODE_GROUP + 1,
         )
     model.free_text_encoders()

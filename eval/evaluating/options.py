@@ -31,6 +31,7 @@ class Options:
     sampler: str
     resolution: int | None
     max_sequence_length: int | None
+    negative_prompt: str
     seed: int
     num_images_per_prompt: int
     batch_size: int
@@ -131,6 +132,9 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         "--max_sequence_length",
         type=COUNT.read,
         help="T5 tokens, as in training; default: what the model's folder declares, else 256",
+    )
+    group.add_argument(
+        "--negative_prompt", default="", help="text that guidance leads away from, as in training"
     )
     group.add_argument("--seed", type=SEED.read, default=0, help="all noise is a function of it")
     group.add_argument("--num_images_per_prompt", type=COUNT.read, default=4, help="images per prompt")

@@ -10,6 +10,7 @@ from typing import Any
 from am_diffusers.models.base import without_weights
 from am_diffusers.models.lora_files import LORA_FILE, PEFT_FILE, find_lora
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.prompts.rows import check_negative_prompt
 from am_diffusers.prompts.sets import PromptSet, load_prompts
 from am_diffusers.system.files import digest
 from evaluating.candidates import BASE, Candidate
@@ -61,6 +62,7 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(
             f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
+    check_negative_prompt(options.negative_prompt, options.guidance_scale)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
     declared = declaration(source.path)
     side = options.resolution or source.family.resolution(source.config_of)
@@ -95,6 +97,7 @@ def make_plan(options: Options) -> Plan:
         "sampler": options.sampler,
         "resolution": side,
         "max_sequence_length": length,
+        "negative_prompt": options.negative_prompt or None,
         "seed": options.seed,
         "num_images_per_prompt": options.num_images_per_prompt,
         "num_prompts": len(prompts),
