@@ -22,6 +22,7 @@ from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.ranges import Check
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
 from am_diffusers.system.ranges import GUIDANCE, SEED, STEPS
+from am_diffusers.system.resolution import RULE, is_resolution
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
@@ -112,7 +113,7 @@ def _run(c: RunConfig) -> list[Check]:
 
 def _model(c: ModelConfig) -> list[Check]:
     return [
-        (c.resolution > 0, "resolution", "a positive number of pixels"),
+        (is_resolution(c.resolution), "resolution", RULE),
         (c.max_sequence_length > 0, "max_sequence_length", "a positive number of tokens"),
         (c.rank > 0, "rank", "positive"),
         (c.lora_alpha > 0, "lora_alpha", "positive"),

@@ -156,7 +156,7 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     """Return a process's share of what the method keeps."""
     model = plan.config.model
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
-    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.resolution))
+    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.size))
     return kept.of_one(plan.num_processes)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from am_diffusers.system.files import sha256_of_bytes
+from am_diffusers.system.resolution import Resolution
 
 OWN, SPEC = "am_diffusers.", "modelspec."
 SAMPLED = 1024
@@ -101,7 +102,7 @@ def read_about(file: Path) -> dict[str, str]:
     return {key: text for key, text in metadata.items() if key.startswith((OWN, SPEC))}
 
 
-def model_spec(*, architecture: str, title: str, description: str, resolution: int) -> dict[str, str]:
+def model_spec(*, architecture: str, title: str, description: str, resolution: Resolution) -> dict[str, str]:
     """Return ModelSpec's keys of a LoRA in the Diffusers format, without the hash, which `to_bytes` adds."""
     keys = {
         "sai_model_spec": "1.0.0",
@@ -109,7 +110,7 @@ def model_spec(*, architecture: str, title: str, description: str, resolution: i
         "implementation": "diffusers",
         "title": title,
         "description": description,
-        "resolution": f"{resolution}x{resolution}",
+        "resolution": f"{resolution.width}x{resolution.height}",
     }
     return {SPEC + key: value for key, value in keys.items()}
 

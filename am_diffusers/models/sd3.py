@@ -88,7 +88,8 @@ def _latent_shape(config: Config, height: int, width: int) -> Shape:
     largest = multiple * transformer["pos_embed_max_size"]
     for name, size in (("height", height), ("width", width)):
         if size <= 0 or size % multiple:
-            below, above = max(size // multiple, 1) * multiple, (max(size, 0) // multiple + 1) * multiple
+            below = max(size // multiple, 1) * multiple
+            above = min((max(size, 0) // multiple + 1) * multiple, largest)
             raise ValueError(f"{name} {size} is not a multiple of {multiple} pixels: use {below} or {above}")
         if size > largest:
             raise ValueError(f"{name} {size} is beyond the model's positions: use {largest} or less")

@@ -87,7 +87,7 @@ class CardFacts:
         source: where the training prompts come from.
         prompts: the training prompts.
         settings: the resolved config as YAML.
-        resolution: side of the images in pixels.
+        resolution: width and height of the images in pixels, for instance `832 x 480`.
         loading: code that makes an image.
     """
 
@@ -101,7 +101,7 @@ class CardFacts:
     source: str
     prompts: list[str]
     settings: str
-    resolution: int
+    resolution: str
     loading: Loading
 
 

@@ -19,6 +19,7 @@ from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.fields import sizes, with_guidance
+from am_diffusers.system.resolution import Resolution
 from am_diffusers.transitions import uniform_sigmas
 from am_diffusers.velocity import Conditioning, Pull
 
@@ -101,9 +102,9 @@ def count(config: Config, sigmas: Callable[[int, bool], Tensor] = even) -> Count
     return Counted(calls, rows[0] // group, method.period, method)
 
 
-def described_latents(source: Pretrained, resolution: int) -> LatentSpec:
+def described_latents(source: Pretrained, size: Resolution) -> LatentSpec:
     """Return the shape of a latent, from configuration files alone."""
-    return LatentSpec(source.family.latent_shape(source.config_of, resolution, resolution))
+    return LatentSpec(source.family.latent_shape(source.config_of, size.height, size.width))
 
 
 def _iterate(method: Method, cond: Conditioning, iteration: int) -> int:

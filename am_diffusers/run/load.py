@@ -103,8 +103,8 @@ def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Se
 
 def latent_spec(config: Config, model: Model) -> LatentSpec:
     """Return the shape and device of one latent."""
-    side = config.model.resolution
-    return LatentSpec(model.latent_shape(side, side), model.device)
+    width, height = config.model.size
+    return LatentSpec(model.latent_shape(height, width), model.device)
 
 
 def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:

@@ -152,7 +152,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
         source.family.check_length(model.max_sequence_length)
-        latents = described_latents(source, model.resolution)
+        latents = described_latents(source, model.size)
         counted.method.check_size(counted.rows, latents)
         _check_levels(config, source.levels(), latents.shape)
         check_init_lora(config, source)

@@ -80,6 +80,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """Return the settings that decide what is learned, by flag, and a fingerprint of the training prompts."""
     sections = plan.config.sections().values()
     flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
+    flat["resolution"] = plan.config.model.size.setting
     free = FREE - DECISIVE_IN_RUN
     # A longer run begins like a shorter one, unless its length is in the schedule, in the choice of base
     # images or in the weights of rows.

@@ -180,7 +180,7 @@ def about_lora(
         architecture=family.architecture(source.config_of),
         title=redact(Path(config.run.output_dir).resolve().name),
         description=f"LoRA by {METHODS[config.method.method].title}: {origin.summary()}",
-        resolution=model.resolution,
+        resolution=model.size,
     )
     return origin.metadata() | spec
 
@@ -203,7 +203,7 @@ def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFact
         source=config.prompts.train_prompts,
         prompts=plan.train_prompts,
         settings=to_yaml(config),
-        resolution=config.model.resolution,
+        resolution=str(config.model.size),
         loading=_loading(plan, family, str(folder) if target is None else target.repo_id),
     )
 
@@ -234,8 +234,8 @@ def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
         subfolder="ema" if plan.config.optimizer.use_ema else None,
         prompt=plan.validation_prompts[0],
         call={
-            "height": model.resolution,
-            "width": model.resolution,
+            "height": model.size.height,
+            "width": model.size.width,
             "num_inference_steps": evaluation.eval_inference_steps,
             **family.call(evaluation.eval_guidance_scale, model.max_sequence_length),
             **negative,

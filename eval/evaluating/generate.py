@@ -77,7 +77,8 @@ class Generator:
         for candidate in tuned.values():
             self._load(before, candidate)
             before = candidate
-            effect = lora_effect(self.model, prompt_point(self.model, cond, self.plan.side, self.plan.side))
+            width, height = self.plan.size
+            effect = lora_effect(self.model, prompt_point(self.model, cond, height, width))
             if not EFFECT_FLOOR < effect < float("inf"):
                 name = f"{candidate.lora} at scale {candidate.lora_scale:g}"
                 raise ValueError(
@@ -131,7 +132,7 @@ class Generator:
 
     def sampler(self, candidate: Candidate) -> Sampler:
         """Make the sampler of a candidate's images; the noise is the same for all candidates."""
-        shape = self.model.latent_shape(self.plan.side, self.plan.side)
+        shape = self.model.latent_shape(self.plan.size.height, self.plan.size.width)
         return Sampler(
             solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps, shape),
             encode=self._encode(candidate.guidance_scale),

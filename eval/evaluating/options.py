@@ -9,6 +9,7 @@ from pathlib import Path
 from am_diffusers.rewards import REWARDS
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED, STEPS
+from am_diffusers.system.resolution import Resolution, resolution_flag
 from am_diffusers.system.text import nearest
 
 
@@ -29,7 +30,7 @@ class Options:
     num_inference_steps: list[int]
     guidance_scale: list[float]
     sampler: str
-    resolution: int | None
+    resolution: Resolution | None
     max_sequence_length: int | None
     negative_prompt: str
     seed: int
@@ -127,7 +128,11 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="ode_euler; memoryless_local_linear, memoryless_euler or ancestral: the SDE of training, which "
         "gives the path KL too; or a scheduler class of Diffusers, e.g. FlowMatchHeunDiscreteScheduler",
     )
-    group.add_argument("--resolution", type=COUNT.read, help="side in pixels; default: the model's own")
+    group.add_argument(
+        "--resolution",
+        type=resolution_flag,
+        help="side in pixels, or width x height: 832x480; default: the model's own",
+    )
     group.add_argument(
         "--max_sequence_length",
         type=COUNT.read,

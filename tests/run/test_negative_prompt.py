@@ -117,7 +117,7 @@ def test_an_evaluation_leads_away_from_it_and_does_not_go_on_with_other_images(t
 
     guidance = ("--guidance_scale", "4")
     plans = [plan(*guidance, "--negative_prompt", NEGATIVE), plan(*guidance)]
-    stores = [Store(tmp_path / "out", p.settings, p.prompts.prompts, 1, 64) for p in plans]
+    stores = [Store(tmp_path / "out", p.settings, p.prompts.prompts, 1, p.size) for p in plans]
     stores[0].open(plans[0].candidates)
     with pytest.raises(ValueError, match=f"negative_prompt was '{NEGATIVE}', now None"):
         stores[1].open(plans[1].candidates)
