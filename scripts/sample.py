@@ -14,10 +14,11 @@ from diffusers.utils import make_image_grid
 
 from am_diffusers.models.base import Model, without_weights
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.prompts.rows import check_unicode
+from am_diffusers.prompts.rows import check_negative_prompt, check_unicode
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED, STEPS
+from am_diffusers.system.resolution import Resolution, resolution_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,6 +28,7 @@ def main() -> None:
     try:
         prompts = options.prompts or load_texts(options.prompt_file)
         check_unicode("--prompts", prompts)
+        check_negative_prompt(options.negative_prompt, [options.guidance_scale])
         source = Pretrained(options.model, options.revision, options.variant)
         pipe = load(source, options)
     except ValueError as error:
@@ -37,11 +39,12 @@ def main() -> None:
         seeds = range(options.seed, options.seed + options.num_images)
         made = pipe(
             prompt,
+            negative_prompt=options.negative_prompt,
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=options.num_inference_steps,
-            height=options.resolution,
-            width=options.resolution,
+            height=options.resolution.height,
+            width=options.resolution.width,
             **source.family.call(options.guidance_scale, options.max_sequence_length),
         ).images
         for seed, image in zip(seeds, made, strict=True):
@@ -74,7 +77,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--num_inference_steps", type=STEPS.read, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=GUIDANCE.read, default=1.0, help="guidance; 1.0 = off")
-    parser.add_argument("--resolution", type=COUNT.read, default=512, help="side of the images in pixels")
+    parser.add_argument(
+        "--negative_prompt", default="", help="text that guidance leads away from, as in training"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=resolution_flag,
+        default=Resolution(512, 512),
+        help="side of the square images in pixels, or width x height: 832x480",
+    )
     parser.add_argument(
         "--max_sequence_length", type=COUNT.read, default=256, help="T5 tokens, as in training"
     )
@@ -85,7 +96,7 @@ def parse() -> argparse.Namespace:
 def load(source: Pretrained, options: argparse.Namespace) -> Any:
     """Load the pipeline with its LoRA, on the GPU if there is one."""
     source.family.check_length(options.max_sequence_length)
-    source.family.latent_shape(source.config_of, options.resolution, options.resolution)
+    source.family.latent_shape(source.config_of, options.resolution.height, options.resolution.width)
     if options.lora is not None:
         without_weights(source).load_lora(options.lora)
     device = "cuda" if torch.cuda.is_available() else "cpu"

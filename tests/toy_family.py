@@ -19,9 +19,13 @@ def _encode(pipe, texts, max_sequence_length):
     return [row._replace(mask=torch.arange(len(row.embeddings)) < 16) for row in rows]
 
 
-def _sigmas(scheduler, num_steps, shape, stochastic):
+def _mu(config, shape, num_steps):
     """The shift grows with the number of latents, as where a scheduler is dynamic."""
-    return shifted_sigmas(num_steps, 1 + shape[-1] * shape[-2] / 256)
+    return 1 + shape[-1] * shape[-2] / 256
+
+
+def _sigmas(scheduler, num_steps, mu, stochastic):
+    return shifted_sigmas(num_steps, mu)
 
 
 def _prompt_shapes(config, max_sequence_length):
@@ -34,6 +38,7 @@ TOY = replace(
     lora_layers=("attn.to_q", "attn.to_v"),
     velocity=_velocity,
     encode=_encode,
+    mu=_mu,
     sigmas=_sigmas,
     prompt_shapes=_prompt_shapes,
     comfyui=lambda module: None,

@@ -22,6 +22,7 @@ from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.ranges import Check
 from am_diffusers.methods.parts.settings import FOR_ALL, SharedSettings
 from am_diffusers.system.ranges import GUIDANCE, SEED, STEPS
+from am_diffusers.system.resolution import RULE, is_resolution
 
 SIZES = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
 
@@ -40,6 +41,7 @@ def check_values(config: Config) -> None:
         *_optimizer(config.optimizer),
         *_evaluation(config.evaluation),
         *_checkpoint(config.checkpoint),
+        *_guidance(config),
         *_certificate(config),
         *_sharding(config),
         *_auto(config),
@@ -111,7 +113,7 @@ def _run(c: RunConfig) -> list[Check]:
 
 def _model(c: ModelConfig) -> list[Check]:
     return [
-        (c.resolution > 0, "resolution", "a positive number of pixels"),
+        (is_resolution(c.resolution), "resolution", RULE),
         (c.max_sequence_length > 0, "max_sequence_length", "a positive number of tokens"),
         (c.rank > 0, "rank", "positive"),
         (c.lora_alpha > 0, "lora_alpha", "positive"),
@@ -187,6 +189,12 @@ def _auto(c: Config) -> list[Check]:
     tried = method is None or method.finds_sizes
     rule = f"a number: auto does not know the passes of {c.method.method}"
     return [(tried or getattr(c.optimizer, name) != "auto", name, rule) for name in SIZES]
+
+
+def _guidance(c: Config) -> list[Check]:
+    guided = max(c.shared.rollout_guidance_scale, c.evaluation.eval_guidance_scale) > 1
+    rule = "empty without guidance: --rollout_guidance_scale or --eval_guidance_scale above 1"
+    return [(guided or not c.model.negative_prompt, "negative_prompt", rule)]
 
 
 def _certificate(c: Config) -> list[Check]:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from am_diffusers.config import RewardConfig
-from am_diffusers.config.values import all_kinds, field_types, kind_in_words
+from am_diffusers.config.values import all_kinds, choices, field_types, kind_in_words
 from am_diffusers.system.text import nearest
 
 # Flags of the Diffusers training scripts and of accelerate, and what does the same here.
@@ -79,6 +79,7 @@ def _misread(message: str) -> str | None:
     must = f"--{' '.join(dict.fromkeys(names))} must be {kind_in_words(kind)}"
     got = re.search(r"Given value: (.*)|Got value: (.*)(?![\s\S]*Given value)", message)
     text = re.search(r"Expected a <class 'str'>(?:\. Got value: (.*))?", message)
+    text = None if int in choices(kind) else text
     value = (text[1] if text else None) or ((got[1] or got[2]) if got else None)
     if value is None:
         return must

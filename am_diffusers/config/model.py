@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from am_diffusers.system.resolution import Resolution, read_resolution
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -12,8 +14,11 @@ class ModelConfig:
         pretrained_model_name_or_path: Diffusers folder, `asset:` path or hub id of a pipeline.
         revision: branch, tag or commit of a hub model; null = its main branch.
         variant: weight file variant of the model, e.g. fp16; null = none.
-        resolution: side of the square images in training and evaluation, in pixels.
+        resolution: size of the images in training and evaluation, in pixels: one number is the side of a
+            square, 832x480 is width x height.
         max_sequence_length: length of the T5 part of the prompt, in tokens; the same everywhere.
+        negative_prompt: text that classifier-free guidance leads away from, in the guided rollout, validation
+            and evaluation alike; needs guidance.
         rank: LoRA rank, the inner dimension of each adapter.
         lora_alpha: LoRA alpha; the adapter is scaled by lora_alpha / rank.
         lora_layers: names of the adapted linear layers; null = the eight attention projections of MMDiT.
@@ -36,8 +41,9 @@ class ModelConfig:
     pretrained_model_name_or_path: str
     revision: str | None = None
     variant: str | None = None
-    resolution: int = 512
+    resolution: int | str = 512
     max_sequence_length: int = 256
+    negative_prompt: str = ""
     rank: int = 32
     lora_alpha: int = 64
     lora_layers: list[str] | None = None
@@ -47,6 +53,11 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     free_text_encoders: bool = True
     shard_weights: bool = False
+
+    @property
+    def size(self) -> Resolution:
+        """Width and height of the images."""
+        return read_resolution(self.resolution)
 
 
 @dataclass(frozen=True)

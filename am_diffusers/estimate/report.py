@@ -156,13 +156,14 @@ def _buffer(plan: Plan, counted: Counted) -> KeptBytes:
     """Return a process's share of what the method keeps."""
     model = plan.config.model
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
-    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.resolution))
+    kept = counted.method.kept_bytes(counted.rows, described_latents(source, model.size))
     return kept.of_one(plan.num_processes)
 
 
 def _num_texts(plan: Plan) -> int:
-    """Count the prompts that are kept encoded, the empty negative one included."""
-    return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, ""})
+    """Count the prompts that are kept encoded, the negative one included."""
+    negative = plan.config.model.negative_prompt
+    return len({*plan.used_train_prompts(), *plan.validation_prompts, *plan.eval_prompts, negative})
 
 
 def _num_images(plan: Plan) -> float:

@@ -16,11 +16,10 @@ from am_diffusers.models.adapters import adapters
 from am_diffusers.models.family import Family, Shape
 from am_diffusers.models.lora import TunedNetwork
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.models.schedulers import check_solver, make_solver
+from am_diffusers.models.schedulers import NoiseLevels
 from am_diffusers.models.text_encoders import PromptEncoder
-from am_diffusers.rollout import Solver, TableSolver
+from am_diffusers.rollout import Solver
 from am_diffusers.system.half_precision import scaled_vjp
-from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import Conditioning, Pull
 
 
@@ -130,23 +129,19 @@ class Model(TunedNetwork):
 
     def ode_sigmas(self, num_steps: int, shape: Shape) -> Tensor:
         """Return the pipeline's own noise levels (num_steps + 1,), 1 to 0, of ODEs for latents of a shape."""
-        return self.family.sigmas(self._pipe.scheduler, num_steps, shape, False)
+        return self._levels.sigmas(num_steps, shape, stochastic=False)
 
     def sde_sigmas(self, num_steps: int, shape: Shape) -> Tensor:
         """Return noise levels (num_steps + 1,), 1 to 0, of stochastic tables for latents of a shape."""
-        return self.family.sigmas(self._pipe.scheduler, num_steps, shape, True)
+        return self._levels.sigmas(num_steps, shape, stochastic=True)
 
     def solver(self, name: str, num_steps: int, shape: Shape) -> Solver:
-        """Return a solver for latents of a shape: a table of `TRANSITIONS`, or a class of `SCHEDULERS`.
+        """Return a solver for latents of a shape, see `NoiseLevels.solver`."""
+        return self._levels.solver(name, num_steps, shape)
 
-        Raises:
-            ValueError: for any other name (lists those that fit), or too few steps for the solver.
-        """
-        check_solver(name, num_steps)
-        if name not in TRANSITIONS:
-            return make_solver(self._pipe.scheduler, name, num_steps)
-        sigmas = self.ode_sigmas if name == "ode_euler" else self.sde_sigmas
-        return TableSolver(TRANSITIONS[name](sigmas(num_steps, shape)))
+    @property
+    def _levels(self) -> NoiseLevels:
+        return NoiseLevels(self.family, self._pipe.scheduler, self.config_of)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Spread the frozen weights over a one-dimensional mesh (FSDP2); each block is gathered when used.

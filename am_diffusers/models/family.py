@@ -44,8 +44,10 @@ class Family:
             (B,); a ValueError if `cond` lacks what the network is conditioned on.
         encode: (pipe, texts, max_sequence_length) to what is kept of each text.
         decode: (vae, latents) to images (B, 3, H, W) in [-1, 1], or frames (B, 3, F, H, W); not clamped.
-        sigmas: (scheduler, num_steps, shape, stochastic) to noise levels (num_steps + 1,), float64, 1 to 0,
-            for latents of a shape: of a stochastic table, or the pipeline's own. The scheduler is left as is.
+        mu: (config, shape, num_steps) to the shift of noise levels that the pipeline computes for latents of
+            a shape, where its scheduler has dynamic shifting; None = the scheduler's is fixed.
+        sigmas: (scheduler, num_steps, mu, stochastic) to noise levels (num_steps + 1,), float64, 1 to 0: of a
+            stochastic table, or the pipeline's own. The scheduler is left as is.
         latent_shape: shape of an image's latents, (config, height, width) in pixels; a ValueError that names
             the nearest size if the model cannot make that one.
         multiple: (config) to the number of pixels that height and width are multiples of.
@@ -65,7 +67,8 @@ class Family:
     velocity: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     encode: Callable[[Any, list[str], int], list[Encoded]]
     decode: Callable[[Any, Tensor], Tensor]
-    sigmas: Callable[[Any, int, Shape, bool], Tensor]
+    mu: Callable[[Config, Shape, int], float | None]
+    sigmas: Callable[[Any, int, float | None, bool], Tensor]
     latent_shape: Callable[[Config, int, int], Shape]
     multiple: Callable[[Config], int]
     resolution: Callable[[Config], int]

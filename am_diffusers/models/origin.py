@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from am_diffusers.system.files import sha256_of_bytes
+from am_diffusers.system.resolution import Resolution
 
 OWN, SPEC = "am_diffusers.", "modelspec."
 SAMPLED = 1024
@@ -46,6 +47,7 @@ class Origin:
         seed: seed of the run.
         iteration: optimizer steps taken.
         version: version of this package.
+        negative_prompt: text that the guidance of the rollout led away from; None without guidance.
         init_lora: the LoRA that was put into the base model and that this one contains, as the run was told;
             None = none.
         init_lora_sha256: SHA-256 of its file, or of its two files for a PEFT folder.
@@ -60,6 +62,7 @@ class Origin:
     seed: int
     iteration: int
     version: str = version("am_diffusers")
+    negative_prompt: str | None = None
     init_lora: str | None = None
     init_lora_sha256: Sequence[str] | None = None
 
@@ -99,7 +102,7 @@ def read_about(file: Path) -> dict[str, str]:
     return {key: text for key, text in metadata.items() if key.startswith((OWN, SPEC))}
 
 
-def model_spec(*, architecture: str, title: str, description: str, resolution: int) -> dict[str, str]:
+def model_spec(*, architecture: str, title: str, description: str, resolution: Resolution) -> dict[str, str]:
     """Return ModelSpec's keys of a LoRA in the Diffusers format, without the hash, which `to_bytes` adds."""
     keys = {
         "sai_model_spec": "1.0.0",
@@ -107,7 +110,7 @@ def model_spec(*, architecture: str, title: str, description: str, resolution: i
         "implementation": "diffusers",
         "title": title,
         "description": description,
-        "resolution": f"{resolution}x{resolution}",
+        "resolution": f"{resolution.width}x{resolution.height}",
     }
     return {SPEC + key: value for key, value in keys.items()}
 

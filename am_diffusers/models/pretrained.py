@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from am_diffusers.models import FAMILIES
 from am_diffusers.models.family import Family
+from am_diffusers.models.schedulers import NoiseLevels
 from am_diffusers.system.files import asset_path
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -96,6 +97,11 @@ class Pretrained:
         # Not Diffusers' own `to`, which warns about modules of other models.
         torch.nn.Module.to(parts[family.network], weight_dtype)
         return family.pipeline(**parts, **dict.fromkeys(family.text_components))
+
+    def levels(self) -> NoiseLevels:
+        """Return the pipeline's noise levels."""
+        scheduler = self._classes()["scheduler"].from_config(self.config_of("scheduler"))
+        return NoiseLevels(self.family, scheduler, self.config_of)
 
     def text_weights(self) -> int:
         """Return the number of weights of the text encoders together."""

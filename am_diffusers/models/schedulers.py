@@ -6,6 +6,7 @@ the image, and those that don't take a velocity.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_diffusers.models.family import Shape
-from am_diffusers.rollout import Solution, Solver
+from am_diffusers.models.family import Config, Family, Shape
+from am_diffusers.rollout import Solution, Solver, TableSolver
 from am_diffusers.transitions import TRANSITIONS
 from am_diffusers.velocity import Conditioning, VelocityField
 
@@ -35,11 +36,65 @@ SCHEDULERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def static_sigmas(scheduler: Any, num_steps: int, shape: Shape, stochastic: bool) -> Tensor:
-    """Return a scheduler's own levels, or for stochastic tables its shift of an even grid, for any shape."""
-    scheduler, grid = deepcopy(scheduler), np.linspace(1, 1 / num_steps, num_steps).tolist()
-    scheduler.set_timesteps(num_steps, sigmas=grid if stochastic else None)
-    return scheduler.sigmas.double()
+_EULER = "FlowMatchEulerDiscreteScheduler"
+# Settings that make other levels than a shift of an even grid.
+_BESIDES_SHIFT = (
+    *("shift_terminal", "invert_sigmas"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+)
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The noise levels of a pipeline, from its configurations alone.
+
+    Attributes:
+        family: the pipeline's family.
+        scheduler: the pipeline's scheduler; left as it is.
+        config: the configuration of a component by its name.
+    """
+
+    family: Family
+    scheduler: Any
+    config: Config
+
+    def sigmas(self, num_steps: int, shape: Shape, *, stochastic: bool) -> Tensor:
+        """Return levels (num_steps + 1,), 1 to 0, for latents of a shape, see `Family.sigmas`.
+
+        Raises:
+            ValueError: if the scheduler has none for stochastic tables.
+        """
+        mu = self.family.mu(self.config, shape, num_steps)
+        return self.family.sigmas(self.scheduler, num_steps, mu, stochastic)
+
+    def solver(self, name: str, num_steps: int, shape: Shape) -> Solver:
+        """Return a solver for latents of a shape: a table of `TRANSITIONS`, or a class of `SCHEDULERS`.
+
+        Raises:
+            ValueError: for any other name (lists those that fit), too few steps for the solver, or noise
+                levels that it can't do with.
+        """
+        check_solver(name, num_steps)
+        if name not in TRANSITIONS:
+            mu = self.family.mu(self.config, shape, num_steps)
+            return make_solver(self.scheduler, name, num_steps, mu)
+        sigmas = self.sigmas(num_steps, shape, stochastic=name != "ode_euler")
+        return TableSolver(TRANSITIONS[name](sigmas))
+
+
+def scheduler_sigmas(scheduler: Any, num_steps: int, mu: float | None, stochastic: bool) -> Tensor:
+    """Return a scheduler's own levels, or for stochastic tables its shift of an even grid; see `Family`.
+
+    These go without `shift_terminal`: the noise of its last level would stay in the image.
+    """
+    if stochastic:
+        scheduler = deepcopy(scheduler)
+        scheduler.register_to_config(shift_terminal=None)
+        scheduler, mu = _scheduler(scheduler, _EULER, mu)
+        extra: dict[str, Any] = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
+    else:
+        extra = {}
+    return _with_timesteps(scheduler, num_steps, mu, extra).sigmas.double()
 
 
 def check_solver(name: str, num_steps: int) -> None:
@@ -53,13 +108,15 @@ def check_solver(name: str, num_steps: int) -> None:
         raise ValueError(f"number of steps of the sampler {name}: expected at least {least}, got {num_steps}")
 
 
-def make_solver(own: Any, name: str, num_steps: int) -> Solver:
+def make_solver(own: Any, name: str, num_steps: int, mu: float | None = None) -> Solver:
     """Return a class of `SCHEDULERS` as a solver, with the shift of `own`, the pipeline's scheduler.
 
-    It calls the network `num_steps` times an image, K; a scheduler of order 2 makes 2 K - 1 calls.
+    It calls the network `num_steps` times an image, K; a scheduler of order 2 makes 2 K - 1 calls. `mu` is
+    the shift of an `own` with dynamic shifting, see `Family`.
     """
     check_solver(name, num_steps)
-    return SchedulerSolver(_scheduler(own, name), num_steps)
+    scheduler, mu = _scheduler(own, name, mu)
+    return SchedulerSolver(scheduler, num_steps, mu)
 
 
 @dataclass(frozen=True)
@@ -69,10 +126,12 @@ class SchedulerSolver:
     Attributes:
         scheduler: left as it is; every call steps a copy.
         num_steps: K.
+        mu: shift of a scheduler with dynamic shifting; None = it is fixed.
     """
 
     scheduler: Any
     num_steps: int
+    mu: float | None = None
 
     @torch.no_grad()
     def __call__(
@@ -85,8 +144,7 @@ class SchedulerSolver:
         base: VelocityField | None = None,
     ) -> Solution:
         """See `Solver`; `base` is not used."""
-        scheduler = deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.num_steps, device=noise.device)
+        scheduler = _with_timesteps(self.scheduler, self.num_steps, self.mu, {"device": noise.device})
         # Else a scheduler looks for its place by a rounded timestep, which many steps have twice.
         scheduler.set_begin_index(0)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -98,16 +156,34 @@ class SchedulerSolver:
         return Solution(x, None)
 
 
-def _scheduler(own: Any, name: str) -> Any:
-    """Return the pipeline's scheduler where it is the one, with its settings, or another with its shift."""
+def _with_timesteps(scheduler: Any, num_steps: int, mu: float | None, more: dict[str, Any]) -> Any:
+    """Return a copy of a scheduler that is ready for `num_steps` steps; `more` arguments say how."""
+    scheduler = deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps, **more, **({} if mu is None else {"mu": mu}))
+    return scheduler
+
+
+def _scheduler(own: Any, name: str, mu: float | None) -> tuple[Any, float | None]:
+    """Return the pipeline's scheduler where it is the one, or another with its shift, and the `mu` to set."""
     if type(own).__name__ == name:
-        return own
+        return own, mu
     shift, extra = SCHEDULERS[name]
+    settings = {"num_train_timesteps": own.config.num_train_timesteps, shift: _shift(own, name, mu), **extra}
+    return getattr(diffusers, name)(**settings), None
+
+
+def _shift(own: Any, name: str, mu: float | None) -> float:
+    """Return the fixed shift that makes the levels of a scheduler, to give to another."""
     config = own.config
-    if config.get("shift") is None or config.get("use_dynamic_shifting"):
+    shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
+    if config.get("use_dynamic_shifting"):
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        shift = math.exp(mu) if exponential and mu is not None else mu
+    besides = [setting for setting in _BESIDES_SHIFT if config.get(setting)]
+    if shift is None or besides:
+        reason = f"its levels follow {besides[0]}" if besides else "it has no shift"
         raise ValueError(
-            f"the model's {type(own).__name__} has no fixed shift of noise levels to give to {name}: use "
-            f"{type(own).__name__}"
+            f"the model's {type(own).__name__} has no shift of noise levels to give to {name} ({reason}): "
+            f"sample with {type(own).__name__}, train with a scheduler_config.json of {_EULER}"
         )
-    settings = {"num_train_timesteps": config.num_train_timesteps, shift: config.shift, **extra}
-    return getattr(diffusers, name)(**settings)
+    return shift

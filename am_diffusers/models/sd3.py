@@ -3,11 +3,14 @@
 import re
 from typing import Any
 
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+    calculate_shift,
+)
 from torch import Tensor
 
 from am_diffusers.models.family import Config, Encoded, Family, Shape
-from am_diffusers.models.schedulers import static_sigmas
+from am_diffusers.models.schedulers import scheduler_sigmas
 from am_diffusers.velocity import Conditioning
 
 # The eight projections of MMDiT's joint attention, the default of the Diffusers SD3 LoRA script.
@@ -54,6 +57,20 @@ def _decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(scaled + vae.config["shift_factor"], return_dict=False)[0]
 
 
+def _mu(config: Config, shape: Shape, num_steps: int) -> float | None:
+    """Return it as the pipeline does: linear in the number of patches; these defaults are its own."""
+    scheduler, patch = config("scheduler"), config("transformer")["patch_size"]
+    if not scheduler.get("use_dynamic_shifting"):
+        return None
+    return calculate_shift(
+        (shape[-2] // patch) * (shape[-1] // patch),
+        scheduler.get("base_image_seq_len", 256),
+        scheduler.get("max_image_seq_len", 4096),
+        scheduler.get("base_shift", 0.5),
+        scheduler.get("max_shift", 1.16),
+    )
+
+
 def _vae_scale(config: Config) -> int:
     return 2 ** (len(config("vae")["block_out_channels"]) - 1)
 
@@ -71,7 +88,8 @@ def _latent_shape(config: Config, height: int, width: int) -> Shape:
     largest = multiple * transformer["pos_embed_max_size"]
     for name, size in (("height", height), ("width", width)):
         if size <= 0 or size % multiple:
-            below, above = max(size // multiple, 1) * multiple, (max(size, 0) // multiple + 1) * multiple
+            below = max(size // multiple, 1) * multiple
+            above = min((max(size, 0) // multiple + 1) * multiple, largest)
             raise ValueError(f"{name} {size} is not a multiple of {multiple} pixels: use {below} or {above}")
         if size > largest:
             raise ValueError(f"{name} {size} is beyond the model's positions: use {largest} or less")
@@ -109,7 +127,8 @@ SD3 = Family(
     velocity=_velocity,
     encode=_encode,
     decode=_decode,
-    sigmas=static_sigmas,
+    mu=_mu,
+    sigmas=scheduler_sigmas,
     latent_shape=_latent_shape,
     multiple=_multiple,
     resolution=_resolution,

@@ -59,6 +59,17 @@ def check_texts(source: str, column: Iterable[object]) -> list[str]:
     return prompts
 
 
+def check_negative_prompt(text: str, guidance_scales: Iterable[float]) -> None:
+    """Check that a negative prompt has an effect and whole characters.
+
+    Raises:
+        ValueError: if not; the message says what to do.
+    """
+    check_unicode("--negative_prompt", [text])
+    if text and max(guidance_scales) <= 1:
+        raise ValueError("--negative_prompt has no effect without guidance: set --guidance_scale above 1")
+
+
 def check_unicode(source: str, texts: Iterable[str]) -> None:
     """Check that texts are of whole characters.
 

@@ -41,7 +41,7 @@ class Loading:
         load_from: hub id or folder of the LoRA.
         subfolder: subfolder of `load_from` with the LoRA that images and evaluation use; None = none.
         prompt: example prompt.
-        call: numbers of the pipeline call, by argument.
+        call: numbers and texts of the pipeline call, by argument.
     """
 
     pipeline: str
@@ -50,7 +50,7 @@ class Loading:
     load_from: str
     subfolder: str | None
     prompt: str
-    call: dict[str, float]
+    call: dict[str, float | str]
 
     def snippet(self) -> str:
         """Return Python source that renders one image."""
@@ -64,8 +64,8 @@ class Loading:
                 f"pipe = {self.pipeline}.from_pretrained({json.dumps(self.base)}{options})",
                 f"pipe.load_lora_weights({json.dumps(self.load_from)}{inside})",
                 "pipe(",
-                f"    {json.dumps(self.prompt)},",
-                *(f"    {name}={value}," for name, value in self.call.items()),
+                f"    {_python(self.prompt)},",
+                *(f"    {name}={_python(value)}," for name, value in self.call.items()),
                 "    generator=torch.Generator().manual_seed(0),",
                 ').images[0].save("picture.png")',
             ]
@@ -87,7 +87,7 @@ class CardFacts:
         source: where the training prompts come from.
         prompts: the training prompts.
         settings: the resolved config as YAML.
-        resolution: side of the images in pixels.
+        resolution: width and height of the images in pixels, for instance `832 x 480`.
         loading: code that makes an image.
     """
 
@@ -101,7 +101,7 @@ class CardFacts:
     source: str
     prompts: list[str]
     settings: str
-    resolution: int
+    resolution: str
     loading: Loading
 
 
@@ -179,6 +179,11 @@ def _results(evaluation: Evaluation | None) -> dict[str, Any]:
         "num_prompts": evaluation.num_prompts,
         "images_per_prompt": evaluation.images_per_prompt,
     }
+
+
+def _python(value: float | str) -> str:
+    """Return a number or a text as Python source; JSON would write characters beyond 16 bits as two."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _shorten(text: str) -> str:

@@ -5,7 +5,9 @@ What it keeps follows from the rows counted and the shape of a real latent.
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from am_diffusers.methods.parts.surroundings import Surroundings
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.noise import LatentSpec, generator_for, generators_for
 from am_diffusers.run.fields import sizes, with_guidance
+from am_diffusers.system.resolution import Resolution
 from am_diffusers.transitions import uniform_sigmas
 from am_diffusers.velocity import Conditioning, Pull
 
@@ -62,11 +65,20 @@ class CountedField:
         self._counts[f"{self._name}, {kind}"] += len(x)
 
 
-def count(config: Config) -> Counted:
+def even(num_steps: int, noisy: bool) -> Tensor:
+    """Return even noise levels (num_steps + 1,), which a method does with like with those of a model."""
+    return uniform_sigmas(num_steps)
+
+
+def count(config: Config, sigmas: Callable[[int, bool], Tensor] = even) -> Counted:
     """Run the method of a config for `PERIODS` periods on one group of samples that share a prompt.
 
+    Args:
+        config: the config.
+        sigmas: the noise levels, see `Surroundings`.
+
     Raises:
-        ValueError: if its flags don't go together.
+        ValueError: if its flags don't go together, or the levels are unfit for the method.
     """
     counts, group = Counter[str](), config.shared.samples_per_prompt
     shared = replace(config.shared, mask_quantile=None, divergence="kl", reward_scale=1.0, target_kl=None)
@@ -77,7 +89,7 @@ def count(config: Config) -> Counted:
             *fields[:2],
             reward=lambda latents, prompts: latents.sum(1),
             latents=LatentSpec((1,)),
-            sigmas=lambda steps, noisy: uniform_sigmas(steps),
+            sigmas=cache(sigmas),
             rollout=fields.rollout,
             encode=lambda prompts: cond.index([0] * len(prompts)),
             sizes=replace(sizes(config), rollout=None, reward=None, offload=False),
@@ -90,9 +102,9 @@ def count(config: Config) -> Counted:
     return Counted(calls, rows[0] // group, method.period, method)
 
 
-def described_latents(source: Pretrained, resolution: int) -> LatentSpec:
+def described_latents(source: Pretrained, size: Resolution) -> LatentSpec:
     """Return the shape of a latent, from configuration files alone."""
-    return LatentSpec(source.family.latent_shape(source.config_of, resolution, resolution))
+    return LatentSpec(source.family.latent_shape(source.config_of, size.height, size.width))
 
 
 def _iterate(method: Method, cond: Conditioning, iteration: int) -> int:

@@ -68,7 +68,8 @@ def make_validation(
 def make_verifier(plan: Plan, model: Model) -> Callable[[Path], object]:
     """Return a function that compares a written LoRA with the model, at the first validation prompt."""
     cond = encoder(plan.config, model, 1.0)(plan.validation_prompts[:1])
-    point = prompt_point(model, cond, plan.config.model.resolution, plan.config.model.resolution)
+    width, height = plan.config.model.size
+    point = prompt_point(model, cond, height, width)
 
     def verify(file: Path) -> object:
         # Diffusers warns that there's no LoRA for the text encoders, which is so on purpose.

@@ -93,18 +93,18 @@ def load_base(plan: Plan, device: torch.device) -> Model:
 
 
 def encoder(config: Config, model: Model, guidance_scale: float) -> Callable[[Sequence[str]], Conditioning]:
-    """Return a function from prompts to conditioning, with the empty negative prompt if guidance needs it."""
+    """Return a function from prompts to conditioning, with the negative prompt if guidance needs it."""
     return partial(
         model.encode_prompts,
         max_sequence_length=config.model.max_sequence_length,
-        negative_prompt=None if guidance_scale == 1 else "",
+        negative_prompt=None if guidance_scale == 1 else config.model.negative_prompt,
     )
 
 
 def latent_spec(config: Config, model: Model) -> LatentSpec:
     """Return the shape and device of one latent."""
-    side = config.model.resolution
-    return LatentSpec(model.latent_shape(side, side), model.device)
+    width, height = config.model.size
+    return LatentSpec(model.latent_shape(height, width), model.device)
 
 
 def weighted(rewards: Sequence[Reward], config: Config) -> WeightedRewards:

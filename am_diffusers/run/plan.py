@@ -12,6 +12,7 @@ from am_diffusers.config.checks import cautions
 from am_diffusers.config.command_line import to_yaml
 from am_diffusers.evaluation.frontier_table import frontier_table
 from am_diffusers.models.pretrained import MissingModelError, Pretrained
+from am_diffusers.models.schedulers import NoiseLevels
 from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.run.base_scores import stored_frontier, trained_scales
@@ -151,7 +152,9 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     source = Pretrained(model.pretrained_model_name_or_path, model.revision, model.variant)
     try:
         source.family.check_length(model.max_sequence_length)
-        counted.method.check_size(counted.rows, described_latents(source, model.resolution))
+        latents = described_latents(source, model.size)
+        counted.method.check_size(counted.rows, latents)
+        _check_levels(config, source.levels(), latents.shape)
         check_init_lora(config, source)
     except MissingModelError:
         if not config.run.dry_run:  # which says what is missing where it estimates memory
@@ -163,6 +166,18 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     if not config.run.dry_run:
         _check_writable(Path(config.run.output_dir))
     return Plan(config, num_processes, train, evaluation, validation, len(shown))
+
+
+def _check_levels(config: Config, levels: NoiseLevels, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the model's scheduler makes noise levels for training and evaluation."""
+    evaluation, shared = config.evaluation, config.shared
+    try:
+        levels.solver("ode_euler", evaluation.eval_inference_steps, shape)
+        if evaluation.certificate_images:
+            levels.solver(shared.transitions, shared.num_inference_steps, shape)
+        count(config, lambda steps, noisy: levels.sigmas(steps, shape, stochastic=noisy))
+    except ValueError as error:
+        raise ValueError(f"the model's scheduler doesn't suit these flags: {error}") from error
 
 
 def _check_writable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from am_diffusers.config import Config
 from am_diffusers.prompts.leaks import find_leaks
+from am_diffusers.prompts.rows import check_unicode
 from am_diffusers.prompts.sets import load_texts
 from am_diffusers.system.text import redact
 
@@ -15,6 +16,7 @@ def load_lists(config: Config) -> tuple[list[str], list[str]]:
         ValueError: a list can't be read, or an evaluation has one prompt.
     """
     train, evaluation = config.prompts, config.evaluation
+    check_unicode("--negative_prompt", [config.model.negative_prompt])
     training = load_texts(
         train.train_prompts,
         column=train.train_prompts_column,

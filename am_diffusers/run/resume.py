@@ -41,6 +41,7 @@ GOAL = {
     "init_lora_as_base",
     "resolution",
     "max_sequence_length",
+    "negative_prompt",
     "rewards",
     "reward_scale",
     "target_kl",
@@ -79,12 +80,15 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """Return the settings that decide what is learned, by flag, and a fingerprint of the training prompts."""
     sections = plan.config.sections().values()
     flat = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
+    flat["resolution"] = plan.config.model.size.setting
     free = FREE - DECISIVE_IN_RUN
     # A longer run begins like a shorter one, unless its length is in the schedule, in the choice of base
     # images or in the weights of rows.
     steady = flat["lr_scheduler"].startswith("constant") and flat["row_weights"] != "ramp"
     if steady and flat["divergence"] == "kl":
         free = free | {"max_train_steps"}
+    if flat["rollout_guidance_scale"] == 1:  # then evaluation alone reads it
+        free = free | {"negative_prompt"}
     if flat["init_lora"] is None:
         free = free | {"init_lora", "init_lora_as_base"}
     elif flat["init_lora_as_base"]:  # each start reads it anew: it must be the same, wherever it is

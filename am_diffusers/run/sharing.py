@@ -172,6 +172,7 @@ def about_lora(
         reward_scale=config.shared.scale,
         seed=config.run.seed,
         iteration=iteration,
+        negative_prompt=redact(model.negative_prompt) if config.shared.rollout_guidance_scale > 1 else None,
         init_lora=redact(model.init_lora) if model.init_lora and model.init_lora_as_base else None,
         init_lora_sha256=init_lora_sha256,
     )
@@ -179,7 +180,7 @@ def about_lora(
         architecture=family.architecture(source.config_of),
         title=redact(Path(config.run.output_dir).resolve().name),
         description=f"LoRA by {METHODS[config.method.method].title}: {origin.summary()}",
-        resolution=model.resolution,
+        resolution=model.size,
     )
     return origin.metadata() | spec
 
@@ -202,7 +203,7 @@ def card_facts(plan: Plan, target: HubTarget | None, family: Family) -> CardFact
         source=config.prompts.train_prompts,
         prompts=plan.train_prompts,
         settings=to_yaml(config),
-        resolution=config.model.resolution,
+        resolution=str(config.model.size),
         loading=_loading(plan, family, str(folder) if target is None else target.repo_id),
     )
 
@@ -219,6 +220,8 @@ def _start(config: Config) -> str:
 def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
     model, evaluation = plan.config.model, plan.config.evaluation
     options = {"revision": model.revision, "variant": model.variant}
+    guided = evaluation.eval_guidance_scale > 1 and model.negative_prompt
+    negative = {"negative_prompt": model.negative_prompt} if guided else {}
     source = {name: json.dumps(value) for name, value in options.items() if value is not None}
     if model.mixed_precision != "no":
         source["torch_dtype"] = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[model.mixed_precision]
@@ -231,9 +234,10 @@ def _loading(plan: Plan, family: Family, load_from: str) -> Loading:
         subfolder="ema" if plan.config.optimizer.use_ema else None,
         prompt=plan.validation_prompts[0],
         call={
-            "height": model.resolution,
-            "width": model.resolution,
+            "height": model.size.height,
+            "width": model.size.width,
             "num_inference_steps": evaluation.eval_inference_steps,
             **family.call(evaluation.eval_guidance_scale, model.max_sequence_length),
+            **negative,
         },
     )

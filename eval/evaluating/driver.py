@@ -36,7 +36,7 @@ def evaluate(plan: Plan, processes: Processes) -> Iterator[str]:
     """
     options = plan.options
     store = Store(
-        options.output_dir, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side
+        options.output_dir, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.size
     )
     processes.on_main(lambda: store.open(plan.candidates))
     notes = make_notes(plan)

@@ -77,7 +77,8 @@ class Generator:
         for candidate in tuned.values():
             self._load(before, candidate)
             before = candidate
-            effect = lora_effect(self.model, prompt_point(self.model, cond, self.plan.side, self.plan.side))
+            width, height = self.plan.size
+            effect = lora_effect(self.model, prompt_point(self.model, cond, height, width))
             if not EFFECT_FLOOR < effect < float("inf"):
                 name = f"{candidate.lora} at scale {candidate.lora_scale:g}"
                 raise ValueError(
@@ -131,7 +132,7 @@ class Generator:
 
     def sampler(self, candidate: Candidate) -> Sampler:
         """Make the sampler of a candidate's images; the noise is the same for all candidates."""
-        shape = self.model.latent_shape(self.plan.side, self.plan.side)
+        shape = self.model.latent_shape(self.plan.size.height, self.plan.size.width)
         return Sampler(
             solver=self.model.solver(self.plan.options.sampler, candidate.num_inference_steps, shape),
             encode=self._encode(candidate.guidance_scale),
@@ -145,7 +146,7 @@ class Generator:
         return partial(
             self.model.encode_prompts,
             max_sequence_length=self.plan.max_sequence_length,
-            negative_prompt=None if guidance_scale == 1 else "",
+            negative_prompt=None if guidance_scale == 1 else self.plan.options.negative_prompt,
         )
 
 
@@ -161,7 +162,7 @@ def load_model(plan: Plan, batches: Batches, device: torch.device) -> Model:
         model.encode_prompts(
             texts[group * ENCODE_GROUP : (group + 1) * ENCODE_GROUP],
             max_sequence_length=plan.max_sequence_length,
-            negative_prompt="",
+            negative_prompt=plan.options.negative_prompt,
             batch_size=ENCODE_GROUP + 1,
         )
     model.free_text_encoders()

@@ -89,8 +89,12 @@ def _tilts(plan: Plan, configs: Mapping[str, dict[str, Any]]) -> list[str]:
         config = configs[candidate.name]
         own = [config.get(name) for name in ("num_inference_steps", "transitions", "rollout_guidance_scale")]
         here = [candidate.num_inference_steps, sampler, candidate.guidance_scale]
-        if own != here:
-            trained, evaluated = ("{} steps of {}, guidance {}".format(*chain) for chain in (own, here))
+        negative = [config.get("negative_prompt", ""), plan.options.negative_prompt]
+        if candidate.guidance_scale == 1:  # then there is none
+            negative[0] = negative[1]
+        if [*own, negative[0]] != [*here, negative[1]]:
+            words = "{} steps of {}, guidance {}" + " from {!r}" * (negative[0] != negative[1])
+            trained, evaluated = (words.format(*c, n) for c, n in zip((own, here), negative, strict=True))
             lines.append(
                 f"{candidate.name} was trained with {trained}, and is compared with the tilt of {evaluated}: "
                 "what is predicted holds for the latter"

@@ -9,6 +9,7 @@ from pathlib import Path
 from am_diffusers.rewards import REWARDS
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED, STEPS
+from am_diffusers.system.resolution import Resolution, resolution_flag
 from am_diffusers.system.text import nearest
 
 
@@ -29,8 +30,9 @@ class Options:
     num_inference_steps: list[int]
     guidance_scale: list[float]
     sampler: str
-    resolution: int | None
+    resolution: Resolution | None
     max_sequence_length: int | None
+    negative_prompt: str
     seed: int
     num_images_per_prompt: int
     batch_size: int
@@ -126,11 +128,18 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="ode_euler; memoryless_local_linear, memoryless_euler or ancestral: the SDE of training, which "
         "gives the path KL too; or a scheduler class of Diffusers, e.g. FlowMatchHeunDiscreteScheduler",
     )
-    group.add_argument("--resolution", type=COUNT.read, help="side in pixels; default: the model's own")
+    group.add_argument(
+        "--resolution",
+        type=resolution_flag,
+        help="side in pixels, or width x height: 832x480; default: the model's own",
+    )
     group.add_argument(
         "--max_sequence_length",
         type=COUNT.read,
         help="T5 tokens, as in training; default: what the model's folder declares, else 256",
+    )
+    group.add_argument(
+        "--negative_prompt", default="", help="text that guidance leads away from, as in training"
     )
     group.add_argument("--seed", type=SEED.read, default=0, help="all noise is a function of it")
     group.add_argument("--num_images_per_prompt", type=COUNT.read, default=4, help="images per prompt")

@@ -10,9 +10,10 @@ from typing import Any
 from am_diffusers.models.base import without_weights
 from am_diffusers.models.lora_files import LORA_FILE, PEFT_FILE, find_lora
 from am_diffusers.models.pretrained import Pretrained
-from am_diffusers.models.schedulers import check_solver
+from am_diffusers.prompts.rows import check_negative_prompt
 from am_diffusers.prompts.sets import PromptSet, load_prompts
 from am_diffusers.system.files import digest
+from am_diffusers.system.resolution import Resolution, read_resolution
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
 from evaluating.measuring.features import LPIPS
@@ -35,7 +36,7 @@ class Plan:
         options: the command line.
         settings: settings that all images depend on, plain JSON values.
         source: the base model.
-        side: images are side x side pixels.
+        size: width and height of the images.
         max_sequence_length: T5 tokens.
         prompts: prompts to render.
         candidates: the base at each sampler setting, then the LoRAs.
@@ -45,7 +46,7 @@ class Plan:
     options: Options
     settings: dict[str, Any]
     source: Pretrained
-    side: int
+    size: Resolution
     max_sequence_length: int
     prompts: PromptSet
     candidates: tuple[Candidate, ...]
@@ -62,12 +63,14 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(
             f"--batch_size {options.batch_size}: images are shared out by {CHUNK}, use at most that"
         )
-    for steps in options.num_inference_steps:
-        check_solver(options.sampler, steps)
+    check_negative_prompt(options.negative_prompt, options.guidance_scale)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
     declared = declaration(source.path)
-    side = options.resolution or source.family.resolution(source.config_of)
-    source.family.latent_shape(source.config_of, side, side)
+    size = options.resolution or read_resolution(source.family.resolution(source.config_of))
+    shape = source.family.latent_shape(source.config_of, size.height, size.width)
+    levels = source.levels()
+    for steps in options.num_inference_steps:
+        levels.solver(options.sampler, steps, shape)
     length = options.max_sequence_length or declared.get("max_sequence_length", 256)
     source.family.check_length(length)
     candidates = make_candidates(options)
@@ -94,8 +97,9 @@ def make_plan(options: Options) -> Plan:
         "variant": options.variant,
         "mixed_precision": options.mixed_precision,
         "sampler": options.sampler,
-        "resolution": side,
+        "resolution": size.setting,
         "max_sequence_length": length,
+        "negative_prompt": options.negative_prompt or None,
         "seed": options.seed,
         "num_images_per_prompt": options.num_images_per_prompt,
         "num_prompts": len(prompts),
@@ -104,7 +108,7 @@ def make_plan(options: Options) -> Plan:
     }
     changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
     measures = (*rewards, *features, *changes)
-    return Plan(options, settings, source, side, length, prompts, candidates, measures)
+    return Plan(options, settings, source, size, length, prompts, candidates, measures)
 
 
 def declaration(path: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from am_diffusers.evaluation.images import PURPOSE, ImageId, image_ids
 from am_diffusers.models.lora_files import sources_of
 from am_diffusers.noise import generator_for
 from am_diffusers.system.files import sha256, write_json, write_whole
+from am_diffusers.system.resolution import Resolution
 from am_diffusers.transitions import TRANSITIONS
 from evaluating.candidates import Candidate
 
@@ -46,14 +47,14 @@ class Store:
         settings: plain JSON values that all images depend on.
         prompts: P texts.
         images_per_prompt: S, number of images per prompt.
-        side: images are side x side pixels.
+        size: width and height of the images.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     prompts: Sequence[str]
     images_per_prompt: int
-    side: int
+    size: Resolution
     _hashed: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -123,8 +124,8 @@ class Store:
                 image.load()
         except (OSError, SyntaxError, ValueError) as error:
             return repr(error)
-        if (image.size, image.mode) != ((self.side, self.side), "RGB"):
-            return f"it is {image.mode} of {image.size}, not RGB of {(self.side, self.side)}"
+        if (image.size, image.mode) != (self.size, "RGB"):
+            return f"it is {image.mode} of {Resolution(*image.size)}, not RGB of {self.size}"
         expected = self.about(candidate, picture)
         if {name: about.get(name) for name in expected} != expected:
             return f"it is an image of {about}, not of {expected}"

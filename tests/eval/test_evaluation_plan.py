@@ -157,7 +157,7 @@ def test_a_model_folder_declares_what_its_pictures_need():
             ]
         )
     )
-    assert (plan.side, plan.max_sequence_length, len(plan.prompts)) == (64, 4, 56)
+    assert (plan.size, plan.max_sequence_length, len(plan.prompts)) == ((64, 64), 4, 56)
     assert [measure.model for measure in plan.measures[:3]] == [
         "asset:tiny_pickscore",
         "asset:tiny_hpsv2",
@@ -292,7 +292,7 @@ def test_a_lora_written_anew_meanwhile_is_noticed(ask, folder, tmp_path):
 
 def test_of_two_that_start_together_with_other_settings_one_is_refused(ask, tmp_path):
     plans = [ask(output_dir=tmp_path, seed=seed) for seed in (0, 1)]
-    stores = [Store(tmp_path, plan.settings, plan.prompts.prompts, 1, 64) for plan in plans]
+    stores = [Store(tmp_path, plan.settings, plan.prompts.prompts, 1, plan.size) for plan in plans]
     refused = []
 
     def begin(store, barrier):

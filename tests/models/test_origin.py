@@ -20,6 +20,7 @@ from am_diffusers.models.origin import (
     weights_sha256,
 )
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.system.resolution import Resolution
 from conftest import randomize
 
 ORIGIN = Origin(
@@ -32,7 +33,9 @@ ORIGIN = Origin(
     seed=1,
     iteration=7,
 )
-SPEC = model_spec(architecture="stable-diffusion-3", title="fox", description="a LoRA", resolution=64)
+SPEC = model_spec(
+    architecture="stable-diffusion-3", title="fox", description="a LoRA", resolution=Resolution(64, 64)
+)
 
 
 def test_the_hash_of_a_base_model_is_of_its_weights_alone(tiny_sd3_dir):

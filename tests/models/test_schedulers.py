@@ -169,9 +169,6 @@ def test_what_cannot_be_made_is_named(model: Model) -> None:
         model.solver("Euler", 4, (8, 16, 16))
     with pytest.raises(ValueError, match=r"steps of the sampler \w+: expected at least 1, got 0"):
         model.solver("ode_euler", 0, (8, 16, 16))
-    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match=r"no fixed shift .* to give to UniPCMultistepScheduler"):
-        make_solver(dynamic, "UniPCMultistepScheduler", 4)
 
 
 @pytest.mark.parametrize("name", sorted(TRANSITIONS))

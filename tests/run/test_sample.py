@@ -59,7 +59,11 @@ def test_bad_files_end_in_one_line(sample, forms, tmp_path):
     [
         ("--num_images", "0", "must be a whole number of at least 1, got '0'"),
         ("--num_inference_steps", "0", "must be a whole number from 1 to 1000, got '0'"),
-        ("--resolution", "0", "must be a whole number of at least 1, got '0'"),
+        (
+            "--resolution",
+            "0",
+            "must be a side in pixels such as 512, or WIDTHxHEIGHT such as 832x480, got '0'",
+        ),
         ("--lora_scale", "nan", "must be a finite number, got 'nan'"),
         ("--guidance_scale", "0", "must be at least 1 (1 = no guidance"),
         ("--seed", "18446744073709551617", "must be a whole number from 0 to 2**63 - 1, got '1844"),

@@ -46,7 +46,7 @@ def measure(
     loras = [f"{folder.name}-{done.mark.name}={done.lora(folder)}" for done in reached]
     plan = make_plan(parse([*_arguments(study), "--lora_path", *loras, "--output_dir", str(evaluations)]))
     options = plan.options
-    store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.side)
+    store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.size)
     store.open(plan.candidates)
     processes, chunks = Processes(Accelerator()), range(len(store.chunks))
     make_images(plan, store, chunks, processes)

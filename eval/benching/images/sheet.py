@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from am_diffusers.evaluation.grids import shorten
 from am_diffusers.system.files import write_whole
@@ -50,7 +50,7 @@ def draw_sheet(images: Mapping[str, Sequence[Path]], prompts: Sequence[str], fil
         pen.text((0, upper + CELL // 2 - TEXT), shorten(name, font, NAME - GAP), fill="black", font=font)
         for column, image in enumerate(files):
             with Image.open(image) as opened:
-                cell = opened.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
+                cell = ImageOps.contain(opened.convert("RGB"), (CELL, CELL), Image.Resampling.BICUBIC)
             sheet.paste(cell, (NAME + column * (CELL + GAP), upper))
     write_whole(file, lambda part: sheet.save(part, format="PNG"))
 
