@@ -8,16 +8,14 @@ again resumes where it was stopped; without `--shard` it does what is missing an
 """
 
 import sys
-from datetime import timedelta
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from am_diffusers.system.failures import is_out_of_memory
+from am_diffusers.system.joining import join
 from am_diffusers.system.leaving import leaving_at_once
-from am_diffusers.system.processes import Processes, check_joined
+from am_diffusers.system.processes import Processes, disband
 from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
 from evaluating.driver import evaluate
@@ -34,18 +32,19 @@ def main() -> None:
     stop = StopSignal()
     try:
         plan = make_plan(parse(sys.argv[1:]))
-        # Processes that are done wait for the slowest: no reason to end the job.
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
-        check_joined(accelerator)
+        accelerator = join()
         with stop.listening():
             for line in evaluate(plan, Processes(accelerator, stop)):
                 accelerator.print(redact(line))
     except Interrupted as interrupted:
         print(f"\n{interrupted}: run the same command again to resume")
+        disband()
         sys.exit(128 + interrupted.number)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory: pass a smaller --batch_size; what was made is kept ({error})")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            sys.exit(f"error: out of memory: pass a smaller --batch_size; what was made is kept ({error})")
+        if not isinstance(error, ValueError):
+            raise
         sys.exit(redact(f"error: {error}"))
 
 

@@ -23,7 +23,7 @@ from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.leftovers import ERROR_FILE, STOPPED_FILE, FolderError, leave_note
 from am_diffusers.run.plan import Plan, make_plan
 from am_diffusers.system.leaving import leaving_at_once
-from am_diffusers.system.processes import is_secondhand
+from am_diffusers.system.processes import disband, is_secondhand
 from am_diffusers.system.signals import Interrupted, StopSignal
 from am_diffusers.system.text import guard_output, redact
 
@@ -59,6 +59,7 @@ def tune(plan: Plan, accelerator: Accelerator) -> None:
         accelerator.print(f"\n{interrupted}: run the same command again to resume")
         if accelerator.is_main_process:
             leave_note(folder, STOPPED_FILE, f"{interrupted}\n")
+        disband()
         sys.exit(128 + (interrupted.number or signal.SIGTERM))
     except FolderError as error:  # nothing is written: the folder belongs to somebody else
         sys.exit(redact(f"error: {error}"))

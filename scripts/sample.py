@@ -16,6 +16,7 @@ from am_diffusers.models.base import Model, without_weights
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_negative_prompt, check_unicode
 from am_diffusers.prompts.sets import load_texts
+from am_diffusers.system.device import find_device
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED, STEPS
 from am_diffusers.system.resolution import Resolution, resolution_flag
@@ -94,12 +95,16 @@ def parse() -> argparse.Namespace:
 
 
 def load(source: Pretrained, options: argparse.Namespace) -> Any:
-    """Load the pipeline with its LoRA, on the GPU if there is one."""
+    """Load the pipeline with its LoRA, on the GPU if there is one.
+
+    Raises:
+        ValueError: something doesn't fit or can't be used; says what to do.
+    """
+    device = find_device()
     source.family.check_length(options.max_sequence_length)
     source.family.latent_shape(source.config_of, options.resolution.height, options.resolution.width)
     if options.lora is not None:
         without_weights(source).load_lora(options.lora)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.from_pretrained(source, weight_dtype=DTYPES[options.dtype], device=device)
     if options.lora is not None:
         model.load_lora(options.lora, scale=options.lora_scale)

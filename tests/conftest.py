@@ -29,6 +29,9 @@ from transformers import (
 
 from am_diffusers.models.base import Model
 from am_diffusers.models.pretrained import Pretrained
+from cards import pytest_collection_modifyitems, pytest_configure
+
+__all__ = ["pytest_collection_modifyitems", "pytest_configure"]  # pytest calls them
 
 WORDS = ("fox", "red", "blue", "background", "clock")
 

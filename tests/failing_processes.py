@@ -3,7 +3,7 @@
     accelerate launch ... failing_processes.py FOLDER
 
 The points are those of the package, on fields in closed form. What each process left with is written to
-FOLDER/INDEX.json. A process that waits for one that has left gets a time-out after 10 s.
+FOLDER/INDEX.json. Exchanges of tensors time out after 10 s, which other waiting does not.
 """
 
 import json
@@ -15,15 +15,17 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+import torch
+import torch.distributed as dist
 
 from am_diffusers.evaluation.held_out import HeldOut
 from am_diffusers.evaluation.scores import score_images
 from am_diffusers.evaluation.validation import Validation
 from am_diffusers.rewards import Brightness
 from am_diffusers.run.execution import Run
+from am_diffusers.system.joining import join
 from am_diffusers.system.leaving import leaving_at_once
-from am_diffusers.system.processes import Processes
+from am_diffusers.system.processes import Processes, disband
 from analytic_pictures import PROMPTS, field, make_sampler, make_scorer
 
 MESSAGE = "on purpose"
@@ -133,15 +135,20 @@ def left_with(processes: Processes, point: Callable[[Processes, Fail], None], fa
 
 
 def main() -> None:
-    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=10))
-    processes = Processes(Accelerator(cpu=True, kwargs_handlers=[limit]))
+    processes = Processes(join(timeout=timedelta(seconds=10)))
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options  # pyright: ignore
     document: dict[str, object] = {
         "objects": processes.gather_objects([(processes.index, i) for i in range(processes.index + 1)]),
         "from_main": processes.from_main(lambda: {"process": processes.index}),
         "on_main": processes.on_main(lambda: processes.index),
+        "timeout": options._timeout.total_seconds(),
+        "uploaded": processes.from_main(lambda: time.sleep(12) or "uploaded"),
+        "sums": processes.sum_numbers({"bytes": 2**40 + processes.index, "loss": 0.25}),
     }
     for point, failing in CASES:
         document[f"{point.__name__}-{failing}"] = left_with(processes, point, failing)
+    disband()
+    document["joined"] = dist.is_initialized()
     (Path(sys.argv[1]) / f"{processes.index}.json").write_text(json.dumps(document))
 
 

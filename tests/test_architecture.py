@@ -159,6 +159,16 @@ ONE_PLACE = {
 }
 
 
+ONE_WAY = re.compile(r"""\bAccelerator\((?!cpu=True)|["']cuda["'] if """)
+
+
+def test_programs_take_their_device_and_processes_by_one_way() -> None:
+    """Those that are for the CPU alone say so."""
+    files = [*FILES, *EVAL_FILES, *sorted((ROOT / "scripts").rglob("*.py"))]
+    found = {str(f.relative_to(ROOT)) for f in files if re.search(ONE_WAY, f.read_text())}
+    assert found == {"am_diffusers/system/joining.py"}
+
+
 def test_whole_files_fingerprints_and_nearest_names_are_made_in_one_place() -> None:
     for words, allowed in ONE_PLACE.items():
         found = {str(f.relative_to(ROOT)) for f in [*FILES, *EVAL_FILES] if words in f.read_text()}

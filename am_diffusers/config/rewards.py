@@ -21,7 +21,7 @@ class RewardConfig:
             straight-through gradients, or official, the published path itself, for methods that need no
             gradient; evaluation always takes the published path.
         batch_size: images per pass; null = reward_micro_batch_size.
-        device: device it runs on, e.g. cuda:1; null = the process's own device.
+        device: device it runs on, e.g. cuda:1 where one process has several cards; null = the process's own.
     """
 
     name: str

@@ -17,7 +17,7 @@ class RunConfig:
         seed: seed of all randomness of the run, from 0 to 2**63 - 1.
         report_to: tracker beside metrics.jsonl, which is always written.
         logging_dir: folder of the tracker's files, inside output_dir: each run has its own.
-        allow_tf32: let CUDA multiply float32 matrices in TF32.
+        allow_tf32: let CUDA take float32 matrix products and convolutions (VAE, rewards) in TF32.
         push_to_hub: upload LoRA, model card, images and settings to the Hugging Face hub after the run; the
             token of `hf auth login` or HF_TOKEN is checked before the run.
         hub_model_id: where to upload, owner/name, or name in one's own namespace; null = name of output_dir.

@@ -42,7 +42,10 @@ def weights_of(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter
 
 
 def scaled_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank) of a layer in float32, the scaling multiplied into B."""
+    """Return A (rank, in) and B (out, rank) of a layer in float32 on the CPU, the scaling multiplied into B.
+
+    On the CPU as they are written when a card is full, or no longer works.
+    """
     (name,) = layer.active_adapters
-    a, b = weights_of(layer)
-    return a.detach().float(), b.detach().float() * layer.scaling[name]
+    a, b = (weight.detach().cpu().float() for weight in weights_of(layer))
+    return a, b * layer.scaling[name]

@@ -117,8 +117,8 @@ def _write_comfyui(base: Pretrained, options: ExportOptions, file: Path) -> Tens
                 f"ComfyUI may read a LoRA on {name} otherwise than Diffusers: use --format diffusers or "
                 "merged"
             )
-        state[f"{key}.lora_down.weight"] = down.cpu().contiguous()
-        state[f"{key}.lora_up.weight"] = up.cpu().contiguous()
+        state[f"{key}.lora_down.weight"] = down.contiguous()
+        state[f"{key}.lora_up.weight"] = up.contiguous()
         state[f"{key}.alpha"] = torch.tensor(float(len(down)))  # the scaling is in `up`
     about = _about(options)
     if about:

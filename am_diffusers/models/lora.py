@@ -72,7 +72,7 @@ class TunedNetwork:
         return {name: p for name, p in self.network.named_parameters() if ".lora_" in name}
 
     def lora_change(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return A (rank, in) and B (out, rank) of each changed layer, float32, the strength in B.
+        """Return A (rank, in) and B (out, rank) of each changed layer, float32 on the CPU, the strength in B.
 
         A fused LoRA is part of them. All have one rank: loaders of old take alpha and rank of one layer for
         all where a file has no metadata.
@@ -107,7 +107,7 @@ class TunedNetwork:
         """
         prefix, change = self.family.network, self.lora_change()
         written = {
-            f"{prefix}.{name}.lora_{part}.weight": value.cpu().contiguous()
+            f"{prefix}.{name}.lora_{part}.weight": value.contiguous()
             for name, weights in change.items()
             for part, value in zip("AB", weights, strict=True)
         }
@@ -190,8 +190,8 @@ class TunedNetwork:
         linear = self._linear()
         for name, each in self._read(path).items():
             weight = linear[name].weight
-            a, b = each.a.to(weight.device), (each.scaling * each.b).to(weight.device)
-            weight.copy_(weight.float() + b @ a)
+            a, b = each.a, each.scaling * each.b
+            weight.copy_(weight.float() + b.to(weight.device) @ a.to(weight.device))
             self._fused[name] = a, b
 
     def set_lora_scale(self, scale: float) -> None:

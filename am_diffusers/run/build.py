@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -53,7 +52,6 @@ def build(plan: Plan, accelerator: Accelerator, stop: StopSignal | None = None) 
     processes.on_main(lambda: claim(config, checkpoints))
     target = processes.from_main(lambda: hub_target(config))
     lock, found, trackers, stale = open_folder(plan, checkpoints, processes)
-    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     # The model first: once its text encoders are freed there is room for the rewards.
     model, base_sha256 = place_model(plan, processes, fresh=found is None)
     with processes.together():

@@ -4,6 +4,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from am_diffusers.config import Config, RewardConfig
 from am_diffusers.methods import METHODS
 from am_diffusers.rewards import REWARDS, LearnedReward, RewardScale
@@ -28,6 +30,35 @@ def resolve(config: Config) -> Config:
         method=replace(config.method, rewards=trained),
         evaluation=replace(evaluation, eval_rewards=[resolve_reward(reward) for reward in held_out]),
     )
+
+
+def check_devices(config: Config, num_processes: int) -> None:
+    """Check the devices that rewards ask for.
+
+    Raises:
+        ValueError: no name of a device; one card for the rewards of several processes, each of which has its
+            own; or a card that this machine doesn't have, unless the run is dry and may be another machine's.
+    """
+    for reward in [*config.method.rewards, *(config.evaluation.eval_rewards or [])]:
+        if reward.device is None:
+            continue
+        try:
+            device = torch.device(reward.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"rewards: {reward.name}: device must be null, cpu or a card such as cuda:1, got "
+                f"{reward.device!r}"
+            ) from error
+        if device.index is not None and num_processes > 1:
+            raise ValueError(
+                f"rewards: {reward.name}: device {device} would hold the reward of all {num_processes} "
+                "processes, beside the model of one: leave device out, and each scores on its own card"
+            )
+        there = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= there and not config.run.dry_run:
+            raise ValueError(
+                f"rewards: {reward.name}: there is no device {device}: this machine shows {there} cards"
+            )
 
 
 def _other_reward(trained: list[str]) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import BaseFileLock
 
 from am_diffusers.evaluation.held_out import Evaluation, HeldOut
 from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.run.leftovers import remove_about_lora
+from am_diffusers.system.failures import is_out_of_memory
 from am_diffusers.system.files import sha256, write_json
 from am_diffusers.system.processes import Processes
 from am_diffusers.training.trainer import Trainer
@@ -80,7 +80,9 @@ class Run:
             with state.ema_weights():
                 for file in averaged:
                     self.verify_lora(file)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning(
                 "%s is written, but there's no memory for a second transformer to verify it", plain
             )

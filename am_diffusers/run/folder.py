@@ -16,7 +16,8 @@ from am_diffusers.run import leftovers
 from am_diffusers.run.plan import Plan
 from am_diffusers.run.resume import resume_point
 from am_diffusers.system.files import keep_lines, write_text
-from am_diffusers.system.processes import Processes, check_joined
+from am_diffusers.system.joining import join
+from am_diffusers.system.processes import Processes
 from am_diffusers.training.checkpoint import load_progress
 from am_diffusers.training.checkpoint_folder import Checkpoints
 from am_diffusers.training.state import Progress
@@ -48,13 +49,11 @@ def make_accelerator(config: Config) -> Accelerator:
     """Return the processes and the device of a run, with its tracker.
 
     Raises:
-        ValueError: if several processes were launched that don't know of each other: each would be a run
-            of its own, in the same folder.
+        ValueError: as `join`, or if the processes are launched in a way that this trainer has no use for.
     """
     log_with = None if config.run.report_to == "none" else config.run.report_to
     folder = Path(config.run.output_dir) / config.run.logging_dir
-    accelerator = Accelerator(log_with=log_with, project_dir=folder)
-    check_joined(accelerator)
+    accelerator = join(allow_tf32=config.run.allow_tf32, log_with=log_with, project_dir=folder)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             "accelerate's FSDP and DeepSpeed wrap what this trainer keeps apart: launch "

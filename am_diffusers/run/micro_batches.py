@@ -5,7 +5,8 @@ adjoints of the chunk under way, the rows collected before, and for the reward t
 which it runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from am_diffusers.run.counting import count
 from am_diffusers.run.fields import with_guidance
 from am_diffusers.run.load import encoder, latent_spec, weighted
 from am_diffusers.run.plan import Plan
-from am_diffusers.system.failures import REMAINING, PhaseMemoryError
+from am_diffusers.system.failures import REMAINING, is_out_of_memory
 from am_diffusers.system.processes import Processes
 from am_diffusers.terminal_cost import RewardOfLatents, reward_gradient
 from am_diffusers.velocity import Conditioning, VelocityField
@@ -117,11 +118,34 @@ def _fits(run: Callable[[int], None], size: int) -> bool:
     try:
         run(size)
         fits = True
-    except (torch.OutOfMemoryError, PhaseMemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         fits = False
     # Only now is the exception gone, and with it the tensors of the frames it came through.
     clear_device_cache(garbage_collection=True)
     return fits
+
+
+HEADROOM = 0.08
+"""Share of a card's memory that no try may take: the memory of later iterations is in more pieces."""
+
+
+@contextmanager
+def headroom(device: torch.device) -> Iterator[None]:
+    """Try sizes with less than what is free on a card; nothing changes on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    own = torch.cuda.memory_reserved(device)
+    fraction = min(before, (free + own) / total) * (1 - HEADROOM)
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 SETTINGS = ("rollout_micro_batch_size", "reward_micro_batch_size", "loss_micro_batch_size")
@@ -139,10 +163,10 @@ def find_micro_batches(plan: Plan, model: Model, rewards: Sequence[Reward], proc
         return plan
 
     def everywhere(fits: bool) -> bool:
-        return bool(processes.gather(torch.tensor([int(fits)], device=model.device)).all())
+        return processes.sum_numbers({"fits": fits})["fits"] == processes.number
 
     passes, share = make_passes(plan, model, rewards), options.train_batch_size // plan.num_processes
-    with processes.together():
+    with processes.together(), headroom(model.device):
         sizes = _search(passes, options, share, everywhere)
     found = {name: sizes[name] for name in wanted}
     processes.accelerator.print("\n".join(f"{name}: auto found {size}" for name, size in found.items()))

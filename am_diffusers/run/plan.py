@@ -16,7 +16,7 @@ from am_diffusers.models.schedulers import NoiseLevels
 from am_diffusers.noise import generator_for
 from am_diffusers.prompts.order import fill_up, prompt_rows
 from am_diffusers.run.base_scores import stored_frontier, trained_scales
-from am_diffusers.run.checked_rewards import check_method, resolve
+from am_diffusers.run.checked_rewards import check_devices, check_method, resolve
 from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.init_lora import check_init_lora
 from am_diffusers.run.prompts import check_leaks, load_lists
@@ -142,6 +142,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     check_tracker(config.run.report_to)
     config = resolve(config)
     check_method(config)
+    check_devices(config, num_processes)
     if config.evaluation.frontier is not None:
         stored_frontier(config)
     counted = count(config)

@@ -1,5 +1,7 @@
 """Failures that a user can mend: memory (the phase, its setting, the value to try) and numbers not finite."""
 
+import gc
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -22,8 +24,34 @@ REMAINING = (
 )
 
 
+FULL = (
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+"""Words of libraries that took no memory from torch's allocator: their errors have no type of their own."""
+
+
 class PhaseMemoryError(ValueError):
     """Out of memory in a phase of an iteration; the message says which, and what to set."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell if an exception says that memory ran out, whoever asked for it: torch, cuDNN, cuBLAS or CUDA."""
+    if isinstance(error, torch.OutOfMemoryError | PhaseMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+
+
+def let_go(error: BaseException) -> None:
+    """Free the memory of what an exception's frames hold: the tensors of the passes that it came through."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was never started
 
 
 @contextmanager
@@ -33,11 +61,13 @@ def phase(name: Phase, size: int) -> Iterator[None]:
     Phases nest: the innermost one is named.
 
     Raises:
-        PhaseMemoryError: for a `torch.OutOfMemoryError`.
+        PhaseMemoryError: for any error that `is_out_of_memory`.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         what, setting = PHASES[name]
         raise PhaseMemoryError(
             f"out of memory in {what} with {size} at once: {_remedy(name, setting, size)}\n({error})"

@@ -3,17 +3,20 @@
 Every exchange between processes is a method of `Processes`. Before each, all processes exchange a status; one
 that was told to stop or that failed leaves its work, tells the others its status and the name of its error in
 their next exchange, and all leave together. So a checkpoint after SIGTERM is written by processes that agree
-on the iteration.
+on the iteration. Statuses go over the CPU: a process whose card is full or broken can tell its own, and one
+that waits for another's long work needs no time limit; tensors follow when all are there.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -24,6 +27,8 @@ from am_diffusers.system.signals import Interrupted, StopSignal
 Value = TypeVar("Value")
 LONGEST_NAME = 64
 """Bytes of an error's name that the other processes are told."""
+PATIENCE = timedelta(days=30)
+"""How long processes wait for one that verifies, uploads or has more to do; one that dies is noticed."""
 
 
 class PeerError(ValueError):
@@ -95,13 +100,15 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return a tensor summed over the processes, on their device."""
+        values = values.to(self.accelerator.device)  # before all agree: it may fail
         self.agree()
-        values = values.to(self.accelerator.device)
         return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
 
     def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Return the sums over the processes of numbers that have the same names on all."""
-        sums = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        self.agree()
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        sums = values if self.number == 1 else self._gather_numbers(values).view(self.number, -1).sum(0)
         return dict(zip(numbers, sums.tolist(), strict=True))
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -176,17 +183,23 @@ class Processes:
         """Tell the others this process's status and, if one failed, the names of the errors."""
         if self.number == 1:
             return Verdict(own, error)
-        statuses = self._gather_numbers([int(own)])
+        statuses = self._gather_numbers(torch.tensor([own.value])).tolist()
         worst = Status(max(statuses))
         if worst <= Status.STOPPED:
             return Verdict(worst)
-        name = error.encode()[:LONGEST_NAME].ljust(LONGEST_NAME)
-        names, first = bytes(self._gather_numbers(list(name))), statuses.index(worst) * LONGEST_NAME
+        name = torch.tensor(list(error.encode()[:LONGEST_NAME].ljust(LONGEST_NAME)))
+        names, first = bytes(self._gather_numbers(name).tolist()), statuses.index(worst) * LONGEST_NAME
         return Verdict(worst, names[first : first + LONGEST_NAME].decode(errors="ignore").strip())
 
-    def _gather_numbers(self, numbers: list[int]) -> list[int]:
-        values = torch.tensor(numbers, device=self.accelerator.device)
-        return self.accelerator.gather(values).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    @cached_property
+    def _statuses(self) -> dist.ProcessGroup:
+        """Group of all processes on the CPU; made by the first exchange."""
+        return dist.new_group(backend="gloo", timeout=PATIENCE)  # pyright: ignore[reportReturnType]
+
+    def _gather_numbers(self, numbers: Tensor) -> Tensor:
+        parts = [torch.empty_like(numbers) for _ in range(self.number)]
+        dist.all_gather(parts, numbers, group=self._statuses)
+        return torch.cat(parts)
 
     def _raise(self, verdict: Verdict) -> None:
         if verdict.status == Status.FINE:
@@ -224,20 +237,13 @@ def _status_of(error: Exception) -> Status:
     return Status.NOT_FINITE if isinstance(error, NonFiniteError) else Status.FAILED
 
 
-def check_joined(accelerator: Accelerator) -> None:
-    """Raise ValueError if several processes were launched that don't know of each other.
-
-    Each would do all of the work, in the same folder.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: "
-            "on a CPU set ACCELERATE_USE_CPU=true"
-        )
-
-
 def share(samples: int, processes: Processes) -> Sequence[int]:
     """Return the samples of an iteration that this process makes."""
     size = samples // processes.number
     return range(processes.index * size, (processes.index + 1) * size)
+
+
+def disband() -> None:
+    """Take the process group down where all leave together; threads of NCCL may hang at the end otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

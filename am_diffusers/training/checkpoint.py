@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 
 from am_diffusers.methods import Method
@@ -80,11 +79,10 @@ class Saver:
     def _save(self) -> None:
         """Begin, write, publish: each on all processes, or the checkpoint is given up on all."""
         local = self.method.local_state_dict()
-        local_bytes = int(self.processes.sum(torch.tensor(tensor_bytes(local))))
-        with_local = bool(self.processes.sum(torch.tensor(int(bool(local)))))
-        if not self._everywhere(lambda: self._begin(local_bytes)):
+        sums = self.processes.sum_numbers({"bytes": tensor_bytes(local), "parts": bool(local)})
+        if not self._everywhere(lambda: self._begin(int(sums["bytes"]))):
             return
-        if self._everywhere(lambda: self._write(local if with_local else None)):
+        if self._everywhere(lambda: self._write(local if sums["parts"] else None)):
             self._everywhere(self._publish)
 
     def _publish(self) -> None:
@@ -123,7 +121,7 @@ class Saver:
             action()
         except DiskFullError as error:
             failure = error
-        if not self.processes.sum(torch.tensor(int(failure is not None))):
+        if not self.processes.sum_numbers({"failures": failure is not None})["failures"]:
             return True
         if self.processes.is_main:
             self.checkpoints.clean()  # only now that nobody writes there any more

@@ -20,7 +20,7 @@ from am_diffusers.methods import Method
 from am_diffusers.methods.base import Collected, Examples
 from am_diffusers.noise import generator_for, generators_for
 from am_diffusers.prompts.order import prompt_rows
-from am_diffusers.system.failures import NonFiniteError, phase
+from am_diffusers.system.failures import NonFiniteError, let_go, phase
 from am_diffusers.system.half_precision import ScaledBackward
 from am_diffusers.system.processes import Processes, share
 from am_diffusers.training.checkpoint_folder import CheckpointError
@@ -129,7 +129,8 @@ class Trainer:
                 self.processes.on_main(partial(self.log.write, iteration, metrics))
         except CheckpointError:
             raise
-        except Exception:
+        except Exception as error:
+            let_go(error)  # saving needs memory too
             self._save()
             raise
         finally:

@@ -56,7 +56,7 @@ class Settings:
         options = [token for name, value in flags.items() for token in (f"--{name}", value)]
         without = ["--eval_rewards", "null"] if self.rewards == LEAN else []
         config = parse_config([*options, *without, *REWARDS[self.rewards]])
-        return estimate(make_plan(config, 1), Accelerator(), on_gpu=True)
+        return estimate(make_plan(config, 1), Accelerator(cpu=True), on_gpu=True)
 
 
 ROWS = [
@@ -75,7 +75,8 @@ file: the run's own classes at their released sizes go through an iteration on t
 within 15 % of the growth of a process (`tests/estimate/test_estimate_memory.py`; 2 % off in float32, 9 % in
 bfloat16 when this was written). Kernels' workspaces, CUDA's context and fragmentation are not
 counted: "fits" means within 90 % of the card. `--dry_run --gpu NAME` prints the same for any
-config, by phase and with the setting that lowers the peak.
+config, by phase and with the setting that lowers the peak. Near the limit set
+`PYTORCH_ALLOC_CONF=expandable_segments:True`, which keeps free memory in one piece.
 
 The rest is `configs/sd35_medium.yaml`: 40 samples an iteration, 20 steps, 10 of them trained on,
 transformer in bfloat16, LoRA of rank 32, one process on one card. Micro-batches are those of
@@ -125,8 +126,7 @@ def time_text() -> str:
     """Return the paragraph on what the hours assume."""
     peaks = ", ".join(f"{name} {GPUS[name].bf16:g} / {GPUS[name].fp32:g}" for name in TIMED)
     text = (
-        "Hours for 1000 iterations, VAE and rewards in float32 / in TF32 (`allow_tf32`; convolutions use "
-        "TF32 anyway by cuDNN's default, so expect something in between), at an **assumed** "
+        "Hours for 1000 iterations, VAE and rewards in float32 / in TF32 (`allow_tf32`), at an **assumed** "
         f"{UTILISATION:.0%} of the published dense peak (TFLOPS in bfloat16 / float32: {peaks}; NVIDIA's "
         "data sheets). Only matrix products, convolutions and attention are counted, recomputation included, "
         "no row masked."

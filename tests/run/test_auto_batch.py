@@ -1,12 +1,14 @@
 """Micro-batches of size auto: the search, what the probes run, and a run under a limit of memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_trainer_runs import make_run, run_losses
 
 from am_diffusers.models.base import Model
 from am_diffusers.noise import LatentSpec
-from am_diffusers.run.micro_batches import Passes, largest_fitting
+from am_diffusers.run.micro_batches import Passes, headroom, largest_fitting
 from am_diffusers.system.failures import PhaseMemoryError
 from am_diffusers.velocity import CallableField
 from finetune_runs import write_rewards
@@ -25,7 +27,15 @@ def fits_up_to(limit, tried, error=torch.OutOfMemoryError):
 
 
 @pytest.mark.parametrize(("limit", "found"), [(12, 12), (11, 6), (5, 3), (1, 1)])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, PhaseMemoryError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError,
+        PhaseMemoryError,
+        lambda _: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        lambda _: torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
 def test_the_size_is_halved_until_it_fits(limit, found, error):
     tried = []
     assert largest_fitting("s", 12, fits_up_to(limit, tried, error), bool) == found
@@ -49,6 +59,25 @@ def test_nothing_fits_names_what_remains():
 def test_other_errors_are_no_lack_of_memory():
     with pytest.raises(RuntimeError, match="bug"):
         largest_fitting("s", 4, fits_up_to(0, [], lambda _: RuntimeError("bug")), bool)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_card_is_tried_with_less_than_is_free_and_gets_it_back(monkeypatch, error):
+    """20 of 80 GB are another program's, 10 this one's: 60 are to be had, of which 92 % are tried."""
+    limits = [1.0]
+    card = {
+        "mem_get_info": lambda _: (50 << 30, 80 << 30),
+        "memory_reserved": lambda _: 10 << 30,
+        "get_per_process_memory_fraction": lambda _: limits[-1],
+        "set_per_process_memory_fraction": lambda fraction, _: limits.append(fraction),
+    }
+    for name, function in card.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    with pytest.raises(error) if error else nullcontext(), headroom(torch.device("cuda", 0)):
+        assert limits[-1] == pytest.approx(0.92 * 60 / 80)
+        if error:
+            raise error
+    assert limits[-1] == 1.0
 
 
 def test_a_probe_runs_the_real_passes_and_leaves_no_gradient():

@@ -330,6 +330,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     """`torchrun` on a CPU without ACCELERATE_USE_CPU starts two runs of one process in one folder."""
     arguments = ["--config", str(FINETUNE.parent.parent / "configs" / "tiny_sd3.yaml"), "--report_to", "none"]
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     with pytest.raises(ValueError, match="ACCELERATE_USE_CPU"):
         make_accelerator(parse_config(arguments))
 

@@ -58,6 +58,18 @@ def test_objects_of_all_processes_and_of_main_reach_all(left):
         assert each["on_main"] == (0 if index == 0 else None)
 
 
+def test_the_timeout_is_one_of_tensors_and_not_of_waiting_for_the_main_process(left):
+    for each in left:
+        assert each["timeout"] == 10
+        assert each["uploaded"] == "uploaded"  # after 12 s
+
+
+def test_numbers_are_summed_exactly_and_the_group_is_left(left):
+    for each in left:
+        assert each["sums"] == {"bytes": 2**41 + 1, "loss": 0.5}
+        assert each["joined"] is False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", FAILING)
 def test_when_one_process_of_a_run_fails_both_end_with_its_error_within_seconds(runs, point):

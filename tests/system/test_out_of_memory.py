@@ -1,16 +1,70 @@
 """Where memory ran out and what to set: each phase of an iteration, from the outside."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from am_diffusers.methods.parts.surroundings import Sizes
-from am_diffusers.system.failures import PhaseMemoryError, phase
+from am_diffusers.system.failures import PhaseMemoryError, is_out_of_memory, phase
 from am_diffusers.training.trainer import IterationError
 from methods_around import BASE, OFFSET, collect
 from methods_around import adjoint_matching as make
 from small_trainer import make_trainer
+
+# As torch 2.14 words what CUDA's libraries say.
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
+    MemoryError(),
+]
+OTHER = [
+    RuntimeError("shape"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ValueError("CUDA error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_memory_that_runs_out_in_any_library_is_named_with_the_phase(error):
+    message = "in the loss with 4 at once: set --loss"
+    with pytest.raises(PhaseMemoryError, match=message) as caught, phase("loss", 4):
+        raise error
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("error", OTHER, ids=repr)
+def test_other_errors_pass_unchanged(error):
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as caught, phase("loss", 3):
+        raise error
+    assert caught.value is error
+
+
+def test_tensors_of_a_failed_iteration_are_gone_when_it_is_saved(tmp_path):
+    kept, alive = [], []
+    trainer, method, _ = make_trainer(
+        tmp_path, hooks={"save": lambda: alive.append([tensor() is not None for tensor in kept])}
+    )
+    good = method.loss
+
+    def loss(example):
+        activations = torch.zeros(3)
+        if trainer.state.iteration:
+            kept.append(weakref.ref(activations))
+            exhausted(activations, ())
+        return good(example)
+
+    method.loss = loss
+    with pytest.raises(IterationError, match="iteration 1: out of memory"):
+        trainer.train()
+    assert alive == [[False]]
 
 
 class Exhausted(torch.autograd.Function):
@@ -98,8 +152,3 @@ def test_the_loss_is_named_with_the_iteration(tmp_path, backward):
     ):
         trainer.iterate()
     assert torch.equal(weight, before)
-
-
-def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match="shape"), phase("loss", 3):
-        raise RuntimeError("shape")

@@ -26,7 +26,7 @@ class Hub:
         self.barrier = threading.Barrier(2, timeout=5)
         self.values: list = [None, None]
 
-    def accelerator(self, index):
+    def processes(self, index):
         def gather(values):
             self.values[index] = values
             self.barrier.wait()
@@ -34,7 +34,7 @@ class Hub:
             self.barrier.wait()
             return both
 
-        return SimpleNamespace(
+        accelerator = SimpleNamespace(
             num_processes=2,
             process_index=index,
             is_main_process=index == 0,
@@ -42,6 +42,9 @@ class Hub:
             gather=gather,
             reduce=lambda values, how: gather(values[None]).sum(0),
         )
+        processes = Processes(accelerator)
+        processes._gather_numbers = gather  # threads have no group of torch's
+        return processes
 
 
 def run_both(work):
@@ -50,7 +53,7 @@ def run_both(work):
 
     def run(index):
         try:
-            results[index] = work(Processes(hub.accelerator(index)))
+            results[index] = work(hub.processes(index))
         except Exception as error:
             results[index] = error
 

@@ -1,12 +1,10 @@
 """The training loop with a one-vector method: gradients, randomness, logs, faults."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from test_processes import run_both
 
 from am_diffusers.prompts.order import prompt_rows
-from am_diffusers.system.processes import Processes
 from am_diffusers.training.metrics import MetricsLog
 from am_diffusers.training.trainer import IterationError
 from finetune_runs import read_metrics
@@ -106,17 +104,12 @@ def test_not_finite_stops_before_the_parameters_change(tmp_path, broken, message
 
 
 def test_gradients_are_summed_over_processes_and_missing_ones_count_as_zero():
-    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-    parameters[0].grad = torch.ones(2, 3)
-    two = SimpleNamespace(
-        num_processes=2,
-        process_index=0,
-        is_main_process=True,
-        device=torch.device("cpu"),
-        reduce=lambda values, how: {"sum": values + 1}[how],
-        gather=lambda values: values,
-    )
-    Processes(two).sum_gradients(parameters)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(parameters[0].grad, torch.full((2, 3), 2.0))
-    assert parameters[1].grad is not None
-    assert torch.equal(parameters[1].grad, torch.ones(4))
+    def work(processes):
+        parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+        parameters[0].grad = torch.ones(2, 3)
+        if processes.is_main:
+            parameters[1].grad = torch.ones(4)
+        processes.sum_gradients(parameters)
+        return [parameter.grad.tolist() for parameter in parameters]
+
+    assert run_both(work) == [[[[2.0] * 3] * 2, [1.0] * 4]] * 2

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from am_diffusers.config import Config
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.evaluation.certificate import Certificate, certify_means
@@ -15,6 +13,7 @@ from am_diffusers.run.base_scores import CERTIFICATE
 from am_diffusers.run.certificate import make_certifier
 from am_diffusers.run.load import load_model, load_rewards
 from am_diffusers.run.plan import make_plan
+from am_diffusers.system.joining import join
 from am_diffusers.system.processes import Processes
 from benching.images.records import Chain
 from benching.images.study import Flag, Study, command_line
@@ -63,7 +62,7 @@ def take_chains(study: Study, reached: Sequence[Reached], run: Path, scores: Pat
     Raises:
         ValueError: if the reward tells no two images of a prompt apart.
     """
-    accelerator = Accelerator()
+    accelerator = join()
     plan, processes = make_plan(certificate_config(study, scores), 1), Processes(accelerator)
     model, (trained, _) = load_model(plan, accelerator.device), load_rewards(plan, accelerator.device)
     file = scores / CERTIFICATE

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from am_diffusers.evaluation.statistics import Array, Estimate
 from am_diffusers.rewards.world import WorldClean, WorldRight
+from am_diffusers.system.joining import join
 from am_diffusers.system.processes import Processes
 from benching.images.certifying import take_chains
 from benching.images.records import Chain, Judged, Reward, Snapshot
@@ -48,7 +47,7 @@ def measure(
     options = plan.options
     store = Store(evaluations, plan.settings, plan.prompts.prompts, options.num_images_per_prompt, plan.size)
     store.open(plan.candidates)
-    processes, chunks = Processes(Accelerator()), range(len(store.chunks))
+    processes, chunks = Processes(join()), range(len(store.chunks))
     make_images(plan, store, chunks, processes)
     take_measures(plan, store, chunks, processes)
     return snapshots(plan, collect(plan, store), reached, take_chains(study, reached, folder, scores))
