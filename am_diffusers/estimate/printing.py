@@ -35,11 +35,11 @@ def describe(plan: Plan, accelerator: Accelerator) -> str:
         )
     except ValueError as error:
         return f"# memory, FLOPs and hours: not estimated: {error}\n"
-    lines = [*_memory(found), *_bounds(plan), *_flops(found), *_hours(plan, found)]
+    lines = [*_memory(found, plan.num_processes), *_bounds(plan), *_flops(found), *_hours(plan, found)]
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _memory(found: Estimate) -> list[str]:
+def _memory(found: Estimate, processes: int) -> list[str]:
     rows = [
         f"  {name:<24} {_gib(usage.peak)} = {_gib(usage.before)} held before + "
         f"{_gib(usage.peak - usage.before)}"
@@ -51,9 +51,15 @@ def _memory(found: Estimate) -> list[str]:
         "  held all the time: "
         + ", ".join(f"{name} {_gib(size)}" for name, size in found.resident.items() if size),
         f"  peak: {_gib(found.peak)} in {found.highest}; lower with {KNOBS[found.highest]}",
-        f"  encoded prompts in main memory: {_gib(found.main_memory)}",
+        f"  encoded prompts in main memory: {_gib(found.main_memory)}{_of_all(found, processes)}",
         *_buffer(found),
     ]
+
+
+def _of_all(found: Estimate, processes: int) -> str:
+    """Say what several processes hold that share a machine: each encodes and keeps all prompts."""
+    together = _gib(found.main_memory * processes)
+    return "" if processes == 1 else f" in each process, {together} if all {processes} are on one machine"
 
 
 def _buffer(found: Estimate) -> list[str]:

@@ -1,6 +1,6 @@
 """The LoRA layers of a network: switched on and off, and their weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor
 ADAPTER = "default"
 
 
+def switchable(network: torch.nn.Module) -> list[BaseTunerLayer]:
+    """Return the layers of a network that have adapters, by a walk over all modules: a card would wait."""
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
-def adapters(network: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Run with every adapter on or off; the previous state comes back on exit.
+def adapters(layers: Sequence[BaseTunerLayer], *, enabled: bool) -> Iterator[None]:
+    """Run with the adapters of some layers on or off; the previous state comes back on exit.
 
     peft's own switch (`enable_adapters`) also flips `requires_grad` of the adapter weights, under the
     feet of the optimizer and of DistributedDataParallel; this one flips only what the forward pass reads.
     """
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = not enabled

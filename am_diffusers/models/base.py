@@ -74,7 +74,8 @@ class Model(TunedNetwork):
     @property
     def device(self) -> torch.device:
         """Device of the network."""
-        return self.network.device
+        # Not Diffusers' `device`, which walks all modules: milliseconds before every pass.
+        return next(self.network.parameters()).device
 
     def pipeline(self) -> Any:
         """Return the pipeline of these components, which samples the policy, without freed text encoders."""
@@ -178,18 +179,18 @@ class AdapterField:
         LoRA is back on would be wrong. Its derivative is `vjp`.
         """
         trained = self.adapter and torch.is_grad_enabled()
-        with torch.set_grad_enabled(trained), adapters(self.model.network, enabled=self.adapter):
+        with torch.set_grad_enabled(trained), adapters(self.model.switches, enabled=self.adapter):
             return self.model.velocity(x, sigma, cond)
 
     def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
         """Return velocity and pull-back, see `VelocityField.vjp`; no LoRA weight gets a gradient."""
-        with adapters(self.model.network, enabled=self.adapter), torch.enable_grad():
+        with adapters(self.model.switches, enabled=self.adapter), torch.enable_grad():
             x = x.detach().requires_grad_(True)
             velocity = self.model.velocity(x, sigma, cond)
 
         def pull(cotangent: Tensor) -> Tensor:
             # Gradient checkpointing runs the forward again: with the LoRA as it was.
-            with adapters(self.model.network, enabled=self.adapter):
+            with adapters(self.model.switches, enabled=self.adapter):
                 return scaled_vjp(velocity, x, cotangent)
 
         return velocity.detach(), pull

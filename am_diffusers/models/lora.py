@@ -16,10 +16,11 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import pad
 
-from am_diffusers.models.adapters import ADAPTER, lora_layers, scaled_weights, weights_of
+from am_diffusers.models.adapters import ADAPTER, lora_layers, scaled_weights, switchable, weights_of
 from am_diffusers.models.family import Family
 from am_diffusers.models.lora_files import LORA_FILE, LoraWeights, read_lora
 from am_diffusers.models.origin import to_bytes
@@ -38,6 +39,7 @@ class TunedNetwork:
         """Take over a network without a LoRA."""
         self.network, self.family = network, family
         self._fused: dict[str, tuple[Tensor, Tensor]] = {}
+        self._switches: tuple[list[object], list[BaseTunerLayer]] = [], []
 
     def attach_lora(
         self, *, rank: int = 32, lora_alpha: int = 64, layers: Sequence[str] | None = None, seed: int = 0
@@ -66,6 +68,15 @@ class TunedNetwork:
             r=rank, lora_alpha=lora_alpha, target_modules=list(layers), init_lora_weights="gaussian"
         )
         self._add(config, seed)
+
+    @property
+    def switches(self) -> list[BaseTunerLayer]:
+        """Layers with adapters, found once for each LoRA, whoever loads it."""
+        now, (known, layers) = [*getattr(self.network, "peft_config", {}).values()], self._switches
+        if len(now) != len(known) or any(a is not b for a, b in zip(now, known, strict=True)):
+            layers = switchable(self.network)
+            self._switches = now, layers
+        return layers
 
     def lora_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the LoRA weights by name, float32, in a fixed order."""

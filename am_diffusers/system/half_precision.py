@@ -8,6 +8,7 @@ and a power of two changes no digit, so the scaled pass is the plain one whereve
 overflow: bit for bit in float32 and bfloat16, where scaling is left on so that there is one code path.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,9 @@ it overflows. This is the middle."""
 def safe_scale(norms: Tensor) -> Tensor:
     """Powers of two s with SAFE_NORM <= s * norm < 2 * SAFE_NORM, of the shape of `norms`; 1 for norm 0."""
     _, exponents = torch.frexp(norms)
-    _, wanted = torch.frexp(torch.tensor(SAFE_NORM))
-    scales = torch.ldexp(torch.ones_like(norms), wanted.to(exponents) - exponents)
+    # A number of Python's: a tensor of the host's would be copied to a card in every pass, which waits.
+    _, wanted = math.frexp(SAFE_NORM)
+    scales = torch.ldexp(torch.ones_like(norms), wanted - exponents)
     return torch.where((norms > 0) & norms.isfinite(), scales, 1.0)
 
 
@@ -63,7 +65,10 @@ class ScaledBackward:
     def backward(self, loss: Tensor, weight: Tensor) -> None:
         """Add the gradient of `loss` (), a sum of terms with factors `weight` (N,), >= 0."""
         bound = 2 * (weight.max() * loss.detach().abs()).double().sqrt()
-        self._rescale(safe_scale(bound).item())
+        scale = safe_scale(bound).item()
+        # A card takes `ldexp` by a general power, whose last digit nothing promises.
+        assert math.frexp(scale)[0] == 0.5, f"the scale of a loss is no power of two: {scale!r}"
+        self._rescale(scale)
         (loss * self._scale).backward()
 
     def finish(self) -> None:
@@ -71,7 +76,7 @@ class ScaledBackward:
         self._rescale(1.0)
 
     def _rescale(self, scale: float) -> None:
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale / self._scale)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if gradients and scale != self._scale:
+            torch._foreach_mul_(gradients, scale / self._scale)  # pyright: ignore[reportPrivateImportUsage]
         self._scale = scale

@@ -3,12 +3,13 @@
 Everything random is a function of (seed, iteration, sample id), so the number of processes and the sizes of
 micro-batches don't change a run. Processes share the samples of an iteration; the loss of a method is a sum
 over rows that is already divided by the rows of all processes, so gradients are summed over processes, not
-averaged: a LoRA's few megabytes by one all-reduce after the last backward pass, without a wrapper.
+averaged: by one all-reduce after the last backward pass.
 
 An iteration happens as a whole or not at all, so a checkpoint can be written whatever ends it.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -232,10 +233,10 @@ class Trainer:
         for example in examples.split(self.options.loss_micro_batch_size):
             with phase("loss", len(example)):
                 loss, numbers = self.method.loss(example)
-                if not loss.isfinite():
-                    raise NonFiniteError(f"loss is {loss.item()} for {example.describe()}")
+                if not math.isfinite(value := loss.item()):
+                    raise NonFiniteError(f"loss is {value} for {example.describe()}")
                 scaled.backward(loss, example.weight)
-            add_to(totals, {"loss": loss.item(), **numbers})
+            add_to(totals, {"loss": value, **numbers})
         scaled.finish()
         return self.processes.sum_numbers(totals)
 

@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_no_lora_gradient(model: Model) -> None:
         velocity = model.policy(x, sigma, cond)
         model.base(x, sigma, cond)  # between forward and backward of the policy
         vjp(model.base, x, sigma, cond, velocity.detach())
-        gradients.append(torch.autograd.grad(velocity.square().sum(), model.lora_parameters().values()))
+        gradients.append(torch.autograd.grad(velocity.square().sum(), [*model.lora_parameters().values()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
 
 
@@ -242,10 +242,10 @@ def test_adapter_switch_keeps_requires_grad_and_survives_errors(model: Model) ->
     layers = lora_layers(model.network).values()
     frozen, *others = model.lora_parameters().values()
     frozen.requires_grad_(False)
-    with adapters(model.network, enabled=False):
+    with adapters(model.switches, enabled=False):
         assert all(layer.disable_adapters for layer in layers)
         assert [p.requires_grad for p in (frozen, *others)] == [False] + [True] * len(others)
-        with contextlib.suppress(KeyError), adapters(model.network, enabled=True):
+        with contextlib.suppress(KeyError), adapters(model.switches, enabled=True):
             assert not any(layer.disable_adapters for layer in layers)
             raise KeyError
         assert all(layer.disable_adapters for layer in layers)

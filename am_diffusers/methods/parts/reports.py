@@ -66,17 +66,19 @@ def everywhere(stats: dict[str, Tensor], gather: Gather) -> dict[str, Tensor]:
 
 def means(columns: dict[str, Tensor]) -> dict[str, float]:
     """Return the mean of each statistic, and the standard deviation of the rewards."""
-    found = {name: column.mean().item() for name, column in columns.items()}
-    return found | {"reward_std": columns["reward"].std(correction=0).item()}
+    found = {name: column.mean() for name, column in columns.items()}
+    return _numbers(found | {"reward_std": columns["reward"].std(correction=0)})
 
 
 def adjoint_norms(columns: dict[str, Tensor]) -> dict[int, float]:
     """Return the median norm of adjoint_k by k: single samples in the tail don't move it."""
-    return {
-        int(name.removeprefix(ADJOINT_NORM)): column.median().item()
-        for name, column in columns.items()
-        if name.startswith(ADJOINT_NORM)
-    }
+    medians = {name: c.median() for name, c in columns.items() if name.startswith(ADJOINT_NORM)}
+    return {int(name.removeprefix(ADJOINT_NORM)): value for name, value in _numbers(medians).items()}
+
+
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return scalar tensors as numbers; the host waits for the device once."""
+    return dict(zip(values, torch.stack([*values.values()]).tolist() if values else (), strict=True))
 
 
 LIMITS = {"steps": 4.0, "iterations": 10.0}
