@@ -35,7 +35,7 @@ class Recorded:
 
     Attributes:
         states: x_0 .. x_K, (K+1, B, ...).
-        sigmas: their noise levels, (K+1,), decreasing.
+        sigmas: noise levels of the states, (K+1,), decreasing.
         cond: conditioning of the B samples.
 
     Raises:
@@ -102,7 +102,7 @@ def exact_gradients(
     Args:
         field: field that took all K steps.
         recorded: what `record` returned.
-        transitions: its table.
+        transitions: the table that was run.
         adjoint: adjoint_K, gradient of the cost at the end, (B, ...).
         parameters: leaves of the field to differentiate in as well.
 
