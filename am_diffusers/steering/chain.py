@@ -26,7 +26,7 @@ class End(NamedTuple):
     Attributes:
         final: final latents, (B, ...).
         rewards: (B,).
-        gradients: gradients of the *cost* -reward in what the sampler starts from; None if they weren't asked for.
+        gradients: gradients of the *cost* -reward in the sampler's start; None if they weren't asked for.
     """
 
     final: Tensor

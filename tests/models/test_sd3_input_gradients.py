@@ -13,6 +13,7 @@ from am_diffusers.rollout import noise_level
 from am_diffusers.transitions import ode_euler, uniform_sigmas
 from am_diffusers.velocity import GuidedField
 from families import PROMPTS, strong_lora
+from live_bytes import LiveBytes
 
 
 def in_float64(folder: Path) -> Model:
@@ -85,3 +86,19 @@ def test_gradient_checkpointing_changes_no_input_gradient(model: Model, field: s
     for a, b, c in zip(checkpointed[:3], plain[:3], other[:3], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         assert (b - c).abs().max() > 1e-3
+
+
+def test_memory_does_not_grow_with_the_number_of_steps(model: Model) -> None:
+    """The recorded states, which are small, aside; autograd through the sampler holds every step's tape."""
+    cond = model.encode_prompts(PROMPTS, max_sequence_length=8)
+    noise = torch.randn(2, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(3))
+    peaks = []
+    for steps in (2, 8, 32):
+        transitions = ode_euler(uniform_sigmas(steps))
+        recorded = record(model.base, transitions, cond, noise)
+        with LiveBytes(smallest=1) as measured:
+            exact_gradients(model.base, recorded, transitions, torch.ones_like(noise))
+        # A view of a state shows the storage of all.
+        peaks.append(measured.peak["memory"] - recorded.states.nbytes)
+    assert max(peaks) < 1.05 * min(peaks)
+    assert min(peaks) > 10 * noise.nbytes, "the tape of a step is larger than a state"
