@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from am_diffusers.evaluation.images import PURPOSE
 from am_diffusers.noise import generator_for
+from am_diffusers.steering import chain
 from am_diffusers.steering.plan import check_takes_embeddings
+from am_diffusers.system.failures import NonFiniteError
 from finetune_runs import FINETUNE
 
 MODEL = "am_diffusers/assets/tiny_sd3"
@@ -169,3 +171,30 @@ def test_pipelines_that_take_no_embeddings_are_named():
     with pytest.raises(ValueError, match="Closed takes no prompt embeddings: use --optimize noise"):
         check_takes_embeddings(Closed)
     check_takes_embeddings(StableDiffusion3Pipeline)
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_the_best_so_far_written(optimize, monkeypatch, capsys):
+    calls = []
+
+    def failing(*arguments):
+        calls.append(None)
+        if len(calls) > 1:
+            raise NonFiniteError("gradient of latents at step 1 (sigma 0.5) is NaN")
+        return exact(*arguments)
+
+    exact = chain.exact_gradients
+    monkeypatch.setattr(chain, "exact_gradients", failing)
+    found = results(optimize("--optimize", "noise", "--prompts", PROMPTS[0]))
+    line = "stopped at iteration 1: gradient of latents at step 1 (sigma 0.5) is NaN"
+    assert f"{line}; the best so far is kept" in capsys.readouterr().out
+    assert found["noise-exact"]["notes"] == [f"00000: {line}"]
+    assert found["noise-exact"]["scores"] == found["base"]["scores"]
+
+
+def test_guided_embeddings_of_a_stochastic_sampler_climb(optimize):
+    flags = ("--sampler", "ancestral", "--guidance_scale", 2, "--prompts", PROMPTS[0], "--step_size", 0.1)
+    found = results(optimize("--optimize", "embeddings", *flags))
+    trace = found["embeddings-exact"]["traces"]["00000-000"]
+    assert trace["best_iteration"] > 0
+    assert max(trace["rewards"]) > trace["rewards"][0]
+    assert found["embeddings-exact"]["passes_per_image"] == 2 * (2 * (2 + 4) + 2)
