@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from am_diffusers.parametrization import memoryless_eta
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, VelocityField, memoryless_eta
+from am_diffusers.velocity import Conditioning, VelocityField
 
 Pairing = Literal["right", "left", "trapezoid"]
 _TENSORS = ("latents", "sigmas", "target", "weight")

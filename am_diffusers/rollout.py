@@ -16,7 +16,7 @@ neither batch size nor the number of processes changes it. The path KL of a stoc
 whose expectation over the policy's noise is the KL divergence of its trajectories from those of the base.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -111,6 +111,19 @@ def sample(
     Raises:
         ValueError: if the table is stochastic and `step_noise` is missing.
     """
+    *_, final = states(policy, transitions, cond, noise, step_noise)
+    return final
+
+
+@torch.no_grad()
+def states(
+    policy: VelocityField,
+    transitions: Transitions,
+    cond: Conditioning,
+    noise: Tensor,
+    step_noise: Callable[[int], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Yield x_1 .. x_K, (B, ...) each; arguments and errors are those of `sample`."""
     if step_noise is None and transitions.std.any():
         raise ValueError("a stochastic table needs `step_noise`; for the ODE pass ode_euler(sigmas)")
     x = noise
@@ -119,7 +132,7 @@ def sample(
         mean = transitions.mean(k, x, velocity)
         std = transitions.std[k].item()
         x = mean + std * step_noise(k) if step_noise is not None and std > 0 else mean
-    return x
+        yield x
 
 
 @torch.no_grad()

@@ -1,16 +1,12 @@
-"""A network as the mathematics sees it: a velocity, its vector-Jacobian product, and what a velocity says.
+"""A network as the mathematics sees it: a velocity and its vector-Jacobian products; its conditioning.
 
-    x = (1 - sigma) * clean + sigma * noise        velocity = noise - clean
-    clean = x - sigma * velocity                   noise = x + (1 - sigma) * velocity
-    score = -noise / sigma                         eta = sigma / (1 - sigma)
-
-sigma goes from 1 (noise) to 0 (data), as in Diffusers. As predictions of a model clean, noise and score are
-conditional means given x. `sigma` is a float or a tensor (B,).
+velocity = noise - clean at x = (1 - sigma) * clean + sigma * noise, sigma from 1 (noise) to 0 (data) as in
+Diffusers; `parametrization.py` says what else a velocity tells.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +91,75 @@ class VelocityField(Protocol):
         ...
 
 
+class InputGradients(NamedTuple):
+    """Gradients with respect to what a velocity is computed from.
+
+    Attributes:
+        latents: with respect to the state, (B, ...).
+        embeddings: with respect to `Conditioning.embeddings`, (B, tokens, dim); None where there are none.
+        pooled: with respect to `Conditioning.pooled`, (B, dim), or None.
+        parameters: with respect to parameters, summed over the batch.
+    """
+
+    latents: Tensor
+    embeddings: Tensor | None = None
+    pooled: Tensor | None = None
+    parameters: tuple[Tensor, ...] = ()
+
+
+class DifferentiableField(VelocityField, Protocol):
+    """A velocity model that can be differentiated in its conditioning and parameters, too."""
+
+    def input_vjp(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, InputGradients]:
+        """Return the velocity and a cotangent of it pulled back to all inputs, detached: one backward pass.
+
+        Args:
+            x: states, (B, ...); gradients have their dtype.
+            sigma: noise levels, (B,).
+            cond: conditioning, B rows; nothing is pulled back to what it lacks, nor to the negative prompt.
+            cotangent: (B, ...).
+            parameters: leaves of the field; their gradients are returned and not added to `.grad`.
+        """
+        ...
+
+
+def pull_back_inputs(
+    velocity: Callable[[Tensor, Conditioning], Tensor],
+    x: Tensor,
+    cond: Conditioning,
+    pull: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]],
+) -> tuple[Tensor, InputGradients]:
+    """Compute a velocity of leaves in the dtype of `x`, and pull back: `DifferentiableField.input_vjp`.
+
+    Args:
+        velocity: function of state and conditioning.
+        x: states, (B, ...).
+        cond: conditioning, B rows.
+        pull: velocity and leaves (B, ...) to gradients of the leaves, then those of the parameters.
+    """
+    rows = {"x": x, "embeddings": cond.embeddings, "pooled": cond.pooled}
+    with torch.enable_grad():
+        leaves = {
+            name: row.detach().to(x.dtype).requires_grad_(True)
+            for name, row in rows.items()
+            if row is not None
+        }
+        given = {name: leaf for name, leaf in leaves.items() if name != "x"}
+        output = velocity(leaves["x"], replace(cond, **given))
+    gradients = pull(output, list(leaves.values()))
+    named = dict(zip(leaves, gradients, strict=False))
+    return output.detach(), InputGradients(
+        named["x"], named.get("embeddings"), named.get("pooled"), tuple(gradients[len(leaves) :])
+    )
+
+
 @dataclass(frozen=True)
 class CallableField:
     """Any differentiable function `(x, sigma, cond) -> velocity` as a VelocityField."""
@@ -117,15 +182,34 @@ class CallableField:
 
         return velocity.detach(), pull
 
+    def input_vjp(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, InputGradients]:
+        """Return velocity and gradients by autograd, see `DifferentiableField.input_vjp`."""
+
+        def pull(velocity: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+            inputs = [*leaves, *parameters]
+            return torch.autograd.grad(velocity, inputs, cotangent, materialize_grads=True)
+
+        return pull_back_inputs(lambda x, cond: self.function(x, sigma, cond), x, cond, pull)
+
+
+Field = TypeVar("Field", bound=VelocityField, covariant=True)
+
 
 @dataclass(frozen=True)
-class GuidedField:
+class GuidedField(Generic[Field]):
     """Classifier-free guidance `v_neg + guidance_scale * (v - v_neg)` around a field (1.0 = off).
 
     Used for rollouts and evaluation; in training the policy and the base are unguided by default.
     """
 
-    field: VelocityField
+    field: Field
     guidance_scale: float
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -146,52 +230,21 @@ class GuidedField:
 
         return negative + scale * (velocity - negative), pull
 
+    def input_vjp(
+        self: "GuidedField[DifferentiableField]",
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, InputGradients]:
+        """Return velocity and gradients, of embeddings through the conditional branch only: two passes.
 
-Sigma = float | Tensor
-
-
-def _like(sigma: Sigma, x: Tensor) -> Tensor:
-    """`sigma` shaped to broadcast against `x` (B, ...)."""
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
-
-
-def interpolate(clean: Tensor, noise: Tensor, sigma: Sigma) -> Tensor:
-    """Noisy state (1 - sigma) * clean + sigma * noise, (B, ...)."""
-    sigma = _like(sigma, clean)
-    return (1 - sigma) * clean + sigma * noise
-
-
-def clean_from_velocity(x: Tensor, sigma: Sigma, velocity: Tensor) -> Tensor:
-    """Clean estimate x - sigma * velocity, (B, ...)."""
-    return x - _like(sigma, x) * velocity
-
-
-def noise_from_velocity(x: Tensor, sigma: Sigma, velocity: Tensor) -> Tensor:
-    """Noise estimate x + (1 - sigma) * velocity, (B, ...)."""
-    return x + (1 - _like(sigma, x)) * velocity
-
-
-def score_from_velocity(x: Tensor, sigma: Sigma, velocity: Tensor) -> Tensor:
-    """Score of the noisy law at `x`, -noise / sigma, (B, ...); sigma > 0."""
-    return -noise_from_velocity(x, sigma, velocity) / _like(sigma, x)
-
-
-def velocity_from_clean(x: Tensor, sigma: Sigma, clean: Tensor) -> Tensor:
-    """Velocity (x - clean) / sigma of a clean estimate, (B, ...); sigma > 0."""
-    return (x - clean) / _like(sigma, x)
-
-
-def velocity_from_noise(x: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:
-    """Velocity (noise - x) / (1 - sigma) of a noise estimate, (B, ...); sigma < 1."""
-    return (noise - x) / (1 - _like(sigma, x))
-
-
-def velocity_from_score(x: Tensor, sigma: Sigma, score: Tensor) -> Tensor:
-    """Velocity of the score of the noisy law, (B, ...); sigma < 1."""
-    return velocity_from_noise(x, sigma, -_like(sigma, x) * score)
-
-
-def memoryless_eta(sigma: float) -> float:
-    """Ratio eta = sigma / (1 - sigma); the memoryless diffusion is sqrt(2 eta) (arXiv 2409.08861)."""
-    return sigma / (1 - sigma)
+        State and parameters are in both branches; the negative prompt is not an input.
+        """
+        scale, unconditional = self.guidance_scale, cond.negative()
+        negative, below = self.field.input_vjp(x, sigma, unconditional, (1 - scale) * cotangent, parameters)
+        velocity, above = self.field.input_vjp(x, sigma, cond, scale * cotangent, parameters)
+        both = tuple(a + b for a, b in zip(above.parameters, below.parameters, strict=True))
+        gradients = above._replace(latents=above.latents + below.latents, parameters=both)
+        return negative + scale * (velocity - negative), gradients

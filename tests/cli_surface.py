@@ -1,11 +1,13 @@
-"""Flags of finetune.py and evaluate.py with types and defaults; `make cli-surface` writes cli_surface.txt."""
+"""Flags of finetune.py, evaluate.py and optimize.py; `make cli-surface` writes cli_surface.txt."""
 
+import argparse
 import dataclasses
 import typing
 from pathlib import Path
 
 from am_diffusers.config import RewardConfig, section_types
-from evaluating.options import parser
+from am_diffusers.steering.options import parser as optimization_parser
+from evaluating.options import parser as evaluation_parser
 
 FILE = Path(__file__).with_name("cli_surface.txt")
 
@@ -24,12 +26,13 @@ def cli_surface() -> list[str]:
                 lines += [
                     _line(f"    {key.name}", key, RewardConfig) for key in dataclasses.fields(RewardConfig)
                 ]
-    return [*lines, "eval/evaluate.py", *_evaluate_flags()]
+    lines += ["eval/evaluate.py", *_flags_of(evaluation_parser())]
+    return [*lines, "scripts/optimize.py", *_flags_of(optimization_parser())]
 
 
-def _evaluate_flags() -> list[str]:
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """Of argparse: name, how many values, default."""
-    flags = [action for action in parser()._actions if action.dest != "help"]
+    flags = [action for action in parser._actions if action.dest != "help"]
     return [
         f"    {flag.option_strings[0]} {flag.nargs or 1}"
         + (", required" if flag.required else f" = {flag.default!r}")

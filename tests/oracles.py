@@ -1,12 +1,13 @@
 """Closed forms to test against: data laws whose velocity is known, their tilts, and linear chains."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from am_diffusers.transitions import Transitions
-from am_diffusers.velocity import Conditioning, Pull, VelocityField
+from am_diffusers.velocity import Conditioning, DifferentiableField, InputGradients, Pull, VelocityField
 from benching.oracles.mixture import Mixture
 
 
@@ -51,7 +52,7 @@ def chain_moments(table: Transitions, law: Mixture) -> tuple[float, float]:
 class CountingField:
     """A field that counts how often, and at which sigmas, it is called or differentiated."""
 
-    field: VelocityField
+    field: DifferentiableField
 
     def __post_init__(self) -> None:
         self.calls: list[float] = []
@@ -64,3 +65,14 @@ class CountingField:
     def vjp(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Pull]:
         self.vjps.append(sigma[0].item())
         return self.field.vjp(x, sigma, cond)
+
+    def input_vjp(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, InputGradients]:
+        self.vjps.append(sigma[0].item())
+        return self.field.input_vjp(x, sigma, cond, cotangent, parameters)

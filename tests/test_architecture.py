@@ -16,20 +16,20 @@ EVAL_FILES = sorted((ROOT / "eval").rglob("*.py"))
 # Floors from the bottom up; a folder or a file of the mathematics imports its own floor and those below.
 FLOORS = [
     {"system", "prompts"},
-    {"velocity", "transitions", "noise", "divergences"},
-    {"rollout", "adjoint", "matching", "terminal_cost"},
+    {"velocity", "parametrization", "transitions", "noise", "divergences", "adjoint_tables"},
+    {"rollout", "adjoint", "matching", "terminal_cost", "input_gradients"},
     {"methods"},
     {"config", "training", "models", "rewards"},
     {"evaluation"},
     {"run"},
-    {"estimate"},
+    {"estimate", "steering"},
 ]
 MATHEMATICS = set().union(*FLOORS[1:4])
 # Leaves see the mathematics and system alone.
 LEAVES = {"models", "rewards"}
 NEVER = {"training": {"config", "models", "rewards"}, "config": {"training", "models", "rewards"}}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "jsonargparse"}
-SEE_CONFIG = {"config", "run", "estimate"}
+SEE_CONFIG = {"config", "run", "estimate", "steering"}
 
 
 def module_of(file: Path) -> str:

@@ -32,11 +32,12 @@ from am_diffusers.methods.parts.reports import end_point_statistics, means
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import GRADIENT, SharedSettings
 from am_diffusers.methods.parts.surroundings import Surroundings
+from am_diffusers.parametrization import interpolate, score_from_velocity
 from am_diffusers.rollout import Trajectory, sample_ode
 from am_diffusers.system.failures import phase, require_finite
 from am_diffusers.terminal_cost import Terminal, TerminalCost
 from am_diffusers.transitions import ode_euler
-from am_diffusers.velocity import Conditioning, interpolate, score_from_velocity
+from am_diffusers.velocity import Conditioning
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ from am_diffusers.methods.parts.ranges import require
 from am_diffusers.methods.parts.reports import means
 from am_diffusers.methods.parts.rows import Chunk, Rows
 from am_diffusers.methods.parts.settings import SharedSettings
+from am_diffusers.parametrization import interpolate
 from am_diffusers.system.failures import phase
-from am_diffusers.velocity import Conditioning, interpolate
+from am_diffusers.velocity import Conditioning
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.models.schedulers import NoiseLevels
 from am_diffusers.models.text_encoders import PromptEncoder
 from am_diffusers.rollout import Solver
-from am_diffusers.system.half_precision import scaled_vjp
-from am_diffusers.velocity import Conditioning, Pull
+from am_diffusers.system.half_precision import scaled_vjp, scaled_vjps
+from am_diffusers.velocity import Conditioning, InputGradients, Pull, pull_back_inputs
 
 
 class Model(TunedNetwork):
@@ -194,3 +194,19 @@ class AdapterField:
                 return scaled_vjp(velocity, x, cotangent)
 
         return velocity.detach(), pull
+
+    def input_vjp(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, InputGradients]:
+        """Return velocity and gradients, see `DifferentiableField.input_vjp`."""
+
+        def pull(velocity: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+            return scaled_vjps(velocity, leaves, cotangent, parameters)
+
+        with adapters(self.model.network, enabled=self.adapter):
+            return pull_back_inputs(lambda x, cond: self.model.velocity(x, sigma, cond), x, cond, pull)

@@ -1,6 +1,6 @@
 """Velocity fields of a method, their guidance, and the number of samples handled at once."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from am_diffusers.config import Config
 from am_diffusers.config.optimizer import MicroBatch
@@ -8,13 +8,15 @@ from am_diffusers.methods import METHODS
 from am_diffusers.methods.parts.surroundings import Sizes
 from am_diffusers.velocity import GuidedField, VelocityField
 
+Field = TypeVar("Field", bound=VelocityField)
+
 
 def micro_batch(size: MicroBatch | None) -> int | None:
     """Return a micro-batch size as a number; None = all, also for an `auto` that isn't found yet."""
     return None if size == "auto" else size
 
 
-def guided(field: VelocityField, guidance_scale: float) -> VelocityField:
+def guided(field: Field, guidance_scale: float) -> Field | GuidedField[Field]:
     """Return the field with classifier-free guidance; 1.0 = the field itself."""
     return field if guidance_scale == 1 else GuidedField(field, guidance_scale)
 

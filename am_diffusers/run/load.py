@@ -33,11 +33,6 @@ ENCODE_CHUNK = 64
 
 def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> Reward:
     """Load a reward in the mode it is trained in."""
-    kind = REWARDS[reward.name]
-    if not issubclass(kind, LearnedReward):
-        return kind()
-    if reward.model is None:
-        raise ValueError(f"reward {reward.name} needs a model; `make_plan` fills in the released one")
     options = RewardOptions(
         device=reward.device or device,
         dtype=DTYPES[reward.mixed_precision],
@@ -45,6 +40,16 @@ def load_reward(reward: RewardConfig, config: Config, device: torch.device) -> R
         batch_size=reward.batch_size or micro_batch(config.optimizer.reward_micro_batch_size),
         checkpointing=config.model.gradient_checkpointing,
     )
+    return open_reward(reward, options)
+
+
+def open_reward(reward: RewardConfig, options: RewardOptions) -> Reward:
+    """Load a reward; those without weights have no options."""
+    kind = REWARDS[reward.name]
+    if not issubclass(kind, LearnedReward):
+        return kind()
+    if reward.model is None:
+        raise ValueError(f"reward {reward.name} needs a model; `make_plan` fills in the released one")
     path = asset_path(reward.model)
     return kind.from_pretrained(path, revision=reward.revision, sha256=reward.sha256, options=options)
 

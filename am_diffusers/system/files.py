@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The package's own models, prompts and images."""
+DECLARATION = "am_diffusers.json"
+"""File of a model folder that says what the model was made for."""
 
 # Encodings by the bytes a file begins with; UTF-32 first, which begins as UTF-16 does.
 _MARKS = {
@@ -192,3 +195,21 @@ def asset_path(path: str) -> str:
         shipped = ", ".join(sorted(p.name for p in ASSETS.iterdir())) if ASSETS.exists() else "none"
         raise ValueError(f"{path}: no such asset in {ASSETS} (shipped: {shipped})")
     return str(resolved)
+
+
+def read_declaration(path: str) -> dict[str, Any]:
+    """Read what a model folder says about itself in `am_diffusers.json`: max_sequence_length, rewards.
+
+    Raises:
+        ValueError: if the file is there and isn't a JSON object.
+    """
+    file = Path(path) / DECLARATION
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found

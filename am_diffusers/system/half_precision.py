@@ -34,10 +34,31 @@ def scaled_vjp(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
 
     Sample i of `output` depends on sample i of `x` alone, so each may have a scale of its own.
     """
+    return scaled_vjps(output, [x], cotangent)[0]
+
+
+def scaled_vjps(
+    output: Tensor, rows: Sequence[Tensor], cotangent: Tensor, shared: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """`J^T cotangent` of `output` (B, ...) with respect to several inputs, in one pass; 0 for unused ones.
+
+    Args:
+        output: sample i of it depends on sample i of `rows`.
+        rows: inputs of B rows each.
+        cotangent: (B, ...); each sample's is scaled by itself, all alike if something is shared.
+        shared: inputs that all samples depend on, such as parameters.
+    """
     norms = torch.linalg.vector_norm(cotangent.flatten(1), dim=1, dtype=torch.float64)
-    scales = safe_scale(norms).to(cotangent).view(-1, *[1] * (cotangent.ndim - 1))
-    (gradient,) = torch.autograd.grad(output, x, cotangent * scales)
-    return gradient / scales
+    scales = safe_scale(norms.max().expand_as(norms) if shared else norms).to(cotangent)
+
+    def like(tensor: Tensor) -> Tensor:
+        return scales.view(-1, *[1] * (tensor.ndim - 1))
+
+    gradients = torch.autograd.grad(
+        output, [*rows, *shared], cotangent * like(cotangent), materialize_grads=True
+    )
+    of_rows, of_shared = gradients[: len(rows)], gradients[len(rows) :]
+    return [g / like(g).to(g) for g in of_rows] + [g / scales[0].to(g) for g in of_shared]
 
 
 class ScaledBackward:

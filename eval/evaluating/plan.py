@@ -1,6 +1,5 @@
 """Plan of an evaluation: the command line, checked before any weights are read."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from am_diffusers.models.lora_files import LORA_FILE, PEFT_FILE, find_lora
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_negative_prompt
 from am_diffusers.prompts.sets import PromptSet, load_prompts
-from am_diffusers.system.files import digest
+from am_diffusers.system.files import digest, read_declaration
 from am_diffusers.system.resolution import Resolution, read_resolution
 from evaluating.candidates import BASE, Candidate
 from evaluating.layouts import check_layout
@@ -24,7 +23,6 @@ from evaluating.options import Options
 from evaluating.runs import trained_rewards
 from evaluating.store import CHUNK
 
-DECLARATION = "am_diffusers.json"
 NAME, OTHER = re.compile(r"[\w.-]+"), re.compile(r"[^\w.-]+")
 
 
@@ -65,7 +63,7 @@ def make_plan(options: Options) -> Plan:
         )
     check_negative_prompt(options.negative_prompt, options.guidance_scale)
     source = Pretrained(options.pretrained_model_name_or_path, options.revision, options.variant)
-    declared = declaration(source.path)
+    declared = read_declaration(source.path)
     size = options.resolution or read_resolution(source.family.resolution(source.config_of))
     shape = source.family.latent_shape(source.config_of, size.height, size.width)
     levels = source.levels()
@@ -109,24 +107,6 @@ def make_plan(options: Options) -> Plan:
     changes = [Measure("changes", LPIPS.name, None)] if options.lpips else []
     measures = (*rewards, *features, *changes)
     return Plan(options, settings, source, size, length, prompts, candidates, measures)
-
-
-def declaration(path: str) -> dict[str, Any]:
-    """Read what a model folder says about itself in `am_diffusers.json`: max_sequence_length, rewards.
-
-    Raises:
-        ValueError: if the file is there and isn't a JSON object.
-    """
-    file = Path(path) / DECLARATION
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def make_candidates(options: Options) -> tuple[Candidate, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from am_diffusers import velocity as p
+from am_diffusers import parametrization as p
 from oracles import THREE_MODES
 
 SIGMA = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)

@@ -5,9 +5,10 @@ import torch
 
 from am_diffusers.methods.parts.linear_base import linear_target, renoised_score
 from am_diffusers.noise import LatentSpec, generators_for
+from am_diffusers.parametrization import clean_from_velocity, interpolate, score_from_velocity
 from am_diffusers.rollout import sample, sample_ode
 from am_diffusers.transitions import ode_euler, uniform_sigmas
-from am_diffusers.velocity import CallableField, clean_from_velocity, interpolate, score_from_velocity
+from am_diffusers.velocity import CallableField
 from method_training import train
 from methods_around import BASE, LATENTS, OFFSET, collect, total_loss
 from methods_around import concave as reward

@@ -9,6 +9,7 @@ import pytest
 from am_diffusers.config.checks import readers
 from am_diffusers.config.command_line import parse_config
 from am_diffusers.config.values import choices, field_types
+from am_diffusers.steering.options import parser as optimization_parser
 from evaluating.options import parser as evaluation_parser
 from finetune_runs import FINETUNE
 
@@ -53,7 +54,7 @@ def sampling_parser(monkeypatch):
     return made[0]
 
 
-@pytest.mark.parametrize("program", ["evaluate", "sample"])
+@pytest.mark.parametrize("program", ["evaluate", "sample", "optimize"])
 def test_numbers_of_evaluation_and_sampling(monkeypatch, capsys, program):
     known, needed = {
         "evaluate": (
@@ -61,10 +62,15 @@ def test_numbers_of_evaluation_and_sampling(monkeypatch, capsys, program):
             [*NEEDED[:2], "--prompts", "p", "--output_dir", "o", "--rewards", "r"],
         ),
         "sample": (sampling_parser(monkeypatch), ["--model", "m", "--prompts", "a"]),
+        "optimize": (
+            optimization_parser(),
+            ["--model", "m", "--prompts", "a", "--output", "o", "--rewards", "r"],
+        ),
     }[program]
     numeric = [action for action in known._actions if isinstance(action.default, int | float | list)]
     names = {action.option_strings[0] for action in numeric if action.type is not None}
-    for name in [*sorted(names - {"--lora_path", "--layouts"}), "--resolution", "--max_sequence_length"]:
+    names -= {"--lora_path", "--layouts", "--held_out_rewards"}
+    for name in [*sorted(names), "--resolution", "--max_sequence_length"]:
         for text in NONSENSE:
             with pytest.raises(SystemExit):
                 known.parse_args([*needed, f"{name}={text}"])

@@ -19,7 +19,7 @@ and a modified terminal cost; the identity is tested, the constants needn't be t
 import torch
 from torch import Tensor
 
-from am_diffusers.velocity import score_from_velocity
+from am_diffusers.parametrization import score_from_velocity
 
 
 def later_state(start: Tensor, start_sigma: float, sigma: Tensor, noise: Tensor) -> Tensor:

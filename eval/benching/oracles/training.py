@@ -15,9 +15,10 @@ from torch import Tensor
 
 from am_diffusers.methods import Method
 from am_diffusers.noise import generator_for, generators_for
+from am_diffusers.parametrization import clean_from_velocity
 from am_diffusers.rollout import sample_ode
 from am_diffusers.transitions import uniform_sigmas
-from am_diffusers.velocity import CallableField, Conditioning, clean_from_velocity
+from am_diffusers.velocity import CallableField, Conditioning
 from benching.oracles.laws import conditioning
 from benching.oracles.mixture import Mixture
 from benching.oracles.problems import Problem

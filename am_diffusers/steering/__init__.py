@@ -1,0 +1,1 @@
+"""One better image without training: a frozen sampler's noise or prompt embeddings, moved by a reward."""
