@@ -14,6 +14,7 @@ from am_diffusers.samplers.parts.gradients import Gradients
 from am_diffusers.system.ranges import COUNT, POSITIVE, STEPS, Range
 
 SHARE = Range(float, "at least 0 and below 1", lambda number: 0 <= number < 1)
+FROM_ZERO_TO_ONE = Range(float, "from 0 to 1", lambda number: 0 <= number <= 1)
 UP_TO_ONE = Range(float, "above 0 and at most 1", lambda number: 0 < number <= 1)
 
 

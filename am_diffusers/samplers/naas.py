@@ -24,7 +24,7 @@ from torch import Tensor
 from am_diffusers.matching import MatchingBatch, QuantileMask
 from am_diffusers.noise import generator_for
 from am_diffusers.reciprocal import brownian, noise_levels, reciprocal_rows, steer
-from am_diffusers.samplers.base import SHARE, UP_TO_ONE, Drawn, Sampler, Settings, flag
+from am_diffusers.samplers.base import FROM_ZERO_TO_ONE, UP_TO_ONE, Drawn, Sampler, Settings, flag
 from am_diffusers.samplers.energies.base import Energy, log_normal
 from am_diffusers.samplers.parts.buffer import Buffer
 from am_diffusers.samplers.parts.gradients import Gradients
@@ -119,7 +119,9 @@ class NAASSettings(Settings):
     diffusion: float | None = flag(
         POSITIVE, None, "D of the annealed dynamics over time 1; num_steps * width^2 / 2"
     )
-    source_start: float = flag(SHARE, 0.3, "share of the iterations before the source stage learns")
+    source_start: float = flag(
+        FROM_ZERO_TO_ONE, 0.3, "share of the iterations before the source stage learns; 1 = it never does"
+    )
     source_rate: float = flag(POSITIVE, 0.2, "learning rate of the source stage over the control's")
     keep_quantile: float = flag(UP_TO_ONE, 0.9, "share of the source stage's rows that count; 1 = all")
 
