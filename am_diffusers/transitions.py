@@ -36,7 +36,7 @@ class Transitions:
     Attributes:
         sigmas: noise levels, (K+1,), decreasing to 0.
         x_coef: factor of the state, (K,).
-        v_coef: factor of the velocity, (K,), negative.
+        v_coef: factor of the velocity, (K,), negative; of a control (reciprocal.py), positive.
         std: standard deviation of the noise added by a step, (K,), >= 0.
 
     Raises:

@@ -17,17 +17,20 @@ EVAL_FILES = sorted((ROOT / "eval").rglob("*.py"))
 FLOORS = [
     {"system", "prompts"},
     {"velocity", "parametrization", "transitions", "noise", "divergences", "adjoint_tables"},
-    {"rollout", "adjoint", "matching", "terminal_cost", "input_gradients"},
+    {"rollout", "adjoint", "matching", "terminal_cost", "input_gradients", "reciprocal"},
     {"methods"},
-    {"config", "training", "models", "rewards"},
+    {"config", "training", "models", "rewards", "samplers"},
     {"evaluation"},
     {"run"},
     {"estimate", "steering"},
 ]
 MATHEMATICS = set().union(*FLOORS[1:4])
 # Leaves see the mathematics and system alone.
-LEAVES = {"models", "rewards"}
-NEVER = {"training": {"config", "models", "rewards"}, "config": {"training", "models", "rewards"}}
+LEAVES = {"models", "rewards", "samplers"}
+NEVER = {
+    "training": {"config", "models", "rewards", "samplers"},
+    "config": {"training", "models", "rewards", "samplers"},
+}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "jsonargparse"}
 SEE_CONFIG = {"config", "run", "estimate", "steering"}
 

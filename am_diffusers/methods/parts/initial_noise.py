@@ -6,7 +6,8 @@ A field q over (x, stage time u in [0, 1]) steers a Brownian motion from 0, whos
     loss = |q(X_u, u) + a_0|^2,   X_u ~ N(u X_1, u (1 - u) I) given X_1
 
 with a_0 the adjoint at sigma = 1 of the trajectory from X_1: the gradient of its cost to go V in the noise.
-Its optimum draws noise from nu*(x) ~ N(x; 0, I) exp(-V(x)).
+This is reciprocal.py with nu = 1, the source 0 and the time u = 1 - s^2; as V tilts the free end's own law,
+N(0, I), there is no corrector. The optimum draws noise from nu*(x) ~ N(x; 0, I) exp(-V(x)).
 
 What that gives. With the base's ODE as it is, V = -reward_scale * reward(end), and the ends of the ODE from
 nu* have the tilted law of its ends, exactly: the only unbiased use of a deterministic sampler here. With the
@@ -19,6 +20,7 @@ time before sigma = 1, and a second network to steer noise isn't part of a LoRA.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ from torch import Tensor
 from am_diffusers.matching import MatchingBatch
 from am_diffusers.methods.parts.surroundings import Gather, gather_from_one
 from am_diffusers.noise import draw
-from am_diffusers.velocity import Conditioning, VelocityField
+from am_diffusers.reciprocal import brownian, reciprocal_rows, steer
+from am_diffusers.transitions import uniform_sigmas
+from am_diffusers.velocity import CallableField, Conditioning, VelocityField
 
 
 @torch.no_grad()
@@ -46,10 +50,12 @@ def sample_noise(
         num_steps: at least 1.
         step_noise: standard normal noise of step k, like `first`.
     """
-    x, h = first, 1 / num_steps
-    for k in range(num_steps):
-        x = x + h * stage(x, x.new_full((len(x),), k * h), cond) + h**0.5 * step_noise(k)
-    return x
+
+    def control(x: Tensor, level: Tensor, cond: Conditioning) -> Tensor:
+        return stage(x, 1 - level.square(), cond)
+
+    table = brownian(uniform_sigmas(num_steps).sqrt(), nu=1.0)
+    return steer(CallableField(control), table, cond, first, step_noise).end
 
 
 def stage_rows(
@@ -73,13 +79,7 @@ def stage_rows(
     """
     times = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     bridge = draw(generators, noise.shape[1:], noise.dtype).to(noise.device)
-    u = times.to(noise).reshape(-1, *[1] * (noise.ndim - 1))
+    origin, levels = torch.zeros_like(noise), (1 - times).sqrt()
+    rows = reciprocal_rows(origin, noise, adjoint, levels, 1.0, bridge, cond)
     ones = noise.new_ones(len(noise))
-    return MatchingBatch(
-        latents=u * noise + (u * (1 - u)).sqrt() * bridge,
-        sigmas=times.to(noise),
-        target=-adjoint,
-        weight=ones / len(gather(ones)),
-        samples=torch.arange(len(noise)),
-        cond=cond,
-    )
+    return replace(rows, sigmas=times.to(noise), weight=ones / len(gather(ones)))
