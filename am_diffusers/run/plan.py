@@ -1,6 +1,7 @@
 """Plan a run: check everything that can be wrong with it before a model is loaded."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.init_lora import check_init_lora
 from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.gpus import find_gpu
+from am_diffusers.system.offline import offline
 from am_diffusers.training.optimizers import check_optimizer
 from am_diffusers.training.trackers import check_tracker
 
@@ -130,9 +132,16 @@ class Plan:
 def make_plan(config: Config, num_processes: int) -> Plan:
     """Check a config against files and processes, and read its prompts; no weights are read.
 
+    A dry run reads nothing from the network either.
+
     Raises:
         ValueError: what is wrong and what to do about it.
     """
+    with offline() if config.run.dry_run else nullcontext():
+        return _make_plan(config, num_processes)
+
+
+def _make_plan(config: Config, num_processes: int) -> Plan:
     if config.optimizer.train_batch_size % (num_processes * config.shared.samples_per_prompt):
         raise ValueError(
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "
