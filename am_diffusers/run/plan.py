@@ -19,11 +19,12 @@ from am_diffusers.run.base_scores import stored_frontier, trained_scales
 from am_diffusers.run.checked_rewards import check_method, resolve
 from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.init_lora import check_init_lora
+from am_diffusers.run.leftovers import find_refusal
 from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.gpus import find_gpu
 from am_diffusers.system.offline import offline
 from am_diffusers.training.optimizers import check_optimizer
-from am_diffusers.training.trackers import check_tracker
+from am_diffusers.training.trackers import PROJECT, check_tracker
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Plan:
             *self._frontier(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
             *(f"caution: {text}" for text in self.cautions()),
+            *self._output(),
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for text in lines for line in text.splitlines())
 
@@ -117,6 +119,14 @@ class Plan:
         """Return what tilts of the base are worth, where base images have been scored."""
         frontier = stored_frontier(self.config)
         return [] if frontier is None else frontier_table(frontier, list(trained_scales(self.config)))
+
+    def _output(self) -> list[str]:
+        """Return a line on an output folder that the run itself would refuse."""
+        options = self.config.run
+        folder = Path(options.output_dir)
+        events = folder / options.logging_dir / PROJECT
+        refusal = find_refusal(folder, events, overwrite=options.overwrite_output_dir)
+        return [] if refusal is None else [f"the run itself would be refused: --output_dir {refusal}"]
 
     def _base_images(self) -> list[str]:
         """Return a line on the base images that a divergence needs before the first iteration."""
