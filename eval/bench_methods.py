@@ -8,13 +8,13 @@ compared by the processor's time that they take: the machine may do other work b
 programs can share the work, each with one thread; every run is done by one of them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.paths import path_flag
 from am_diffusers.system.text import suggest
 from benching.images.page import write_page
@@ -29,9 +29,7 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all, {', '.join(STUDIES)}")
     parser.add_argument(
         "--output_dir", type=path_flag, default=Path("outputs/benchmarks"), help="folder of LoRAs and images"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.files import write_whole
 from am_diffusers.system.paths import path_flag
 from benching.oracles.figure import write_figure
@@ -30,9 +31,7 @@ ROWS = [*REFERENCES, *VARIANTS]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compute what is missing, write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.files import write_text
 from am_diffusers.system.paths import path_flag
 from am_diffusers.system.text import guard_output
@@ -21,9 +22,7 @@ from evaluating.tables.tables import to_csv
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, print the tables, write the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "folder", type=path_flag, help="folder with output folders of evaluate.py, at any depth"
     )

@@ -10,7 +10,6 @@ tilt in trained and held-out rewards, and what the best of as many base images a
 All flags of `finetune.py` are understood; images are made as in training, by its chain, on training prompts.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -31,7 +30,8 @@ from am_diffusers.run.fields import with_guidance
 from am_diffusers.run.folder import make_accelerator
 from am_diffusers.run.load import load_model, load_rewards
 from am_diffusers.run.plan import make_plan
-from am_diffusers.system.files import write_text
+from am_diffusers.system.commands import CommandParser
+from am_diffusers.system.files import read_utf8, write_text
 from am_diffusers.system.leaving import leaving_at_once
 from am_diffusers.system.paths import path_flag
 from am_diffusers.system.processes import Processes
@@ -39,9 +39,7 @@ from am_diffusers.system.ranges import COUNT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=path_flag, required=True, help="YAML file to write")
     parser.add_argument(
         "--num_prompts", type=COUNT.read, default=32, help="number of training prompts to use"
@@ -60,6 +58,7 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
     """Score base images; write the calibrated rewards and the scores, print the frontier."""
     if images_per_prompt < 8:
         raise ValueError(f"--images_per_prompt must be at least 8, got {images_per_prompt}")
+    _check_output(output)
     config = parse_config(argv, program="calibrate_rewards.py")
     accelerator = make_accelerator(config)
     plan = make_plan(config, accelerator.num_processes)
@@ -86,6 +85,28 @@ def calibrate(argv: list[str], output: Path, num_prompts: int, images_per_prompt
         accelerator.print(line)
 
 
+def _check_output(output: Path) -> None:
+    """Check that nothing but an earlier calibration would be replaced."""
+    for file, keys in ((output, {"rewards", "frontier"}), (_frontier_of(output), {"prompts", "scores"})):
+        if file.exists() and _keys(file) != keys:
+            raise ValueError(
+                f"--output {output} would replace {file}, which is no calibration: choose another name"
+            )
+
+
+def _keys(file: Path) -> set[str]:
+    """Return the keys of a YAML or JSON file; none if it is something else."""
+    try:
+        document = yaml.safe_load(read_utf8(file))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return set(document) if isinstance(document, dict) else set()
+
+
+def _frontier_of(output: Path) -> Path:
+    return output.with_suffix(".frontier.json")
+
+
 def _calibrated(config: Config, scores: Mapping[str, Tensor]) -> Config:
     """Return the config with mean and standard deviation of each trained reward."""
     rewards = []
@@ -98,11 +119,11 @@ def _calibrated(config: Config, scores: Mapping[str, Tensor]) -> Config:
 
 
 def _write(output: Path, config: Config, prompts: list[str], scores: Mapping[str, Tensor]) -> None:
-    frontier, defaults = output.with_suffix(".frontier.json"), asdict(RewardConfig(""))
+    frontier, defaults = _frontier_of(output).resolve(), asdict(RewardConfig(""))
     rows = [{k: v for k, v in asdict(r).items() if v != defaults[k]} for r in config.method.rewards]
     save_scores(frontier, prompts, scores)
     write_text(output, yaml.safe_dump({"rewards": rows, "frontier": str(frontier)}, sort_keys=False))
-    print(f"written: {output.resolve()} and {frontier.resolve()}")
+    print(f"written: {output.resolve()} and {frontier}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from am_diffusers.rewards import REWARDS, LearnedReward
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.paths import path_flag, place_flag
 
 LEARNED = {name: kind for name, kind in REWARDS.items() if issubclass(kind, LearnedReward)}
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn a published pickle of a reward into safetensors.")
+    parser = CommandParser("Turn a published pickle of a reward into safetensors.")
     parser.add_argument("name", choices=LEARNED, help="name of the reward")
     parser.add_argument(
         "file", type=place_flag, help="the published file, or owner/repository/file on the hub"

@@ -14,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from am_diffusers.models.export import FORMS, ExportOptions, export_lora
 from am_diffusers.models.pretrained import Pretrained
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import NUMBER
 from am_diffusers.system.text import guard_output, redact
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a LoRA and prove the export by loading it back.")
+    parser = CommandParser("Export a LoRA and prove the export by loading it back.")
     parser.add_argument(
         "--model", type=place_flag, required=True, help="base pipeline: folder, asset: path or hub id"
     )

@@ -1,14 +1,14 @@
 """Draw the curves of a running or finished run again: `python scripts/plot_run.py outputs/mine`."""
 
-import argparse
 import sys
 
 from am_diffusers.evaluation.panel import draw_panel
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.paths import path_flag
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__)
     parser.add_argument("output_dir", type=path_flag, help="output folder of scripts/finetune.py")
     try:
         print(draw_panel(parser.parse_args().output_dir))

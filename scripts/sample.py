@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 from diffusers.utils import make_image_grid
+from PIL import Image, PngImagePlugin
 
 from am_diffusers.models.base import Model, without_weights
 from am_diffusers.models.pretrained import Pretrained
 from am_diffusers.prompts.rows import check_negative_prompt, check_unicode
 from am_diffusers.prompts.sets import load_texts
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.device import find_device
+from am_diffusers.system.files import write_whole
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, NUMBER, SEED, STEPS
 from am_diffusers.system.resolution import Resolution, resolution_flag
 
+GRID, TEXT = "grid.png", "am_diffusers sample"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,13 +35,13 @@ def main() -> None:
         check_unicode("--prompts", prompts)
         check_negative_prompt(options.negative_prompt, [options.guidance_scale])
         source = Pretrained(options.model, options.revision, options.variant)
+        check_output(options, len(prompts))
         pipe = load(source, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    images = []
+    images, seeds = [], range(options.seed, options.seed + options.num_images)
     for row, prompt in enumerate(prompts):
-        seeds = range(options.seed, options.seed + options.num_images)
         made = pipe(
             prompt,
             negative_prompt=options.negative_prompt,
@@ -49,14 +53,14 @@ def main() -> None:
             **source.family.call(options.guidance_scale, options.max_sequence_length),
         ).images
         for seed, image in zip(seeds, made, strict=True):
-            image.save(options.output / f"{row:04d}-seed{seed}.png")
+            save(options.output / name_of(row, seed), image, prompt)
         images.extend(made)
-    make_image_grid(images, len(prompts), options.num_images).save(options.output / "grid.png")
+    save(options.output / GRID, make_image_grid(images, len(prompts), options.num_images), "grid")
     print(f"{len(images)} images and grid.png: {options.output.resolve()}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Render prompts with a pipeline and an optional LoRA.")
+    parser = CommandParser("Render prompts with a pipeline and an optional LoRA.")
     parser.add_argument(
         "--model", type=place_flag, required=True, help="pipeline: folder, asset: path or hub id"
     )
@@ -92,6 +96,36 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     return parser.parse_args()
+
+
+def name_of(row: int, seed: int) -> str:
+    return f"{row:04d}-seed{seed}.png"
+
+
+def check_output(options: argparse.Namespace, num_prompts: int) -> None:
+    """Check that no image is replaced but those of an earlier call, which tell it in their text."""
+    seeds = range(options.seed, options.seed + options.num_images)
+    for name in [GRID, *(name_of(row, seed) for row in range(num_prompts) for seed in seeds)]:
+        file = options.output / name
+        if file.exists() and not is_own(file):
+            raise ValueError(
+                f"--output {options.output} holds {name}, which this would replace: choose another"
+            )
+
+
+def is_own(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return TEXT in image.info
+    except OSError:
+        return False
+
+
+def save(file: Path, image: Image.Image, about: str) -> None:
+    """Write a PNG with the text by which a later call knows it."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(TEXT, about)
+    write_whole(file, lambda part: image.save(part, format="PNG", pnginfo=info))
 
 
 def load(source: Pretrained, options: argparse.Namespace) -> Any:

@@ -20,8 +20,8 @@ class EvaluationConfig:
         certificate_images: base images a prompt by the chain of training, of which the validation prompts'
             tell how far the run is from the tilt, and training prompts' what reward_scale auto is; 0 = no
             certificate.
-        frontier: file of base scores that calibrate_rewards.py wrote, for reward_scale auto; null = the run
-            scores base images of its own.
+        frontier: file of base scores that calibrate_rewards.py wrote, for reward_scale auto, relative to the
+            current folder like all paths in configs; null = the run scores base images of its own.
         early_stopping_patience: end the run after this number of validations in a row without a new best
             early_stopping_metric; null = never.
         early_stopping_metric: gain of the first held-out reward, or tilt_gap: the distance from the tilt.

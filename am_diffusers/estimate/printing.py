@@ -10,6 +10,7 @@ from am_diffusers.estimate.report import ENCODING, USABLE, UTILISATION, Estimate
 from am_diffusers.models.pretrained import MissingModelError
 from am_diffusers.run.plan import Plan
 from am_diffusers.system.gpus import GPUS, find_gpu
+from am_diffusers.system.offline import offline
 
 GIB = 2**30
 KNOBS = {
@@ -23,8 +24,9 @@ KNOBS = {
 }
 
 
+@offline()
 def describe(plan: Plan, accelerator: Accelerator) -> str:
-    """Return the estimate as comment lines, or what is missing for one."""
+    """Return the estimate as comment lines, or what is missing for one; the network is left alone."""
     on_gpu = plan.config.run.gpu is not None or accelerator.device.type != "cpu"
     try:
         found = estimate(plan, accelerator, on_gpu=on_gpu)

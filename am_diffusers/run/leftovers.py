@@ -4,12 +4,14 @@ A folder of the program's has the file `MARK`. Results of an earlier run go when
 the new ones stand, whichever comes later, so that a run that can't begin loses nothing.
 """
 
+import os
 from pathlib import Path
 
 from am_diffusers.models.lora_files import LORA_FILE
 from am_diffusers.models.origin import read_origin
 from am_diffusers.run.base_scores import CERTIFICATE, DIVERGENCE, FRONTIER
 from am_diffusers.system.files import write_text
+from am_diffusers.training.checkpoint_folder import Checkpoints
 
 MARK = ".am_diffusers"
 ERROR_FILE, STOPPED_FILE = "error.txt", "stopped"
@@ -32,13 +34,22 @@ class FolderError(ValueError):
 
 
 def claim_folder(folder: Path, events: Path, *, overwrite: bool, resumable: bool) -> None:
-    """Check that a folder may be written to, and mark it as a run's.
+    """Check that a folder may be written to, see `check_folder`, and mark it as a run's."""
+    if not check_folder(folder, events, overwrite=overwrite, resumable=resumable):
+        mark(folder)  # else when the training begins
+
+
+def check_folder(folder: Path, events: Path, *, overwrite: bool, resumable: bool) -> bool:
+    """Check that a folder may be written to; it is left as it is.
 
     Args:
         folder: output folder, which exists.
         events: folder of the tracker's event files.
         overwrite: whether results there may be replaced, whoever wrote them.
         resumable: whether the folder has checkpoints.
+
+    Returns:
+        Whether it holds results of others that are to be replaced.
 
     Raises:
         FolderError: it holds files of others that the run would replace, or the LoRA of a finished run.
@@ -60,8 +71,20 @@ def claim_folder(folder: Path, events: Path, *, overwrite: bool, resumable: bool
                 f"{folder} holds {', '.join(names[:NAMED])}{more}, which this run would replace: move "
                 "what is yours, choose another --output_dir, or pass --overwrite_output_dir"
             )
-        return  # marked when the training begins
-    mark(folder)
+        return True
+    return False
+
+
+def find_refusal(folder: Path, events: Path, *, overwrite: bool) -> str | None:
+    """Return why a run would refuse an output folder, which is left as it is; None if it would not."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"{folder}: cannot write there: {there} is not a folder that can be written to"
+    try:
+        check_folder(folder, events, overwrite=overwrite, resumable=bool(Checkpoints(folder).list()))
+    except FolderError as error:
+        return str(error)
+    return None
 
 
 def mark(folder: Path) -> None:

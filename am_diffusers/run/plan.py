@@ -1,6 +1,7 @@
 """Plan a run: check everything that can be wrong with it before a model is loaded."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,12 @@ from am_diffusers.run.base_scores import stored_frontier, trained_scales
 from am_diffusers.run.checked_rewards import check_devices, check_method, resolve
 from am_diffusers.run.counting import count, described_latents
 from am_diffusers.run.init_lora import check_init_lora
+from am_diffusers.run.leftovers import find_refusal
 from am_diffusers.run.prompts import check_leaks, load_lists
 from am_diffusers.system.gpus import find_gpu
+from am_diffusers.system.offline import offline
 from am_diffusers.training.optimizers import check_optimizer
-from am_diffusers.training.trackers import check_tracker
+from am_diffusers.training.trackers import PROJECT, check_tracker
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Plan:
             *self._frontier(),
             f"evaluation: {len(self.eval_prompts)} prompts, {images} images of base and tuned each",
             *(f"caution: {text}" for text in self.cautions()),
+            *self._output(),
         ]
         return to_yaml(self.config) + "".join(f"# {line}\n" for text in lines for line in text.splitlines())
 
@@ -117,6 +121,14 @@ class Plan:
         frontier = stored_frontier(self.config)
         return [] if frontier is None else frontier_table(frontier, list(trained_scales(self.config)))
 
+    def _output(self) -> list[str]:
+        """Return a line on an output folder that the run itself would refuse."""
+        options = self.config.run
+        folder = Path(options.output_dir)
+        events = folder / options.logging_dir / PROJECT
+        refusal = find_refusal(folder, events, overwrite=options.overwrite_output_dir)
+        return [] if refusal is None else [f"the run itself would be refused: --output_dir {refusal}"]
+
     def _base_images(self) -> list[str]:
         """Return a line on the base images that a divergence needs before the first iteration."""
         options = self.config.shared
@@ -131,9 +143,16 @@ class Plan:
 def make_plan(config: Config, num_processes: int) -> Plan:
     """Check a config against files and processes, and read its prompts; no weights are read.
 
+    A dry run reads nothing from the network either.
+
     Raises:
         ValueError: what is wrong and what to do about it.
     """
+    with offline() if config.run.dry_run else nullcontext():
+        return _make_plan(config, num_processes)
+
+
+def _make_plan(config: Config, num_processes: int) -> Plan:
     if config.optimizer.train_batch_size % (num_processes * config.shared.samples_per_prompt):
         raise ValueError(
             f"--train_batch_size {config.optimizer.train_batch_size} is the total over all processes: it "

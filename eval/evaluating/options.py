@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from am_diffusers.rewards import REWARDS
+from am_diffusers.system.commands import CommandParser
 from am_diffusers.system.paths import path_flag, place_flag
 from am_diffusers.system.ranges import COUNT, GUIDANCE, POSITIVE, SEED, STEPS
 from am_diffusers.system.resolution import Resolution, resolution_flag
@@ -69,10 +70,9 @@ def parse(argv: Sequence[str]) -> Options:
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser, with flags in the order of `--help`."""
-    known = argparse.ArgumentParser(
-        description="Compare LoRAs with their base: the same prompts and noise, real rewards, intervals. "
-        "The same command again resumes where it was stopped.",
-        allow_abbrev=False,
+    known = CommandParser(
+        "Compare LoRAs with their base: the same prompts and noise, real rewards, intervals.\n"
+        "The same command again resumes where it was stopped."
     )
     _model_flags(known.add_argument_group("models"))
     _sampling_flags(known.add_argument_group("pictures"))

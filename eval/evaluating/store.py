@@ -35,6 +35,13 @@ from evaluating.candidates import Candidate
 
 CHUNK = 16
 TEXT = "am_diffusers"
+RESULTS = (
+    "report.html",
+    "summary.json",
+    "scores.jsonl",
+    *(f"comparison.{end}" for end in ("md", "tex", "csv")),
+)
+"""Files of a complete evaluation beside `settings.json`, which is written first."""
 REMEDY = "choose another --output_dir, or the settings it was made with"
 
 
@@ -69,7 +76,14 @@ class Store:
         Raises:
             ValueError: it holds images made with other settings or another LoRA; says which.
         """
-        self._agree(self.folder / "settings.json", dict(self.settings))
+        settings = self.folder / "settings.json"
+        foreign = [] if settings.exists() else [name for name in RESULTS if (self.folder / name).exists()]
+        if foreign:
+            raise ValueError(
+                f"--output_dir {self.folder} holds {', '.join(foreign)}, which no evaluation wrote there and "
+                "this one would replace: move what is yours, or choose another folder"
+            )
+        self._agree(settings, dict(self.settings))
         for candidate in candidates:
             self.check_lora(candidate)
 

@@ -15,6 +15,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from am_diffusers.system.files import open_to_umask
+
 from .loop import Loop
 from .preferences import current_models
 from .world import World
@@ -87,3 +89,4 @@ def export(world: World, loop: Loop) -> None:
         lines = world.captions(world.labels(combinations))
         (assets / "prompts" / f"{name}.txt").write_text("\n".join(lines) + "\n")
     (assets / "measured.json").write_text(json.dumps(measured(loop.folder), indent=1) + "\n")
+    open_to_umask(assets)
