@@ -9,7 +9,6 @@ law tilted by the reward instead. docs/optimize.md says when which is worth it.
 
 import sys
 
-import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +16,7 @@ from am_diffusers.steering.driver import load, optimize
 from am_diffusers.steering.options import parse
 from am_diffusers.steering.plan import make_plan
 from am_diffusers.steering.tilt import sample_tilt
+from am_diffusers.system.device import find_device
 from am_diffusers.system.text import guard_output, redact
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     try:
         plan = make_plan(parse(sys.argv[1:]))
-        shop = load(plan, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        shop = load(plan, find_device())
         for line in sample_tilt(shop) if plan.options.sample else optimize(shop):
             print(redact(line))
     except torch.OutOfMemoryError as error:

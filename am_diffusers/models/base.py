@@ -208,5 +208,5 @@ class AdapterField:
         def pull(velocity: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
             return scaled_vjps(velocity, leaves, cotangent, parameters)
 
-        with adapters(self.model.network, enabled=self.adapter):
+        with adapters(self.model.switches, enabled=self.adapter):
             return pull_back_inputs(lambda x, cond: self.model.velocity(x, sigma, cond), x, cond, pull)

@@ -1,9 +1,8 @@
 """The training loop, for any method: prompts -> collect -> micro-batches -> clip -> optimizer step -> log.
 
 Everything random is a function of (seed, iteration, sample id), so the number of processes and the sizes of
-micro-batches don't change a run. Processes share the samples of an iteration; the loss of a method is a sum
-over rows that is already divided by the rows of all processes, so gradients are summed over processes, not
-averaged: by one all-reduce after the last backward pass.
+micro-batches don't change a run. Processes share the samples of an iteration; a loss is a sum over rows that
+is already divided by the rows of all processes: gradients are summed, by one all-reduce after the last pass.
 
 An iteration happens as a whole or not at all, so a checkpoint can be written whatever ends it.
 """
