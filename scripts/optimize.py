@@ -17,6 +17,7 @@ from am_diffusers.steering.options import parse
 from am_diffusers.steering.plan import make_plan
 from am_diffusers.steering.tilt import sample_tilt
 from am_diffusers.system.device import find_device
+from am_diffusers.system.failures import is_out_of_memory
 from am_diffusers.system.text import guard_output, redact
 
 
@@ -30,10 +31,12 @@ def main() -> None:
         shop = load(plan, find_device())
         for line in sample_tilt(shop) if plan.options.sample else optimize(shop):
             print(redact(line))
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory: pass a smaller --batch_size or --dtype bfloat16 ({error})")
     except ValueError as error:
         sys.exit(redact(f"error: {error}"))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory: pass a smaller --batch_size or --dtype bfloat16 ({error})")
 
 
 if __name__ == "__main__":
