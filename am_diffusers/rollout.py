@@ -111,8 +111,10 @@ def sample(
     Raises:
         ValueError: if the table is stochastic and `step_noise` is missing.
     """
-    *_, final = states(policy, transitions, cond, noise, step_noise)
-    return final
+    x = noise
+    for x in states(policy, transitions, cond, noise, step_noise):  # noqa: B007 - only the last is wanted
+        pass
+    return x
 
 
 @torch.no_grad()

@@ -54,13 +54,13 @@ class BarePasses:
 
     def rollout(self, adapter: bool) -> None:
         """Make one transformer call without gradient for every sample."""
-        with torch.no_grad(), adapters(self.model.network, enabled=adapter):
+        with torch.no_grad(), adapters(self.model.switches, enabled=adapter):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 self.velocity(x, self.cond.index(rows))
 
     def vjp(self) -> None:
         """Make one base call and its backward pass to the state for every sample."""
-        with adapters(self.model.network, enabled=False):
+        with adapters(self.model.switches, enabled=False):
             for x, rows in self.chunks(len(self.x), self.config.optimizer.rollout_micro_batch_size):
                 x = x.requires_grad_(True)
                 velocity = self.velocity(x, self.cond.index(rows))
